@@ -1,0 +1,1 @@
+"""Figures about generations that are already made."""

@@ -1,0 +1,1 @@
+"""From rewarded trajectories to new parameters."""

@@ -1,0 +1,1 @@
+"""The language model: the only room that knows Flax and the Hugging Face file format."""

@@ -1,0 +1,1 @@
+"""From prompts to trajectories: compiled decoding, its scheduler, and what it records."""

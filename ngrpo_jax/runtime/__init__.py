@@ -1,0 +1,1 @@
+"""Meshes, checkpoints, metrics and preflight checks. Imported by the commands alone."""

@@ -1,0 +1,69 @@
+"""The map of docs/architecture.md, read from the imports: who may know whom."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent / "ngrpo_jax"
+MAY_IMPORT = {
+    "algo": set(),
+    "model": {"algo"},
+    "settings": {"algo"},
+    "rollout": {"algo", "model", "settings"},
+    "learner": {"algo", "model", "settings", "rollout.trajectory"},
+    "tasks": {"settings", "rollout.trajectory"},
+    "analysis": {"settings", "rollout.trajectory"},
+    "runtime": {"settings"},
+}
+COMMANDS = {"train", "evaluate", "export", "evaluation", "report", "__init__"}
+FLAX_MODULES = ("flax.linen", "flax.nnx")
+
+
+def _modules():
+    return sorted(ROOT.rglob("*.py"))
+
+
+def _name(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def _imports(path):
+    """Dotted names of everything that a file imports; relative imports made absolute."""
+    here = ["ngrpo_jax", *_name(path).split(".")]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = (node.module or "").split(".") if node.module else []
+            if node.level:
+                base = here[: -node.level] + base
+            yield from (".".join([*base, alias.name]) for alias in node.names)
+
+
+@pytest.mark.parametrize("path", _modules(), ids=_name)
+def test_imports_follow_the_map(path):
+    room = _name(path).split(".")[0]
+    if room in COMMANDS:
+        return
+    assert room in MAY_IMPORT, f"{path} is in no room of docs/architecture.md"
+    for target in _imports(path):
+        if not target.startswith("ngrpo_jax."):
+            continue
+        inner = target.removeprefix("ngrpo_jax.")
+        allowed = MAY_IMPORT[room] | {room}
+        assert any(inner == a or inner.startswith(a + ".") for a in allowed), f"{room} may not import {target}"
+
+
+@pytest.mark.parametrize("path", _modules(), ids=_name)
+def test_only_the_model_knows_flax_modules(path):
+    if _name(path).startswith("model."):
+        return
+    for target in _imports(path):
+        assert not target.startswith(FLAX_MODULES), f"{path.name} imports {target}; Flax stays in model/"
+
+
+@pytest.mark.parametrize("path", _modules(), ids=_name)
+def test_no_torch_and_no_tensorflow(path):
+    for target in _imports(path):
+        assert target.split(".")[0] not in ("torch", "tensorflow"), f"{path.name} imports {target}"
