@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "analysis": {"settings", "rollout.trajectory"},
     "runtime": {"settings"},
 }
-COMMANDS = {"train", "evaluate", "export", "evaluation", "report", "__init__"}
+COMMANDS = {"commands", "train", "evaluate", "export", "report", "__init__"}
 FLAX_MODULES = ("flax.linen", "flax.nnx")
 
 

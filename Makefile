@@ -1,0 +1,67 @@
+# Everything a fresh clone needs. `make help` lists the targets.
+#
+# .venv is made once and installed into again only when requirements.txt (or requirements-dev.txt) changes.
+# Another interpreter: make PYTHON=python3.12 run
+
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+WORKDIR := runs/tiny
+
+.DEFAULT_GOAL := help
+.PHONY: help run test test-long lint
+
+help:
+	@echo "make run        train configs/tiny.py in $(WORKDIR): a small model learns by N-GRPO in about five minutes"
+	@echo "make test       the test suite, under ten minutes on two cores"
+	@echo "make test-long  the long tests"
+	@echo "make lint       ruff, ruff format --check, mypy"
+	@echo ""
+	@echo "Each makes $(VENV) first when it is missing. Needs Python 3.11 or newer: make PYTHON=python3.12 run"
+
+run: $(VENV)/.requirements
+	@echo "Training configs/tiny.py in $(WORKDIR): a warm start, then N-GRPO, about five minutes on two cores."
+	@echo "No accelerator is needed, and nothing is downloaded. Stop it when you like: make run goes on from there."
+	$(BIN)/python -m ngrpo_jax.train --config=configs/tiny.py --workdir=$(WORKDIR)
+
+test: $(VENV)/.requirements-dev
+	$(BIN)/python -m pytest
+
+test-long: $(VENV)/.requirements-dev
+	$(BIN)/python -m pytest -m long
+
+lint: $(VENV)/.requirements-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# pip says one line in each ten seconds instead of three hundred in all; its whole output is kept in the log.
+define install
+	@echo "Installing $(1) in $(VENV); the first time takes a few minutes."
+	@$(BIN)/python -m pip install --progress-bar off --disable-pip-version-check -r $(1) \
+		>$(VENV)/install.log 2>&1 & pid=$$!; seconds=0; \
+	trap "kill $$pid; exit 130" INT TERM; \
+	while kill -0 $$pid 2>/dev/null; do \
+		sleep 1; seconds=$$((seconds + 1)); \
+		[ $$((seconds % 10)) -ne 0 ] || echo "  $$seconds s: $$(grep -E '^(Collecting|Installing)' $(VENV)/install.log | tail -n 1 | cut -c 1-60)"; \
+	done; \
+	wait $$pid || { tail -n 20 $(VENV)/install.log >&2; \
+		echo "error: pip could not install $(1); its whole output is in $(VENV)/install.log" >&2; exit 1; }
+	@touch $@
+endef
+
+$(BIN)/python:
+	@[ -n "$(PYTHON)" ] || { echo "error: no Python 3.11 or newer on PATH; install one, or name it:" \
+		"make PYTHON=/path/to/python3.11 run" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "error: $(PYTHON) is not Python 3.11 or newer; name one: make PYTHON=python3.11 run" >&2; exit 1; }
+	@echo "Making a virtual environment in $(VENV) with $$($(PYTHON) --version)."
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: $(PYTHON) cannot make a virtual environment;" \
+		"on Debian and Ubuntu install its venv package first: apt install python3-venv" >&2; exit 1; }
+
+$(VENV)/.requirements: requirements.txt | $(BIN)/python
+	$(call install,requirements.txt)
+
+$(VENV)/.requirements-dev: requirements-dev.txt $(VENV)/.requirements
+	$(call install,requirements-dev.txt)

@@ -1,0 +1,94 @@
+#!/usr/bin/env bash
+# Trains on the GPUs of this machine.
+#
+#   local.sh --config configs/X.py --workdir DIR [--processes N] [flag...] [-- --config.a.b=value...]
+#
+# One process drives all GPUs. The same workdir resumes a run. What follows "--" goes to the train command.
+#   --processes N   so many processes, which share the GPUs evenly and talk as several hosts would: 1.
+#                   Their output is in DIR/logs/process-N.log
+#   --port P        where process 0 listens for the others: 29400
+#   --cache DIR     folder for compiled programs: a restart does not compile again
+#   --dry-run       print what would be started and start nothing
+#
+# From the environment: NGRPO_CONFIG, NGRPO_WORKDIR, NGRPO_CACHE_DIR, NGRPO_PYTHON (.venv/bin/python of this clone),
+# and CUDA_VISIBLE_DEVICES to leave GPUs out.
+
+# shellcheck source-path=SCRIPTDIR
+# shellcheck source=../lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
+
+count_gpus() {
+  if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
+    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .
+  elif command -v nvidia-smi >/dev/null; then
+    nvidia-smi --list-gpus | grep -c . || true
+  else
+    echo 0
+  fi
+}
+
+# Starts process $1 of $processes with its share of the GPUs and its log.
+start_process() {
+  local words=(env "JAX_COORDINATOR_ADDRESS=127.0.0.1:$port" "JAX_NUM_PROCESSES=$processes" "JAX_PROCESS_ID=$1")
+  local share=$((gpus / processes))
+  ((share == 0)) || words+=("JAX_LOCAL_DEVICE_IDS=$(seq -s , $(($1 * share)) $((($1 + 1) * share - 1)))")
+  show "${words[@]}" "${command[@]}"
+  [[ $DRY_RUN == false ]] || return 0
+  "${words[@]}" "${command[@]}" >>"$NGRPO_WORKDIR/logs/process-$1.log" 2>&1 </dev/null &
+  pids+=($!)
+}
+
+# Ends with the status of the first process that fails, and ends the others: they would wait for it in vain.
+wait_for_all() {
+  local status=0
+  trap 'kill "${pids[@]}" 2>/dev/null || true' EXIT
+  for ((left = processes; left > 0; left--)); do
+    wait -n "${pids[@]}" || { status=$? && break; }
+  done
+  ((status == 0)) || note "error: a process ended with status $status; see $NGRPO_WORKDIR/logs"
+  exit "$status"
+}
+
+split_flags "$@"
+set -- "${ARGS[@]}"
+processes=1 port=29400 pids=()
+while (($#)); do
+  case $1 in
+    --help | -h) show_help ;;
+    --dry-run) DRY_RUN=true && shift && continue ;;
+    --config | --workdir | --processes | --port | --cache) need_value "$@" ;;
+    *) unknown_flag "$1" ;;
+  esac
+  case $1 in
+    --config) NGRPO_CONFIG=$2 ;;
+    --workdir) NGRPO_WORKDIR=$2 ;;
+    --cache) NGRPO_CACHE_DIR=$2 ;;
+    --processes) processes=$2 ;;
+    --port) port=$2 ;;
+  esac
+  shift 2
+done
+require NGRPO_CONFIG --config
+require NGRPO_WORKDIR --workdir
+[[ $processes =~ ^[1-9][0-9]*$ ]] || die "--processes $processes is not a number above 0"
+gpus=$(count_gpus)
+((gpus % processes == 0)) || die "$gpus GPUs cannot be shared evenly by --processes $processes"
+
+# shellcheck source=flags.env
+source "$LAUNCH/gpu/flags.env"
+[[ -z ${NGRPO_CACHE_DIR:-} ]] || export JAX_COMPILATION_CACHE_DIR=$NGRPO_CACHE_DIR
+python=${NGRPO_PYTHON:-$REPO/.venv/bin/python}
+[[ $DRY_RUN == true ]] || command -v "$python" >/dev/null ||
+  die "no interpreter at $python; make .venv first (docs/launch.md, GPU), or set NGRPO_PYTHON"
+command=("$python" -m ngrpo_jax.train "--config=$NGRPO_CONFIG" "--workdir=$NGRPO_WORKDIR" "${REST[@]}")
+
+cd "$REPO"
+if ((processes == 1)); then
+  run exec "${command[@]}"
+  exit 0
+fi
+[[ $DRY_RUN == true ]] || mkdir -p "$NGRPO_WORKDIR/logs"
+for ((process = 0; process < processes; process++)); do
+  start_process "$process"
+done
+[[ $DRY_RUN == true ]] || wait_for_all

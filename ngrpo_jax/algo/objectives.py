@@ -1,0 +1,166 @@
+"""Rewards to advantages, and log-probabilities to the loss: GRPO, GSPO, the dual clip, the KL term.
+
+Owns: the formulas (12), (13) and those of GSPO. Must not know: how the weights were filled (each token's
+share of the loss, which carries the aggregation), packing beyond segment ids, microbatches, the optimiser.
+Equation numbers are those of arXiv 2606.10768.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ALGORITHMS = ("grpo", "gspo")
+
+# exp stays finite up to 88. Beyond this the gradient is cut to 0, where the clip cuts it anyway but autodiff
+# would make it 0 · inf = NaN.
+_LARGEST_LOG_RATIO = 60.0
+
+
+def group_advantages(rewards_PG: jax.Array | np.ndarray, *, scale_by_std: bool = True) -> jax.Array:
+    """(12): advantages of each group's rewards, float32 [P, G].
+
+    (r - mean) / (std + 1e-6) with n-1 in the standard deviation, or r - mean alone without `scale_by_std`
+    (arXiv 2503.20783). Exactly 0 throughout a group whose rewards are all equal.
+    Raises ValueError for a group of fewer than 2.
+    """
+    chex.assert_rank(rewards_PG, 2)
+    if rewards_PG.shape[1] < 2:
+        raise ValueError(f"a group needs at least 2 samples to compare, not {rewards_PG.shape[1]}")
+    r_PG = jnp.asarray(rewards_PG, jnp.float32)
+    centred_PG = r_PG - jnp.mean(r_PG, axis=1, keepdims=True)
+    if scale_by_std:
+        centred_PG = centred_PG / (jnp.std(r_PG, axis=1, ddof=1, keepdims=True) + 1e-6)
+    varied_P1 = jnp.max(r_PG, axis=1, keepdims=True) > jnp.min(r_PG, axis=1, keepdims=True)
+    return jnp.where(varied_P1, centred_PG, 0.0)
+
+
+def kl_k3(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
+    """The k3 estimator of KL(π_θ ‖ π_ref), elementwise: exp(q) - q - 1 with q = log π_ref - log π_θ."""
+    chex.assert_equal_shape([logprobs, ref_logprobs])
+    q = ref_logprobs - logprobs
+    return jnp.expm1(q) - q
+
+
+def policy_loss(
+    logprobs_BT: jax.Array,
+    old_logprobs_BT: jax.Array,
+    advantages: jax.Array,
+    weight_BT: jax.Array,
+    *,
+    algorithm: str = "grpo",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    ref_logprobs_BT: jax.Array | None = None,
+    kl_coef: float = 0.0,
+    segment_ids_BT: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(13), to be minimised: Σ weight · -(min(ratio A, clip(ratio, 1-clip_low, 1+clip_high) A) - kl_coef KL).
+
+    `advantages` [B], or [B, T] for packed rows. `weight_BT` is each token's share of the loss, 0 where the
+    token is not one of a response; what the other arrays hold there, be it NaN, touches neither loss nor
+    gradient. `algorithm` "grpo" takes the ratio π_θ/π_old of each token; "gspo" (arXiv 2507.18071) that of
+    its sequence, exp of the mean log ratio over its tokens of weight > 0, the sequence being the row or, with
+    `segment_ids_BT`, the row's tokens of equal id. `dual_clip` c > 1: for A < 0 the min-term is at least c A.
+    Only `logprobs_BT` gets gradient. The settings are static Python values.
+
+    Returns the float32 loss and metrics, float32 scalars over tokens of weight > 0. Sums of weight, which add
+    over microbatches and become means on division by the sum of `weight`: `weight`, `policy_loss` (without
+    KL), `kl` (given a reference), `ratio`, `clip_low` and `clip_high` (weight of the tokens whose ratio was
+    clipped from below with A < 0, from above with A > 0), `dual_clip`. Extremes, of which to take the min and
+    max over microbatches: `ratio_min` and `ratio_max`; inf and -inf where no token counts.
+
+    Raises ValueError for an unknown algorithm, a dual_clip of at most 1, or a kl_coef without a reference.
+    """
+    _check(algorithm, dual_clip, ref_logprobs_BT, kl_coef)
+    chex.assert_rank(logprobs_BT, 2)
+    chex.assert_equal_shape([logprobs_BT, old_logprobs_BT, weight_BT])
+    chex.assert_shape(advantages, logprobs_BT.shape[: jnp.ndim(advantages)])
+    # Masked before any arithmetic: a NaN multiplied by a weight of 0 afterwards would be NaN still.
+    mask_BT = weight_BT > 0
+
+    def masked(x: jax.Array) -> jax.Array:
+        return jnp.where(mask_BT, jnp.broadcast_to(x, mask_BT.shape).astype(jnp.float32), 0.0)
+
+    weight_BT = masked(weight_BT)
+    advantages_BT = masked(advantages if jnp.ndim(advantages) == 2 else advantages[:, None])
+    advantages_BT = jax.lax.stop_gradient(advantages_BT)
+    logprobs_BT = masked(logprobs_BT)
+    log_ratio_BT = logprobs_BT - jax.lax.stop_gradient(masked(old_logprobs_BT))
+    if algorithm == "gspo":
+        log_ratio_BT = _sequence_mean(log_ratio_BT, mask_BT, segment_ids_BT)
+    ratio_BT = jnp.exp(jnp.clip(log_ratio_BT, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO))
+    objective_BT = _clipped_objective(ratio_BT, advantages_BT, clip_low, clip_high, dual_clip)
+    loss = -jnp.sum(weight_BT * objective_BT)
+    metrics = _ratio_metrics(ratio_BT, advantages_BT, weight_BT, mask_BT, clip_low, clip_high, dual_clip)
+    metrics["policy_loss"] = loss
+    if ref_logprobs_BT is not None:
+        chex.assert_equal_shape([logprobs_BT, ref_logprobs_BT])
+        kl_BT = kl_k3(logprobs_BT, jax.lax.stop_gradient(masked(ref_logprobs_BT)))
+        metrics["kl"] = jnp.sum(weight_BT * kl_BT)
+        if kl_coef:
+            loss = loss + kl_coef * metrics["kl"]
+    return loss, metrics
+
+
+def _check(
+    algorithm: str, dual_clip: float | None, ref_logprobs_BT: jax.Array | None, kl_coef: float
+) -> None:
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm {algorithm!r} is unknown: use one of {', '.join(ALGORITHMS)}")
+    if dual_clip is not None and dual_clip <= 1:
+        raise ValueError(f"dual_clip {dual_clip} must be above 1, or None for no dual clip")
+    if kl_coef and ref_logprobs_BT is None:
+        raise ValueError(f"kl_coef is {kl_coef}, which needs ref_logprobs_BT; give them, or set it to 0")
+
+
+def _clipped_objective(
+    ratio_BT: jax.Array, advantages_BT: jax.Array, clip_low: float, clip_high: float, dual_clip: float | None
+) -> jax.Array:
+    clipped_BT = jnp.clip(ratio_BT, 1.0 - clip_low, 1.0 + clip_high)
+    objective_BT = jnp.minimum(ratio_BT * advantages_BT, clipped_BT * advantages_BT)
+    if dual_clip is None:
+        return objective_BT
+    floored_BT = jnp.maximum(objective_BT, dual_clip * advantages_BT)
+    return jnp.where(advantages_BT < 0, floored_BT, objective_BT)
+
+
+def _sequence_mean(x_BT: jax.Array, mask_BT: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
+    """Each token's x replaced by the mean of x over the masked tokens of its sequence; x is 0 elsewhere."""
+    if segment_ids_BT is None:
+        segment_ids_BT = jnp.zeros(mask_BT.shape, jnp.int32)
+    chex.assert_equal_shape([x_BT, segment_ids_BT])
+    length = mask_BT.shape[1]
+
+    def of_row(x_T: jax.Array, mask_T: jax.Array, ids_T: jax.Array) -> jax.Array:
+        slots_T = jnp.searchsorted(jnp.sort(ids_T), ids_T)  # ids may be any integers; slots are below T
+        sums = jax.ops.segment_sum(x_T, slots_T, length)
+        counts = jax.ops.segment_sum(mask_T.astype(jnp.float32), slots_T, length)
+        return (sums / jnp.maximum(counts, 1.0))[slots_T]
+
+    return jnp.where(mask_BT, jax.vmap(of_row)(x_BT, mask_BT, segment_ids_BT), 0.0)
+
+
+def _ratio_metrics(
+    ratio_BT: jax.Array,
+    advantages_BT: jax.Array,
+    weight_BT: jax.Array,
+    mask_BT: jax.Array,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+) -> dict[str, jax.Array]:
+    def weight_where(condition_BT: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(condition_BT, weight_BT, 0.0))
+
+    highest = jnp.inf if dual_clip is None else dual_clip
+    return {
+        "weight": jnp.sum(weight_BT),
+        "ratio": jnp.sum(weight_BT * ratio_BT),
+        "ratio_min": jnp.min(jnp.where(mask_BT, ratio_BT, jnp.inf)),
+        "ratio_max": jnp.max(jnp.where(mask_BT, ratio_BT, -jnp.inf)),
+        "clip_low": weight_where((advantages_BT < 0) & (ratio_BT < 1.0 - clip_low)),
+        "clip_high": weight_where((advantages_BT > 0) & (ratio_BT > 1.0 + clip_high)),
+        "dual_clip": weight_where((advantages_BT < 0) & (ratio_BT > highest)),
+    }

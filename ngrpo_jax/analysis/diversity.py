@@ -1,0 +1,76 @@
+"""How much the responses of one group differ: n-grams, distances, answers.
+
+Owns these figures over sequences of tokens (ids or words). Must not know where they came from. NumPy and the
+standard library only.
+"""
+
+from collections.abc import Hashable, Iterable, Sequence
+from itertools import combinations
+
+import numpy as np
+
+Tokens = Sequence[Hashable]
+
+
+def distinct_ngrams(responses: Sequence[Tokens], n: int) -> float:
+    """Distinct-n (Li et al. 2016, arXiv 1510.03055): different n-grams over all n-grams of the group.
+
+    1 where no n-gram occurs twice, near 0 where the responses repeat one another (or themselves); NaN where
+    no response has n tokens.
+
+    Raises:
+        ValueError: n below 1.
+    """
+    if n < 1:
+        raise ValueError(f"n is {n}; an n-gram has at least one token")
+    grams = [tuple(tokens[i : i + n]) for tokens in responses for i in range(len(tokens) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else float("nan")
+
+
+def edit_distance(a: Tokens, b: Tokens) -> int:
+    """Levenshtein distance in tokens: insertions, deletions, substitutions. O(len(a)) vector operations."""
+    codes: dict[Hashable, int] = {}
+    a_T, b_S = (
+        np.array([codes.setdefault(t, len(codes)) for t in tokens], dtype=np.int64) for tokens in (a, b)
+    )
+    offsets = np.arange(len(b_S) + 1)
+    row = offsets.copy()
+    for i, token in enumerate(a_T, start=1):
+        best = np.minimum(row[1:] + 1, row[:-1] + (b_S != token))  # deletion, substitution
+        candidates = np.concatenate([[i], best])
+        # Insertions run along the row: row[j] = min over h <= j of candidates[h] + (j - h).
+        row = np.minimum.accumulate(candidates - offsets) + offsets
+    return int(row[-1])
+
+
+def mean_pairwise_distance(responses: Sequence[Tokens], *, max_tokens: int = 2048) -> float:
+    """Mean over pairs of edit distance / length of the longer: 0 where all are the same, 1 where none share.
+
+    Args:
+        responses: at least two; NaN with fewer.
+        max_tokens: longer responses are compared by their beginnings, for the cost grows with the square.
+    """
+    heads = [tokens[:max_tokens] for tokens in responses]
+    pairs = [(a, b) for a, b in combinations(heads, 2)]
+    if not pairs:
+        return float("nan")
+    return float(np.mean([edit_distance(a, b) / max(len(a), len(b), 1) for a, b in pairs]))
+
+
+def distinct_answers(answers: Iterable[Hashable | None]) -> int:
+    """Number of different final answers; None is no answer and does not count."""
+    return len({answer for answer in answers if answer is not None})
+
+
+def group_diversity(responses: Sequence[Tokens], answers: Sequence[Hashable | None]) -> dict[str, float]:
+    """The figures of one group, by the names they are reported under.
+
+    Raises:
+        ValueError: as many answers as responses are needed.
+    """
+    if len(responses) != len(answers):
+        raise ValueError(f"a group of {len(responses)} responses got {len(answers)} answers")
+    figures = {f"distinct_{n}": distinct_ngrams(responses, n) for n in (1, 2, 4)}
+    figures["edit_distance"] = mean_pairwise_distance(responses)
+    figures["answers"] = float(distinct_answers(answers))
+    return figures

@@ -1,0 +1,95 @@
+"""Flags in, exit status out: what is the same for every command line.
+
+A ConfigDict comes from `--config=FILE`, each of its leaves can be overridden by `--config.a.b=value`, and
+whatever a user can get wrong ends as one sentence on stderr with status 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+import pathlib
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags as absl_flags
+from ml_collections import config_flags
+
+from ngrpo_jax.settings import require
+
+DEBUG = "NGRPO_DEBUG"  # set in the environment: refusals show where they come from
+
+
+def run_command(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
+    """Runs a command's main. ValueError, OSError and ImportError say `error: …` and end with status 2."""
+    try:
+        command(sys.argv if argv is None else argv)
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get(DEBUG):
+            traceback.print_exc()
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        print("stopped by the keyboard; the run goes on from its last checkpoint.", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def parse_flags(argv: Sequence[str], **extra: str | None) -> tuple[Any, dict[str, Any]]:
+    """Command line -> (ConfigDict, other flags). ValueError with one sentence on anything wrong.
+
+    Args:
+      argv: program name first, then `--config=FILE`, `--workdir=DIR`, `--config.a.b=value`, extra flags.
+      extra: further string flags with their defaults.
+
+    Returns:
+      The locked ConfigDict with its overrides applied, and a dict of `workdir` and the extra flags.
+    """
+    values = absl_flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "settings: a file of configs/", flag_values=values)
+    absl_flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    for name, default in extra.items():
+        absl_flags.DEFINE_string(name, default, name, flag_values=values)
+    _check_flag_names(argv, extra)
+    try:
+        rest = values(list(argv))
+    except absl_flags.Error as error:
+        raise ValueError(f"{error}".splitlines()[0]) from error
+    require(len(rest) == 1, f"unexpected argument {rest[-1]!r}; settings are given as --config.a.b=value.")
+    require(values.workdir is not None, "--workdir=DIR is missing; it names the folder of the run.")
+    return values.config, {name: getattr(values, name) for name in ("workdir", *extra)}
+
+
+def _check_flag_names(argv: Sequence[str], extra: dict[str, str | None]) -> None:
+    """Names the unknown flag or setting, and the nearest one that exists, before absl parses anything."""
+    given = [argument.partition("=")[0].lstrip("-") for argument in argv[1:] if argument.startswith("-")]
+    paths = [argument.partition("=")[2] for argument in argv[1:] if argument.startswith("--config=")]
+    require(bool(paths), "--config=configs/NAME.py is missing; configs/tiny.py is a good first one.")
+    file = pathlib.Path(paths[0].partition(":")[0])
+    require(file.is_file(), f"the config {str(file)!r} does not exist; see configs/ for those that do.")
+    known = ["config", "workdir", *extra, *(f"config.{leaf}" for leaf in leaves(load_config(paths[0])))]
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ValueError(f"unknown setting --{name}" + (f"; did you mean --{near[0]}?" if near else "."))
+
+
+def load_config(path: str) -> Any:
+    """The ConfigDict that a file of configs/ makes."""
+    spec = importlib.util.spec_from_file_location("ngrpo_config", path)
+    require(spec is not None and spec.loader is not None, f"{path!r} is no Python file.")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    require(hasattr(module, "get_config"), f"{path!r} defines no get_config().")
+    return module.get_config()
+
+
+def leaves(config: Any, prefix: str = "") -> list[str]:
+    """Dotted names of all settings of a ConfigDict, in its order."""
+    names: list[str] = []
+    for name, value in config.items():
+        names += leaves(value, f"{prefix}{name}.") if hasattr(value, "items") else [prefix + name]
+    return names

@@ -1,0 +1,213 @@
+"""Settings -> the parts of a run: model, tokenizer, problems, neighbour table, mesh. Shared by the commands.
+
+Everything that can be wrong with them is found here, before anything is written: each refusal is one
+sentence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import operator
+import pathlib
+import tempfile
+from typing import Any
+
+import jax
+import numpy as np
+
+from ngrpo_jax.algo.mixture import Mixing
+from ngrpo_jax.algo.neighbors import neighbor_table
+from ngrpo_jax.learner.supervised import train_supervised
+from ngrpo_jax.model import decoder, hf
+from ngrpo_jax.model.config import ModelConfig
+from ngrpo_jax.runtime import console, mesh
+from ngrpo_jax.settings import WARM_START, Settings, WarmStartSettings
+from ngrpo_jax.tasks import arithmetic, prompts
+from ngrpo_jax.tasks.datasets import Problem, load_problems
+
+
+@dataclasses.dataclass(frozen=True)
+class Language:
+    """What the tokenizer says: how responses stop, when mixing ends, which rows may be neighbours."""
+
+    tokenizer: Any
+    stop_ids: tuple[int, ...]
+    mixing: Mixing
+    usable_V: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The model that a run starts from, without its weights: `load_params` reads those."""
+
+    directory: str
+    config: ModelConfig
+    language: Language
+
+
+@dataclasses.dataclass(frozen=True)
+class ProblemSet:
+    """Problems with their encoded prompts, in the same order, and how many were too long."""
+
+    problems: list[Problem]
+    prompts: list[list[int]]
+    dropped: int
+
+
+def make_language(tokenizer: Any, config: ModelConfig, settings: Settings) -> Language:
+    """Reads off the tokenizer what rollouts need; ValueError where k is larger than the usable vocabulary."""
+    usable_V = prompts.usable_rows(tokenizer, config.vocab_size)
+    mixing = settings.mixing
+    if mixing.active and mixing.k > usable_V.sum():
+        raise ValueError(
+            f"mixing.k is {mixing.k}, but only {int(usable_V.sum())} rows of the vocabulary can be "
+            "neighbours; lower mixing.k."
+        )
+    until = prompts.until_ids(tokenizer, mixing.until) if mixing.until else ()
+    return Language(
+        tokenizer, prompts.stop_ids(tokenizer, config.eos_token_ids), mixing.method(until), usable_V
+    )
+
+
+def compose(settings: Settings, workdir: pathlib.Path) -> tuple[Source, ProblemSet, ProblemSet]:
+    """The model, the training problems and the held-out ones; no weights are read yet, for they take longest.
+
+    With model.path "warm-start" and none made yet, the model is trained here, into WORKDIR/warm_start, and
+    that is the only thing that is written.
+    """
+    directory = locate_model(settings, workdir)
+    made = directory.is_dir()
+    with tempfile.TemporaryDirectory() as folder:
+        if not made:
+            arithmetic.make_tokenizer(folder)
+        tokenizer = prompts.load_tokenizer(directory if made else folder)
+        config = hf.read_config(directory) if made else warm_start_config(settings.warm_start, tokenizer)
+        config = dataclasses.replace(config, dtype=settings.model.dtype)
+        language = make_language(tokenizer, config, settings)
+        training = load_set(settings, tokenizer, "train")
+        held_out = load_set(settings, tokenizer, "test")
+        if not made:
+            warm_start(settings, config, tokenizer, training, folder, directory)
+    return Source(str(directory), config, language), training, held_out
+
+
+def open_source(settings: Settings, workdir: pathlib.Path) -> Source:
+    """The model of an existing run, without its weights; ValueError where a warm start was never made."""
+    directory = locate_model(settings, workdir)
+    if not directory.is_dir():
+        raise ValueError(f"{workdir} holds no run of this config yet; train it first.")
+    tokenizer = prompts.load_tokenizer(directory)
+    config = hf.read_config(directory, dtype=settings.model.dtype)
+    return Source(str(directory), config, make_language(tokenizer, config, settings))
+
+
+def load_params(source: Source, devices: jax.sharding.Mesh) -> Any:
+    """The starting model's float32 parameters, each leaf put on the mesh as soon as it is read."""
+    shardings = mesh.param_shardings(devices, parameter_shapes(source.config))
+
+    def place(path: tuple[str, ...], leaf: np.ndarray) -> jax.Array:
+        return jax.device_put(leaf, functools.reduce(operator.getitem, path, shardings))
+
+    return hf.read(source.directory, dtype="float32", place=place)[1]
+
+
+def locate_model(settings: Settings, workdir: pathlib.Path) -> pathlib.Path:
+    """The directory of the starting model; one that does not exist is a warm start still to be made."""
+    if settings.model.path != WARM_START:
+        return pathlib.Path(hf.locate(settings.model.path, settings.model.revision))
+    directory = workdir / "warm_start"
+    if not directory.exists():
+        if (workdir / "checkpoints").exists():
+            raise ValueError(
+                f"{workdir} has checkpoints but not the warm start that they began from; "
+                "use another --workdir."
+            )
+        if not settings.data.train.startswith("arithmetic"):
+            raise ValueError(
+                f"model.path is {WARM_START!r}, which learns worked solutions of arithmetic problems, but "
+                f"data.train is {settings.data.train!r}; use an arithmetic source or another model.path."
+            )
+    return directory
+
+
+def load_set(settings: Settings, tokenizer: Any, split: str) -> ProblemSet:
+    """Problems and prompts of `data.train` ("train") or `data.eval` ("test"), less the too long."""
+    data = settings.data
+    source, size = (data.train, data.train_size) if split == "train" else (data.eval, settings.eval.problems)
+    problems = load_problems(source, split=split, seed=settings.seed, size=size)
+    kept, encoded, dropped = prompts.encode_problems(
+        tokenizer, problems, data.prompt, data.chat_template, data.max_prompt_tokens
+    )
+    return ProblemSet(kept, encoded, dropped)
+
+
+def parameter_shapes(config: ModelConfig) -> Any:
+    """The learner's parameter tree as jax.ShapeDtypeStruct, float32."""
+    return jax.eval_shape(lambda key: decoder.init(key, config), jax.random.key(0))
+
+
+def build_table(embedding_VD: jax.Array, language: Language) -> jax.Array:
+    """The neighbour table of these parameters; special tokens and unused rows are nobody's neighbours."""
+    mixing = language.mixing
+    return neighbor_table(embedding_VD, mixing.k, metric=mixing.metric, valid_V=language.usable_V)
+
+
+def fingerprint(source: Source, params: Any) -> dict[str, Any]:
+    """Facts that tell one starting model from another: sizes, and a digest of some of its weights."""
+    facts = dataclasses.asdict(source.config)
+    del facts["dtype"]
+    digest = hashlib.sha256()
+    for leaf in (params["embed"]["embedding"][:64], params["final_norm"]["scale"]):
+        digest.update(np.asarray(leaf, np.float32).tobytes())
+    return {**facts, "weights": digest.hexdigest()[:16]}
+
+
+def warm_start(
+    settings: Settings,
+    config: ModelConfig,
+    tokenizer: Any,
+    training: ProblemSet,
+    tokenizer_directory: str,
+    directory: pathlib.Path,
+) -> None:
+    """Trains the small model on worked solutions of the training problems; writes an HF directory."""
+    examples = [
+        (prompt, _worked_ids(tokenizer, problem))
+        for problem, prompt in zip(training.problems, training.prompts, strict=True)
+    ]
+    label = f"warm start on {len(examples)} worked solutions"
+    with console.Progress(label, settings.warm_start.steps, "steps") as progress:
+        params = train_supervised(
+            config,
+            examples,
+            settings.warm_start,
+            seed=settings.seed,
+            progress=lambda done, loss: progress.update(done, f"loss {loss:.3f} nats/token"),
+        )
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    hf.save(str(directory), config, params, tokenizer_from=tokenizer_directory)
+
+
+def warm_start_config(settings: WarmStartSettings, tokenizer: Any) -> ModelConfig:
+    """A Qwen2 decoder of the asked-for size, with a vocabulary row for each token."""
+    return ModelConfig(
+        architecture="qwen2",
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_layers=settings.num_layers,
+        num_heads=settings.num_heads,
+        num_kv_heads=settings.num_kv_heads,
+        head_dim=settings.hidden_size // settings.num_heads,
+        tie_embeddings=True,
+        max_positions=4096,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_ids=(tokenizer.eos_token_id,),
+    )
+
+
+def _worked_ids(tokenizer: Any, problem: Problem) -> list[int]:
+    response = tokenizer.encode(arithmetic.worked_response(problem.problem), add_special_tokens=False)
+    return [*response, tokenizer.eos_token_id]

@@ -1,0 +1,178 @@
+"""A run: what no step changes, where it stands, and how the latter is stored and found again."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ngrpo_jax.commands import composition
+from ngrpo_jax.learner import update
+from ngrpo_jax.learner.optimizer import make_optimizer
+from ngrpo_jax.runtime import mesh
+from ngrpo_jax.runtime.checkpoints import Checkpoints
+from ngrpo_jax.settings import Settings
+from ngrpo_jax.tasks.datasets import ProblemStream
+
+BEST = "eval/mean_at_n"  # the metric that makes a checkpoint the best
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What no step changes."""
+
+    settings: Settings
+    workdir: pathlib.Path
+    source: composition.Source
+    training: composition.ProblemSet
+    held_out: composition.ProblemSet
+    mesh: jax.sharding.Mesh
+    programs: update.Programs
+    reference: Any  # parameters of the KL term; None where kl_coef is 0
+    prompt_of: dict[str, list[int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Where a run stands: with `Run`, all that its future depends on."""
+
+    step: int
+    state: update.TrainState
+    table_VC: jax.Array | None
+    table_age: int  # rollouts that the table has served
+    stream: ProblemStream
+    before: dict[str, float]  # held-out figures of the starting model
+
+
+def prepare(
+    settings: Settings,
+    workdir: pathlib.Path,
+    parts: tuple[composition.Source, composition.ProblemSet, composition.ProblemSet],
+    devices: jax.sharding.Mesh,
+    params: Any,
+    checkpoints: Checkpoints,
+) -> tuple[Run, Position]:
+    """The run, and its position: that of the latest checkpoint, or the start. Compiles no program of a step.
+
+    Args:
+      params: the starting model's, on the mesh; donated.
+    """
+    source, training, held_out = parts
+    optimizer = make_optimizer(settings.optimizer)
+    abstract = jax.eval_shape(lambda params: update.init_state(params, optimizer), params)
+    shardings = mesh.state_shardings(devices, abstract)
+    programs = update.compile_programs(
+        source.config,
+        settings.objective,
+        optimizer,
+        temperature=settings.rollout.temperature,
+        remat=settings.train.remat,
+        logprob_chunk=settings.train.logprob_chunk,
+        state_shardings=shardings,
+        rows_sharding=mesh.rows_sharding(devices),
+    )
+    reference = None
+    if settings.objective.kl_coef > 0:
+        # A copy, even where the dtype is the same: the learner donates its own parameters at every step.
+        reference = jax.tree.map(lambda leaf: jnp.array(leaf, source.config.dtype, copy=True), params)
+    stream = ProblemStream(training.problems, batch=settings.rollout.prompts, seed=settings.seed)
+    prompt_of = {p.id: ids for p, ids in zip(training.problems, training.prompts, strict=True)}
+    run = Run(settings, workdir, source, training, held_out, devices, programs, reference, prompt_of)
+    step = checkpoints.latest_step()
+    if step is None:
+        state = _initial_state(params, optimizer, shardings)
+        return run, Position(0, state, None, 0, stream, {})
+    return run, restore(run, checkpoints, step, abstract, shardings, stream)
+
+
+def _initial_state(params: Any, optimizer: Any, shardings: update.TrainState) -> update.TrainState:
+    start = jax.jit(
+        lambda params: update.init_state(params, optimizer), out_shardings=shardings, donate_argnums=0
+    )
+    return start(params)
+
+
+def restore(
+    run: Run,
+    checkpoints: Checkpoints,
+    step: int,
+    abstract: update.TrainState,
+    shardings: update.TrainState,
+    stream: ProblemStream,
+) -> Position:
+    """The position that a checkpoint holds; ValueError where it is of a run with another seed."""
+    host = checkpoints.read_host(step)
+    if host["seed"] != run.settings.seed:
+        raise ValueError(
+            f"the run in {run.workdir} was made with seed {host['seed']}, not {run.settings.seed}; "
+            "use that seed or another --workdir."
+        )
+    wanted = {"train": _abstract(abstract, shardings)}
+    if host["table_age"] is not None:
+        shape = (run.source.config.vocab_size, run.settings.mixing.k)
+        whole = mesh.replicated(run.mesh)
+        wanted["table_VC"] = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole)
+    restored, host = checkpoints.restore(step, wanted)
+    stream.set_state(host["stream"])
+    print(f"resumed from step {step} of {run.workdir}.")
+    return Position(
+        step, restored["train"], restored.get("table_VC"), host["table_age"] or 0, stream, host["before"]
+    )
+
+
+def _abstract(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+
+
+def save(
+    position: Position, settings: Settings, checkpoints: Checkpoints, row: dict[str, float] | None
+) -> None:
+    """Everything that the rest of the run depends on."""
+    arrays: dict[str, Any] = {"train": position.state}
+    if position.table_VC is not None:
+        arrays["table_VC"] = position.table_VC
+    host = {
+        "seed": settings.seed,
+        "stream": position.stream.get_state(),
+        "table_age": None if position.table_VC is None else position.table_age,
+        "before": position.before,
+    }
+    checkpoints.save(position.step, arrays, host, row)
+
+
+def open_checkpoint(
+    source: composition.Source, workdir: pathlib.Path, devices: jax.sharding.Mesh, which: str
+) -> tuple[int, Any]:
+    """(step, float32 parameters on the mesh) of a workdir's checkpoint.
+
+    Args:
+      which: "latest", "best" (or the latest where none was evaluated), "start" (the starting model), a step.
+        A workdir without checkpoints gives the starting model for "best", and ValueError for the others.
+    """
+    if which == "start":
+        return 0, composition.load_params(source, devices)
+    with Checkpoints(workdir / "checkpoints", model=None, best=BEST) as checkpoints:
+        steps = checkpoints.steps()
+        if not steps and which == "best":
+            return 0, composition.load_params(source, devices)
+        named = {
+            "latest": checkpoints.latest_step(),
+            "best": checkpoints.best_step() or checkpoints.latest_step(),
+        }
+        step = named.get(which, int(which) if which.isdigit() else None)
+        if step not in steps:
+            have = ", ".join(map(str, steps)) or "none"
+            raise ValueError(
+                f"--step={which}: {workdir} has checkpoints at steps: {have}; or use best, latest, start."
+            )
+        shapes = composition.parameter_shapes(source.config)
+        wanted = {"train": {"params": _abstract(shapes, mesh.param_shardings(devices, shapes))}}
+        restored, _ = checkpoints.restore(step, wanted, partial=True)
+    return step, restored["train"]["params"]

@@ -1,0 +1,122 @@
+"""What a training run says: before it starts, at each step, and at its end (summary.json and the table)."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from ngrpo_jax.commands.run import Position, Run
+from ngrpo_jax.model import hf
+from ngrpo_jax.runtime import console, metrics, preflight
+from ngrpo_jax.runtime.checkpoints import Checkpoints
+from ngrpo_jax.settings import Settings
+
+
+def already_finished(settings: Settings, workdir: pathlib.Path) -> bool:
+    """Whether the workdir's run has reached `train.steps`; if so, prints its summary again."""
+    path = workdir / "summary.json"
+    if not path.is_file():
+        return False
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    if summary["steps"] < settings.train.steps:
+        return False
+    print(f"{workdir} holds a finished run of {summary['steps']} steps; another --workdir starts a new one.")
+    print_summary(summary, settings, workdir)
+    return True
+
+
+def announce(run: Run, position: Position) -> None:
+    """What this run is, before it starts."""
+    settings, source = run.settings, run.source
+    mixing = settings.mixing
+    count = preflight.parameter_count(source.config)
+    size = f"{console.format_count(count)} parameters"
+    print(f"model      {source.directory} ({source.config.architecture}, {size})")
+    print(
+        f"problems   {len(run.training.problems)} to train on ({run.training.dropped} too long), "
+        f"{len(run.held_out.problems)} held out ({run.held_out.dropped} too long)"
+    )
+    what = f"{mixing.strategy}, rate {mixing.rate}, k {mixing.k}" if mixing.active else "none (plain GRPO)"
+    print(f"mixing     {what}")
+    print(
+        f"each step  {settings.rollout.prompts} prompts × {settings.rollout.group} responses, "
+        f"{settings.rollout.prompts // settings.train.mini_batch_prompts} optimiser steps, "
+        f"on {run.mesh.size} {jax.devices()[0].platform} device(s)"
+    )
+    print(f"steps      {position.step} of {settings.train.steps} done; workdir {run.workdir}", flush=True)
+
+
+def step_line(step: int, row: dict[str, float], steps: int, pace: float) -> str:
+    """One line a step: what was learnt, what it cost, how long it still takes (`pace`: seconds a step)."""
+    parts = [
+        f"step {step}/{steps}",
+        f"reward {row['reward/mean']:.3f}",
+        f"length {row['rollout/length_mean']:.0f}",
+        f"mixed {100 * row['rollout/mixed_fraction']:.1f} %",
+        f"gap {row['gap/max']:.1e}",
+        f"{console.format_seconds(row['time/step'])} (rollout {console.format_seconds(row['time/rollout'])}, "
+        f"update {console.format_seconds(row['time/logprobs'] + row['time/update'])})",
+    ]
+    if "eval/mean_at_n" in row:
+        parts.insert(2, f"held out {row['eval/mean_at_n']:.3f}")
+    if step < steps:
+        parts.append(f"{console.format_seconds(pace * (steps - step))} left")
+    return " · ".join(parts)
+
+
+def finish(
+    run: Run, position: Position, after: dict[str, float], checkpoints: Checkpoints, seconds: float
+) -> None:
+    """Exports the last parameters, writes summary.json, prints the table."""
+    settings, source = run.settings, run.source
+    export = run.workdir / "export"
+    params = jax.device_get(position.state.params)
+    hf.save(export, source.config, params, tokenizer_from=source.directory, dtype=source.config.dtype)
+    rows = metrics.read_rows(run.workdir / "metrics.jsonl")
+    mixed = [row for row in rows if "rollout/mix_cosine_mean" in row]
+    summary = {
+        "mean_at_n_before": position.before["mean_at_n"],
+        "mean_at_n_after": after["mean_at_n"],
+        "pass_at_k_before": position.before["pass_at_k"],
+        "pass_at_k_after": after["pass_at_k"],
+        "length_before": position.before["length_mean"],
+        "length_after": after["length_mean"],
+        "seconds": seconds,
+        "steps": position.step,
+        "best_step": checkpoints.best_step(),
+        "mixed_fraction": float(np.mean([row["rollout/mixed_fraction"] for row in rows])),
+        "mix_cosine_mean": float(np.mean([row["rollout/mix_cosine_mean"] for row in mixed]))
+        if mixed
+        else None,
+        "mix_cosine_min": min((row["rollout/mix_cosine_min"] for row in mixed), default=None),
+        "sampler_trainer_gap_max": max(row["gap/max"] for row in rows),
+        "checkpoint": str(pathlib.Path(checkpoints.directory) / str(position.step)),
+        "export": str(export),
+    }
+    (run.workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    print_summary(summary, settings, run.workdir)
+
+
+def print_summary(summary: dict[str, Any], settings: Settings, workdir: pathlib.Path) -> None:
+    """The table that ends a run: before and after, mixing, where things are, what to run next."""
+    rows: list[tuple[str, float | None, float | None]] = [
+        (f"Mean@{settings.eval.samples}", summary["mean_at_n_before"], summary["mean_at_n_after"]),
+        (f"Pass@{settings.eval.pass_k}", summary["pass_at_k_before"], summary["pass_at_k_after"]),
+        ("response tokens", summary["length_before"], summary["length_after"]),
+    ]
+    print()
+    print(console.table(rows, ("held out", "before", "after")))
+    print()
+    if summary["mix_cosine_mean"] is not None:
+        print(
+            f"mixed      {100 * summary['mixed_fraction']:.1f} % of response tokens; cosine of mixed inputs "
+            f"to their anchors: mean {summary['mix_cosine_mean']:.4f}, min {summary['mix_cosine_min']:.4f}"
+        )
+    print(f"time       {console.format_seconds(summary['seconds'])} for {summary['steps']} steps")
+    print(f"checkpoint {summary['checkpoint']} (best held out: step {summary['best_step']})")
+    print(f"export     {summary['export']}  (a Hugging Face directory)")
+    print(f"look       python -m ngrpo_jax.report --workdir={workdir}")

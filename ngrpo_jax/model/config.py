@@ -1,0 +1,94 @@
+"""What a decoder is: sizes, positions, tokens. Frozen and hashable, so that it can be a static argument.
+
+Knows no file format (that is hf_config.py) and holds no arrays.
+"""
+
+import dataclasses
+
+ARCHITECTURES = ("qwen2", "qwen3", "llama")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """The "llama3" stretching of rotary frequencies (Llama 3.1): long wavelengths are divided by `factor`.
+
+    Wavelengths above original_max_position_embeddings / low_freq_factor are stretched in full, those below
+    original_max_position_embeddings / high_freq_factor not at all, those between in proportion.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        if not self.factor > 0:
+            raise ValueError(f"rope scaling: factor must be above 0, not {self.factor}")
+        if not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                "rope scaling: 0 < low_freq_factor < high_freq_factor must hold, "
+                f"not {self.low_freq_factor} and {self.high_freq_factor}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """One decoder of the Qwen2, Qwen3 or Llama family.
+
+    `vocab_size` counts the rows of the embedding, which may be more than the tokenizer has tokens. `dtype` is
+    the type of matrix products; parameters of any type are cast to it where they are used. `max_positions` is
+    the length that the model was made for, for callers to check against: nothing here enforces it.
+    `eos_token_ids` is the union that the checkpoint's own files give; the tokenizer may add to it.
+
+    Raises:
+      ValueError: on construction, for an unknown architecture or sizes that do not fit one another.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    max_positions: int = 32768
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(f"unknown architecture {self.architecture!r}; known: {', '.join(ARCHITECTURES)}")
+        sizes = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+        )
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even, to be rotated in pairs, not {self.head_dim}")
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether query, key and value projections add a bias."""
+        return self.architecture == "qwen2"
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether queries and keys are normalised per head before they are rotated."""
+        return self.architecture == "qwen3"

@@ -1,0 +1,215 @@
+"""The language model as functions of (params, config, inputs): whole sequences, prefill, one-token decoding.
+
+Parameters come in two layouts. Stacked, the learner's: every leaf under "layers" has a leading [L], and
+layers run under `lax.scan`, so that compile time does not grow with depth. Unstacked, the rollout's: "layers"
+is a tuple of L trees, because slicing a stacked weight inside a decode loop copies it for every token.
+
+Inputs are token ids or Mixtures (algo/mixture.py); nothing here knows how a mixture came about.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from ngrpo_jax.algo.mixture import Mixture, embed, one_hot
+from ngrpo_jax.model.cache import KVCache
+from ngrpo_jax.model.config import ModelConfig
+from ngrpo_jax.model.layers import Block, RMSNorm, rope_angles
+
+Params = dict[str, Any]
+
+_REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    # Keeps the outputs of weight products and recomputes attention, whose scores grow with T².
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def init(key: jax.Array, config: ModelConfig) -> Params:
+    """Fresh float32 parameters, stacked: matrices normal with deviation 0.02, norms 1, biases 0."""
+    embed_key, head_key, layers_key = jax.random.split(key, 3)
+    V, D = config.vocab_size, config.hidden_size
+
+    def layer(layer_key: jax.Array) -> Params:
+        positions_BT = jnp.zeros((1, 1), jnp.int32)
+        x_BTD, mask_BTS = jnp.zeros((1, 1, D)), jnp.ones((1, 1, 1), bool)
+        return Block(config).init(layer_key, x_BTD, rope_angles(config, positions_BT), mask_BTS)["params"]
+
+    params = {
+        "embed": {"embedding": 0.02 * jax.random.normal(embed_key, (V, D))},
+        "layers": jax.vmap(layer)(jax.random.split(layers_key, config.num_layers)),
+        "final_norm": {"scale": jnp.ones((D,))},
+    }
+    if not config.tie_embeddings:
+        params["head"] = {"kernel": 0.02 * jax.random.normal(head_key, (D, V))}
+    return params
+
+
+def unstack_layers(params: Params) -> Params:
+    """`params` in the rollout's layout, "layers" a tuple of per-layer trees; if it is one, as is."""
+    layers = params["layers"]
+    if isinstance(layers, tuple):
+        return params
+    depth = jax.tree.leaves(layers)[0].shape[0]
+    return params | {"layers": tuple(jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(depth))}
+
+
+def hidden_states(
+    params: Params,
+    config: ModelConfig,
+    inputs: jax.Array | Mixture,
+    *,
+    positions_BT: jax.Array | None = None,
+    segment_ids_BT: jax.Array | None = None,
+    remat: str = "none",
+) -> jax.Array:
+    """Outputs of the last layer after the final norm, [B, T, D] in the compute type.
+
+    Args:
+      params: in either layout.
+      inputs: token ids, int [B, T], or a Mixture [B, T, C].
+      positions_BT: position of every token for the rotary angles; 0..T-1 where missing.
+      segment_ids_BT: int; tokens see earlier tokens (by place in the row) of their own segment alone, so that
+        several sequences can share a row. Segment 0 is padding. Missing: each row is one segment.
+      remat: what the backward pass recomputes, layer by layer: "none", "full" (everything), or "dots" (all
+        but the products with weights).
+
+    Raises:
+      ValueError: for an unknown `remat`.
+    """
+    x_BTD = _embed(params, config, inputs)
+    B, T, _ = x_BTD.shape
+    if positions_BT is None:
+        positions_BT = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
+    chex.assert_shape(positions_BT, (B, T))
+    mask_BTS = jnp.tril(jnp.ones((T, T), bool))[None]
+    if segment_ids_BT is not None:
+        chex.assert_shape(segment_ids_BT, (B, T))
+        # Padding sees padding: it needs no rule of its own, and no query is left with nothing to see.
+        mask_BTS = mask_BTS & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
+    rope = rope_angles(config, positions_BT)
+    layers = params["layers"]
+    stacked = not isinstance(layers, tuple)
+
+    def run_layer(x_BTD: jax.Array, layer: Params) -> jax.Array:
+        return _block(config, layer, x_BTD, rope, mask_BTS)[0]
+
+    run_layer = _rematerialised(run_layer, remat, in_scan=stacked)
+    if stacked:
+        x_BTD, _ = jax.lax.scan(lambda x, layer: (run_layer(x, layer), None), x_BTD, layers)
+    else:
+        for layer in layers:
+            x_BTD = run_layer(x_BTD, layer)
+    return _final_norm(params, config, x_BTD)
+
+
+def head(params: Params, config: ModelConfig) -> jax.Array:
+    """The output matrix [D, V] as it is stored: the embedding transposed where the two are tied."""
+    return params["embed"]["embedding"].T if config.tie_embeddings else params["head"]["kernel"]
+
+
+def forward(
+    params: Params,
+    config: ModelConfig,
+    inputs: jax.Array | Mixture,
+    *,
+    positions_BT: jax.Array | None = None,
+    segment_ids_BT: jax.Array | None = None,
+) -> jax.Array:
+    """float32 logits [B, T, V]; arguments as for `hidden_states`."""
+    hidden_BTD = hidden_states(
+        params, config, inputs, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT
+    )
+    head_DV = head(params, config).astype(config.dtype)
+    return jnp.einsum("btd,dv->btv", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
+
+
+def prefill(
+    params: Params, config: ModelConfig, ids_BT: jax.Array, lengths_B: jax.Array, cache_length: int
+) -> tuple[jax.Array, KVCache]:
+    """Reads right-padded prompts: (hidden_BD after each row's last token, a cache of `cache_length` slots).
+
+    What stands beyond a row's length has no influence. A row of length 0 (an idle slot) gives a hidden state
+    of no meaning.
+
+    Raises:
+      ValueError: where the prompts are longer than the cache.
+    """
+    B, T = ids_BT.shape
+    chex.assert_shape(lengths_B, (B,))
+    if cache_length < T:
+        raise ValueError(f"a cache of {cache_length} slots cannot hold prompts of {T} tokens")
+    x_BTD = _embed(params, config, ids_BT)
+    rope = rope_angles(config, jnp.broadcast_to(jnp.arange(T)[None], (B, T)))
+    # Padding stands at the end of each row, where no real token looks.
+    mask_BTS = jnp.tril(jnp.ones((T, T), bool))[None]
+    room = ((0, 0), (0, cache_length - T), (0, 0), (0, 0))
+    keys, values = [], []
+    for layer in unstack_layers(params)["layers"]:
+        x_BTD, (k_BTKH, v_BTKH) = _block(config, layer, x_BTD, rope, mask_BTS)
+        keys.append(jnp.pad(k_BTKH, room))
+        values.append(jnp.pad(v_BTKH, room))
+    last_B11 = jnp.maximum(lengths_B - 1, 0)[:, None, None]
+    x_B1D = jnp.take_along_axis(x_BTD, last_B11, axis=1)
+    cache = KVCache(tuple(keys), tuple(values), lengths_B.astype(jnp.int32))
+    return _final_norm(params, config, x_B1D)[:, 0], cache
+
+
+def decode_step(
+    params: Params, config: ModelConfig, inputs: Mixture, cache: KVCache
+) -> tuple[jax.Array, KVCache]:
+    """Feeds one input per row: (hidden_BD, cache with the input written and every length one more).
+
+    Args:
+      params: in the rollout's layout; stacked ones work too, at the price of a copy of every weight.
+      inputs: Mixture [B, C].
+      cache: written in place where it is donated or carried by a loop. Rows need not be of equal length: each
+        is written at its own. A row that is full is written at its last slot and stays full, which spoils
+        that row and no other.
+    """
+    B, S = cache.keys[0].shape[:2]
+    chex.assert_shape(inputs.ids, (B, None))
+    chex.assert_shape(cache.lengths_B, (B,))
+    x_BTD = _embed(params, config, jax.tree.map(lambda leaf: leaf[:, None], inputs))
+    lengths_B = cache.lengths_B
+    rope = rope_angles(config, lengths_B[:, None])
+    mask_BTS = (jnp.arange(S)[None, :] <= lengths_B[:, None])[:, None]
+    keys, values = [], []
+    layers = unstack_layers(params)["layers"]
+    for layer, layer_keys, layer_values in zip(layers, cache.keys, cache.values, strict=True):
+        layer_cache = (layer_keys, layer_values, lengths_B)
+        x_BTD, (k_BSKH, v_BSKH) = _block(config, layer, x_BTD, rope, mask_BTS, layer_cache)
+        keys.append(k_BSKH)
+        values.append(v_BSKH)
+    cache = KVCache(tuple(keys), tuple(values), jnp.minimum(lengths_B + 1, S))
+    return _final_norm(params, config, x_BTD)[:, 0], cache
+
+
+def _embed(params: Params, config: ModelConfig, inputs: jax.Array | Mixture) -> jax.Array:
+    """[B, T, D] in the compute type, of ids [B, T] or a Mixture [B, T, C]."""
+    mixture = inputs if isinstance(inputs, Mixture) else one_hot(inputs, 1)
+    chex.assert_rank(mixture.ids, 3)
+    return embed(params["embed"]["embedding"], mixture).astype(config.dtype)
+
+
+def _block(config: ModelConfig, layer: Params, *arguments: Any) -> Any:
+    """One layer with the parameters given; Linen's own annotation of `apply` fits no module in particular."""
+    return Block(config).apply({"params": layer}, *arguments)
+
+
+def _final_norm(params: Params, config: ModelConfig, x_BTD: jax.Array) -> Any:
+    return RMSNorm(config.norm_eps, config.dtype).apply({"params": params["final_norm"]}, x_BTD)
+
+
+def _rematerialised(run_layer: Callable, remat: str, *, in_scan: bool) -> Callable:
+    """`run_layer` under the named policy. A scan already keeps XLA from merging the recomputation away."""
+    if remat == "none":
+        return run_layer
+    if remat not in _REMAT_POLICIES:
+        raise ValueError(f"unknown remat {remat!r}; known: none, {', '.join(_REMAT_POLICIES)}")
+    return jax.checkpoint(run_layer, policy=_REMAT_POLICIES[remat], prevent_cse=not in_scan)

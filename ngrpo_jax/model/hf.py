@@ -1,0 +1,206 @@
+"""Hugging Face directories: a model is loaded from one, saved as one, and found by hub name.
+
+Owns directories as wholes. What their files say is in the tables of hf_format.py, how weights are read and
+written in hf_weights.py. Reads safetensors alone and needs no torch.
+"""
+
+import contextlib
+import os
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from ngrpo_jax.model import hf_format, hf_weights
+from ngrpo_jax.model.config import ModelConfig
+from ngrpo_jax.model.decoder import Params
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+_CONFIG, _GENERATION = "config.json", "generation_config.json"
+_RECEIPT = ".ngrpo_export.json"  # names the files that `save` wrote: it replaces those and no others
+
+
+def load(path: str | os.PathLike, *, dtype: str = "float32") -> tuple[ModelConfig, Params]:
+    """Model of a Hugging Face directory: safetensors, one file or sharded, of float32, bfloat16 or float16.
+
+    Args:
+      path: directory with config.json and the weights (`locate` gives one for a hub name).
+      dtype: type of the parameters, whatever the file's, and `ModelConfig.dtype`.
+
+    Returns:
+      (config, parameters in the stacked layout, on the default device).
+
+    Raises:
+      FileNotFoundError: no directory, no config.json, no weights, or shards that the index names are missing.
+      ValueError: an architecture or feature that is not built; a broken file; missing, unknown or misshapen
+        tensors, all named in one sentence; a tied model whose own output matrix differs from its embedding.
+    """
+    return read(path, dtype=dtype, place=lambda _, leaf: jnp.asarray(leaf))
+
+
+def read(
+    path: str | os.PathLike, *, dtype: str, place: Callable[[tuple[str, ...], np.ndarray], Any]
+) -> tuple[ModelConfig, Params]:
+    """`load`, with every stacked leaf put where `place(tree path, host array)` says as soon as it is read.
+
+    Host memory holds one leaf at a time beyond what `place` keeps.
+    """
+    _check_dtype(dtype)
+    directory = pathlib.Path(path)
+    config = read_config(directory, dtype=dtype)
+    params: Params = {}
+    with contextlib.ExitStack() as stack:
+        files = hf_weights.open_files(directory, stack)
+        hf_weights.check(config, files, directory)
+        for tensor in hf_format.tensors(config):
+            branch = params
+            for part in tensor.path[:-1]:
+                branch = branch.setdefault(part, {})
+            branch[tensor.path[-1]] = place(tensor.path, hf_weights.read_leaf(tensor, config, files, dtype))
+    return config, params
+
+
+def save(
+    path: str | os.PathLike,
+    config: ModelConfig,
+    params: Params,
+    *,
+    tokenizer_from: str | os.PathLike | None = None,
+    dtype: str | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes a directory that `load` and transformers read: config.json, safetensors, the tokenizer's files.
+
+    It appears whole or not at all: everything is written beside `path` and renamed at the end. A directory
+    that an earlier `save` wrote is replaced; any other that is not empty is refused.
+
+    Args:
+      path: the directory to make.
+      config: its `dtype` is not written: that of the weights is.
+      params: in either layout; a tied head is written once, as the embedding.
+      tokenizer_from: directory whose tokenizer files and generation_config.json are copied.
+      dtype: type of the weights written; by default each keeps its own.
+      max_shard_bytes: weights beyond this size are cut into several files with an index.
+
+    Raises:
+      ValueError: parameters that do not fit `config`, a directory that may not be replaced, or no tokenizer
+        in `tokenizer_from`; nothing is written then.
+    """
+    if dtype is not None:
+        _check_dtype(dtype)
+    hf_weights.check_params(config, params)
+    target = pathlib.Path(os.path.abspath(path))
+    _check_replaceable(target)
+    copied = [] if tokenizer_from is None else _tokenizer_files(pathlib.Path(tokenizer_from))
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    replaced = target.with_name(f".{target.name}.replaced-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        saved_dtype = dtype or str(params["embed"]["embedding"].dtype)
+        hf_weights.write_json(partial / _CONFIG, hf_format.config_to_json(config, saved_dtype))
+        hf_weights.write_files(partial, config, params, dtype, max_shard_bytes)
+        for file in copied:
+            shutil.copyfile(file, partial / file.name)
+        written = sorted(file.name for file in partial.iterdir())
+        hf_weights.write_json(partial / _RECEIPT, {"files": written})
+        if target.exists():
+            target.rename(replaced)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def locate(name_or_dir: str | os.PathLike, revision: str | None = None) -> pathlib.Path:
+    """The local directory of a model: `name_or_dir` itself, or a snapshot of that name from the hub.
+
+    Raises:
+      FileNotFoundError: neither a directory nor a model that the hub gives out.
+      ValueError: a revision of a local directory.
+    """
+    directory = pathlib.Path(name_or_dir)
+    if directory.is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"{name_or_dir} is a local directory, which has no revision {revision!r}: leave it out"
+            )
+        return directory
+    import huggingface_hub  # here alone: it is slow to import, and a directory needs none of it
+    from huggingface_hub import errors
+
+    patterns = [*TOKENIZER_FILES, _CONFIG, _GENERATION, "model*.safetensors", hf_weights.INDEX]
+    try:
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(str(name_or_dir), revision=revision, allow_patterns=patterns)
+        )
+    except (errors.HFValidationError, errors.HfHubHTTPError, OSError) as error:
+        at = "" if revision is None else f" at revision {revision!r}"
+        reason = str(error).strip().split("\n")[0]
+        raise FileNotFoundError(
+            f"{name_or_dir} is neither a directory nor a model{at} that the Hugging Face hub gives out "
+            f"here: check the spelling, the connection and (for gated models) the login ({reason})"
+        ) from error
+
+
+def read_config(path: str | os.PathLike, *, dtype: str = "float32") -> ModelConfig:
+    """The ModelConfig of a directory, without its weights; errors as for `load`, naming the file."""
+    directory = pathlib.Path(path)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory} is no directory: give that of a Hugging Face checkpoint")
+    file = directory / _CONFIG
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{directory} has no {_CONFIG}: it is no Hugging Face checkpoint, or half-downloaded"
+        )
+    raw = hf_weights.read_json(file)
+    generation = hf_weights.read_json(directory / _GENERATION) if (directory / _GENERATION).is_file() else {}
+    try:
+        return hf_format.config_from_json(raw, generation, dtype)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _check_dtype(dtype: str) -> None:
+    known = hf_weights.DTYPES.values()
+    if dtype not in known:
+        raise ValueError(f"dtype must be one of {', '.join(known)}, not {dtype!r}")
+
+
+def _check_replaceable(target: pathlib.Path) -> None:
+    """ValueError unless `target` is absent, empty, or holds nothing but what an earlier `save` put there."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ValueError(f"{target} is a file: name a directory to save to")
+    present = {file.name for file in target.iterdir()} - {_RECEIPT}
+    receipt = target / _RECEIPT
+    known = hf_weights.read_json(receipt)["files"] if receipt.is_file() else []
+    foreign = sorted(present - set(known))
+    if foreign:
+        raise ValueError(
+            f"{target} holds {', '.join(foreign)}, which no earlier save wrote there: "
+            "name another directory, or empty this one"
+        )
+
+
+def _tokenizer_files(source: pathlib.Path) -> list[pathlib.Path]:
+    """The files of `source` that go with the weights."""
+    present = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if not present:
+        raise ValueError(
+            f"{source} holds no tokenizer file ({', '.join(TOKENIZER_FILES)}): name the directory of one"
+        )
+    generation = source / _GENERATION
+    return [*present, generation] if generation.is_file() else present

@@ -1,0 +1,241 @@
+"""The Hugging Face checkpoint format as tables: keys of config.json, names and shapes of tensors.
+
+Pure: takes and gives dictionaries. Files are the business of hf.py.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ngrpo_jax.model.config import ModelConfig, RopeScaling
+
+_CLASSES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "max_positions": "max_position_embeddings",
+}
+# What config.json leaves out has the value that transformers' configuration classes give it.
+_DEFAULT_NORM_EPS = 1e-6
+_DEFAULT_ROPE_THETA = 10000.0
+_DEFAULT_QWEN3_HEAD_DIM = 128
+
+
+class Tensor(NamedTuple):
+    """One leaf of the parameter tree and the tensors of the checkpoint that make it."""
+
+    path: tuple[str, ...]
+    name: str  # with "{layer}" where every layer has one
+    shape: tuple[int, ...]  # ours, of one layer
+    hf_shape: tuple[int, ...]
+
+    @property
+    def per_layer(self) -> bool:
+        return self.path[0] == "layers"
+
+    @property
+    def transposed(self) -> bool:
+        """Kernels are input first here and output first there."""
+        return self.path[-1] == "kernel"
+
+    def names(self, config: ModelConfig) -> list[str]:
+        """Names of this leaf's tensors, in the order of the leading [L]."""
+        return (
+            [self.name.format(layer=i) for i in range(config.num_layers)] if self.per_layer else [self.name]
+        )
+
+
+def tensors(config: ModelConfig) -> list[Tensor]:
+    """Every leaf of `config`'s parameters; a tied head is none."""
+    D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
+    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
+    attention, mlp = "model.layers.{layer}.self_attn.", "model.layers.{layer}.mlp."
+    table: list[tuple[str, str, tuple[int, ...], tuple[int, ...]]] = [
+        ("embed/embedding", "model.embed_tokens.weight", (V, D), (V, D)),
+        ("layers/input_norm/scale", "model.layers.{layer}.input_layernorm.weight", (D,), (D,)),
+        ("layers/attention/q/kernel", attention + "q_proj.weight", (D, N, H), (N * H, D)),
+        ("layers/attention/k/kernel", attention + "k_proj.weight", (D, K, H), (K * H, D)),
+        ("layers/attention/v/kernel", attention + "v_proj.weight", (D, K, H), (K * H, D)),
+        ("layers/attention/o/kernel", attention + "o_proj.weight", (N, H, D), (D, N * H)),
+        (
+            "layers/post_attention_norm/scale",
+            "model.layers.{layer}.post_attention_layernorm.weight",
+            (D,),
+            (D,),
+        ),
+        ("layers/mlp/gate/kernel", mlp + "gate_proj.weight", (D, F), (F, D)),
+        ("layers/mlp/up/kernel", mlp + "up_proj.weight", (D, F), (F, D)),
+        ("layers/mlp/down/kernel", mlp + "down_proj.weight", (F, D), (D, F)),
+        ("final_norm/scale", "model.norm.weight", (D,), (D,)),
+    ]
+    if config.qkv_bias:
+        for part, heads in (("q", N), ("k", K), ("v", K)):
+            name = f"{attention}{part}_proj.bias"
+            table.append((f"layers/attention/{part}/bias", name, (heads, H), (heads * H,)))
+    if config.qk_norm:
+        for part in ("q", "k"):
+            table.append(
+                (f"layers/attention/{part}_norm/scale", f"{attention}{part}_norm.weight", (H,), (H,))
+            )
+    if not config.tie_embeddings:
+        table.append(("head/kernel", "lm_head.weight", (D, V), (V, D)))
+    return [Tensor(tuple(path.split("/")), name, shape, hf_shape) for path, name, shape, hf_shape in table]
+
+
+def config_from_json(raw: Mapping[str, Any], generation: Mapping[str, Any], dtype: str) -> ModelConfig:
+    """ModelConfig of a parsed config.json and (possibly empty) generation_config.json.
+
+    Raises:
+      ValueError: for an unknown architecture, a missing or ill-typed key, or a feature that is not built.
+    """
+    architecture = _architecture(raw)
+    refusals = _refusals(raw, architecture)
+    if refusals:
+        raise ValueError("; ".join(refusals))
+    missing = [key for key in _SIZES.values() if raw.get(key) is None]
+    if missing:
+        raise ValueError(f"missing {', '.join(missing)}")
+    sizes = {ours: _integer(raw, theirs) for ours, theirs in _SIZES.items()}
+    if raw.get("head_dim") is not None:
+        head_dim = _integer(raw, "head_dim")
+    elif architecture == "qwen3":
+        head_dim = _DEFAULT_QWEN3_HEAD_DIM
+    else:
+        head_dim = sizes["hidden_size"] // max(sizes["num_heads"], 1)
+    theta, scaling = _rope(raw)
+    return ModelConfig(
+        architecture=architecture,
+        **sizes,
+        num_kv_heads=sizes["num_heads"]
+        if raw.get("num_key_value_heads") is None
+        else _integer(raw, "num_key_value_heads"),
+        head_dim=head_dim,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        norm_eps=_number(raw, "rms_norm_eps", _DEFAULT_NORM_EPS),
+        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        bos_token_id=raw.get("bos_token_id"),
+        eos_token_ids=_eos_token_ids(raw, generation),
+        dtype=dtype,
+    )
+
+
+def config_to_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """config.json of a checkpoint whose weights are `dtype`, with the keys of transformers 4 and of 5.
+
+    The two differ in `torch_dtype`/`dtype` and in `rope_theta` + `rope_scaling`/`rope_parameters`; each
+    ignores the other's or agrees with them.
+    """
+    scaling = None
+    if config.rope_scaling is not None:
+        scaling = {"rope_type": "llama3", **dataclasses.asdict(config.rope_scaling)}
+    eos: Any = list(config.eos_token_ids) or None
+    if len(config.eos_token_ids) == 1:
+        eos = config.eos_token_ids[0]
+    raw = {theirs: getattr(config, ours) for ours, theirs in _SIZES.items()} | {
+        "architectures": [_CLASSES[config.architecture]],
+        "model_type": config.architecture,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": scaling,
+        "rope_parameters": {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})},
+        "tie_word_embeddings": config.tie_embeddings,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": eos,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+    switches = {"qwen2": ("use_sliding_window",), "qwen3": ("use_sliding_window", "attention_bias")}
+    return raw | dict.fromkeys(switches.get(config.architecture, ("attention_bias", "mlp_bias")), False)
+
+
+def _architecture(raw: Mapping[str, Any]) -> str:
+    known = ", ".join(_CLASSES.values())
+    kind, classes = raw.get("model_type"), raw.get("architectures") or []
+    if kind not in _CLASSES:
+        raise ValueError(
+            f"unknown architecture: model_type {kind!r}, architectures {classes}; known: {known}"
+        )
+    if classes and _CLASSES[kind] not in classes:
+        raise ValueError(f"unknown architecture: {', '.join(map(str, classes))}; known: {known}")
+    return kind
+
+
+def _refusals(raw: Mapping[str, Any], architecture: str) -> list[str]:
+    """What this checkpoint asks for and the decoder does not do, one clause each."""
+    refusals = []
+    if raw.get("hidden_act", "silu") != "silu":
+        refusals.append(f"hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
+    if raw.get("attention_bias") and architecture != "qwen2":
+        refusals.append(f"attention_bias is not supported for {architecture}")
+    if raw.get("mlp_bias"):
+        refusals.append("mlp_bias is not supported")
+    other = sorted(set(map(str, raw.get("layer_types") or [])) - {"full_attention"})
+    if raw.get("use_sliding_window") or other:
+        refusals.append(
+            f"sliding-window attention is not supported ({', '.join(other) or 'use_sliding_window'})"
+        )
+    if raw.get("quantization_config"):
+        refusals.append("quantized weights (quantization_config) are not supported")
+    return refusals
+
+
+def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    """Base and scaling, from `rope_theta` + `rope_scaling` (transformers 4) or `rope_parameters` (5)."""
+    given: dict[str, Any] = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        section = raw.get(key) or {}
+        if not isinstance(section, Mapping) or any(isinstance(value, Mapping) for value in section.values()):
+            raise ValueError(f"{key} must be one flat table for all layers")
+        # The oldest name of the kind is "type"; of two sections, rope_scaling decides, as in transformers.
+        kind = section.get("rope_type") or section.get("type")
+        given |= section if kind is None else {**section, "rope_type": kind}
+    partial = given.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    if partial not in (None, 1, 1.0):
+        raise ValueError(f"partial_rotary_factor {partial} is not supported, only 1")
+    theta = _number(given, "rope_theta", _number(raw, "rope_theta", _DEFAULT_ROPE_THETA))
+    kind = given.get("rope_type") or "default"
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise ValueError(f"rope_type {kind!r} is not supported, only 'default' and 'llama3'")
+    missing = [field.name for field in dataclasses.fields(RopeScaling) if given.get(field.name) is None]
+    if missing:
+        raise ValueError(f"rope_type 'llama3' is missing {', '.join(missing)}")
+    return theta, RopeScaling(
+        factor=_number(given, "factor"),
+        low_freq_factor=_number(given, "low_freq_factor"),
+        high_freq_factor=_number(given, "high_freq_factor"),
+        original_max_position_embeddings=_integer(given, "original_max_position_embeddings"),
+    )
+
+
+def _eos_token_ids(*sources: Mapping[str, Any]) -> tuple[int, ...]:
+    """The union of `eos_token_id` over the files, in order of appearance: none of them alone is complete."""
+    found: dict[int, None] = {}
+    for source in sources:
+        ids = source.get("eos_token_id")
+        for token in ids if isinstance(ids, list) else [ids]:
+            if token is not None:
+                found[_integer({"eos_token_id": token}, "eos_token_id")] = None
+    return tuple(found)
+
+
+def _integer(raw: Mapping[str, Any], key: str) -> int:
+    value = raw[key]
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{key} must be a whole number, not {value!r}")
+    return value
+
+
+def _number(raw: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    value = default if raw.get(key) is None else raw[key]
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError(f"{key} must be a number, not {value!r}")
+    return float(value)

@@ -1,0 +1,220 @@
+"""Weights of Hugging Face directories: safetensors files, one or sharded with an index, read and written.
+
+Works through the table of tensors in hf_format.py; knows no architecture. Arrays on this side are NumPy's.
+"""
+
+import contextlib
+import functools
+import itertools
+import json
+import math
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from ngrpo_jax.model import hf_format
+from ngrpo_jax.model.config import ModelConfig
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_COMPARED_ROWS = 8192
+
+Files = dict[str, Any]  # tensor name -> the open safetensors file that holds it
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON file that holds a table, or a ValueError that names the file."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): fetch it again") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} must hold a JSON table: fetch it again")
+    return raw
+
+
+def write_json(path: pathlib.Path, raw: dict[str, Any]) -> None:
+    """Writes a table as JSON that people can read."""
+    path.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+
+
+def open_files(directory: pathlib.Path, stack: contextlib.ExitStack) -> Files:
+    """Every tensor of a directory by name, with the file that holds it, which closes with `stack`."""
+    files: Files = {}
+    for path in _weight_paths(directory):
+        try:
+            file = stack.enter_context(safetensors.safe_open(path, framework="np"))
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is broken or half-downloaded ({error}): fetch it again") from error
+        for name in file.keys():  # noqa: SIM118 (no mapping: it cannot be iterated over)
+            if name in files:
+                raise ValueError(f"{path} holds {name}, which another file of {directory} holds too")
+            files[name] = file
+    return files
+
+
+def check(config: ModelConfig, files: Files, directory: pathlib.Path) -> None:
+    """ValueError that names every tensor that is missing, unknown, misshapen or of an unknown type."""
+    wanted = {name: t.hf_shape for t in hf_format.tensors(config) for name in t.names(config)}
+    optional = {_HEAD: wanted[_EMBEDDING]} if config.tie_embeddings else {}
+    problems = [f"missing {name}" for name in wanted if name not in files]
+    for name, file in files.items():
+        expected = wanted.get(name) or optional.get(name)
+        if name.endswith("rotary_emb.inv_freq"):  # follows from config.json; older checkpoints store it
+            continue
+        if expected is None:
+            problems.append(f"unknown {name}")
+            continue
+        view = file.get_slice(name)
+        shape, dtype = tuple(view.get_shape()), view.get_dtype()
+        if shape != expected:
+            problems.append(f"{name} has shape {list(shape)} where config.json asks for {list(expected)}")
+        if dtype not in DTYPES:
+            problems.append(f"{name} has type {dtype}, which is none of {', '.join(DTYPES)}")
+    if problems:
+        raise ValueError(f"tensors in {directory} do not fit its config.json: {'; '.join(problems)}")
+    if config.tie_embeddings and _HEAD in files:
+        _check_tied(files, directory)
+
+
+def read_leaf(tensor: hf_format.Tensor, config: ModelConfig, files: Files, dtype: str) -> np.ndarray:
+    """One stacked leaf of the parameter tree, [L, ...] or, outside of the layers, [...]."""
+    names = tensor.names(config)
+    out = np.empty((len(names), *tensor.shape), jnp.dtype(dtype))
+    for part, name in zip(out, names, strict=True):
+        stored = files[name].get_tensor(name)
+        stored = stored.T if tensor.transposed else stored
+        part.reshape(stored.shape)[...] = stored  # a view: `part` is contiguous
+    return out if tensor.per_layer else out[0]
+
+
+def check_params(config: ModelConfig, params: dict[str, Any]) -> None:
+    """ValueError that names every leaf of `params`, in either layout, that does not fit `config`."""
+    L, unstacked = config.num_layers, isinstance(params.get("layers"), tuple)
+    wanted: dict[str, tuple[int, ...]] = {}
+    for tensor in hf_format.tensors(config):
+        first, *rest = tensor.path
+        if not tensor.per_layer:
+            wanted["/".join(tensor.path)] = tensor.shape
+        elif unstacked:
+            wanted |= {"/".join([first, str(i), *rest]): tensor.shape for i in range(L)}
+        else:
+            wanted["/".join(tensor.path)] = (L, *tensor.shape)
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    given = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+    problems = [f"missing {name}" for name in wanted if name not in given]
+    problems += [f"unknown {name}" for name in given if name not in wanted]
+    problems += [
+        f"{name} has shape {list(given[name])}, not {list(shape)}"
+        for name, shape in wanted.items()
+        if name in given and given[name] != shape
+    ]
+    if problems:
+        raise ValueError(f"parameters do not fit the model's configuration: {'; '.join(problems)}")
+
+
+def write_files(
+    directory: pathlib.Path, config: ModelConfig, params: dict[str, Any], dtype: str | None, limit: int
+) -> None:
+    """Writes every tensor, in one file where they fit into `limit` bytes, else in several with an index.
+
+    Host memory holds one file's tensors and one leaf at a time. `dtype` None keeps each leaf's own.
+    """
+    sizes: dict[str, int] = {}
+    for tensor in hf_format.tensors(config):
+        itemsize = jnp.dtype(dtype or _leaves(tensor, params)[0].dtype).itemsize
+        sizes |= dict.fromkeys(tensor.names(config), math.prod(tensor.hf_shape) * itemsize)
+    shards = _cut(sizes, limit)
+    stored = _stored(config, params, dtype)
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(shards):
+        file = SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        held = dict(itertools.islice(stored, len(names)))
+        # transformers 4 refuses files that do not say which framework's layout they have.
+        safetensors.numpy.save_file(held, directory / file, metadata={"format": "pt"})
+        # safetensors makes files for their owner alone; these are as readable as those beside them.
+        (directory / file).chmod(directory.stat().st_mode & 0o666)
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        metadata = {"total_size": sum(sizes.values())}
+        write_json(directory / INDEX, {"metadata": metadata, "weight_map": weight_map})
+
+
+def _weight_paths(directory: pathlib.Path) -> list[pathlib.Path]:
+    """The files that hold the weights: the single one, or all that the index names."""
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE]
+    if not (directory / INDEX).is_file():
+        raise FileNotFoundError(
+            f"{directory} has neither {SINGLE} nor {INDEX}: fetch the model's safetensors files"
+        )
+    weight_map = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{directory / INDEX} has no weight_map: fetch it again")
+    names = sorted(set(weight_map.values()))
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{directory} is half-downloaded, {INDEX} names {', '.join(missing)}: fetch them"
+        )
+    return [directory / name for name in names]
+
+
+def _check_tied(files: Files, directory: pathlib.Path) -> None:
+    """A tied model's own output matrix must be the embedding; compared in blocks, as both are large."""
+    first, second = files[_EMBEDDING].get_slice(_EMBEDDING), files[_HEAD].get_slice(_HEAD)
+    rows = first.get_shape()[0]
+    for start in range(0, rows, _COMPARED_ROWS):
+        block = slice(start, min(start + _COMPARED_ROWS, rows))
+        if not np.array_equal(first[block], second[block]):
+            raise ValueError(
+                f"{_HEAD} in {directory} differs from {_EMBEDDING} although config.json ties them: "
+                "set tie_word_embeddings to false there, or take the tensor out"
+            )
+
+
+def _cut(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    """Names in order, in groups of at most `limit` bytes; a tensor larger than that is a group of its own."""
+    groups: list[list[str]] = [[]]
+    used = 0
+    for name, size in sizes.items():
+        if groups[-1] and used + size > limit:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += size
+    return groups
+
+
+def _stored(
+    config: ModelConfig, params: dict[str, Any], dtype: str | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor under its Hugging Face name, in the order of the table, one leaf at a time on the host."""
+    for tensor in hf_format.tensors(config):
+        leaves = _leaves(tensor, params)
+        stacked = tensor.per_layer and not isinstance(params["layers"], tuple)
+        parts = np.asarray(leaves[0]) if stacked else map(np.asarray, leaves)
+        for name, part in zip(tensor.names(config), parts, strict=True):
+            part = part.astype(jnp.dtype(dtype or part.dtype), copy=False)
+            if tensor.transposed:
+                part = part.reshape(tensor.hf_shape[::-1]).T
+            # safetensors writes the buffer as it lies, whatever the strides.
+            yield name, np.ascontiguousarray(part.reshape(tensor.hf_shape))
+
+
+def _leaves(tensor: hf_format.Tensor, params: dict[str, Any]) -> list[jax.Array]:
+    """The arrays that hold `tensor`: one per layer in the unstacked layout, else one."""
+    trees, path = [params], tensor.path
+    if tensor.per_layer and isinstance(params["layers"], tuple):
+        trees, path = list(params["layers"]), path[1:]
+    leaves: list[Any] = [functools.reduce(lambda branch, part: branch[part], path, tree) for tree in trees]
+    return leaves

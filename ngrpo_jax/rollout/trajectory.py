@@ -1,0 +1,64 @@
+"""What a rollout records: enough to grade it, to replay it exactly, and to train on it.
+
+NumPy arrays on the host; the learner, the tasks and the analysis read them, only the rollout makes them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ngrpo_jax.algo.mixture import Mixture
+
+
+class Trajectories(NamedTuple):
+    """B responses, prompt-major (the samples of a prompt stand together).
+
+    Attributes:
+      tokens_BT: int32, the written tokens; 0 beyond the length.
+      lengths_B: int32, response tokens, a stop token included.
+      mixtures: ids int32 and weights float32 [B, T, C], the input that stood for each written token.
+      mixed_BT: bool, whether that input was a mixture rather than the token itself.
+      logprobs_BT: float32, log-probability of the written token when it was written, at the rollout
+        temperature, before truncation by top-p or top-k; 0 beyond the length.
+      stopped_B: bool, whether a stop token ended the response (else it ran into its limit).
+    """
+
+    tokens_BT: np.ndarray
+    lengths_B: np.ndarray
+    mixtures: Mixture
+    mixed_BT: np.ndarray
+    logprobs_BT: np.ndarray
+    stopped_B: np.ndarray
+
+    @classmethod
+    def empty(cls, count: int, length: int, candidates: int) -> Trajectories:
+        """`count` responses of which nothing is written yet: token 0, log-probability 0, one-hot 0."""
+        weights_BTC = np.zeros((count, length, candidates), np.float32)
+        weights_BTC[..., 0] = 1.0
+        return cls(
+            tokens_BT=np.zeros((count, length), np.int32),
+            lengths_B=np.zeros(count, np.int32),
+            mixtures=Mixture(np.zeros((count, length, candidates), np.int32), weights_BTC),
+            mixed_BT=np.zeros((count, length), bool),
+            logprobs_BT=np.zeros((count, length), np.float32),
+            stopped_B=np.zeros(count, bool),
+        )
+
+    def response(self, index: int) -> np.ndarray:
+        """The written tokens of one response, without padding."""
+        return self.tokens_BT[index, : self.lengths_B[index]]
+
+    def part(self, start: int, stop: int) -> Trajectories:
+        """The responses start..stop."""
+        cut = slice(start, stop)
+        mixtures = Mixture(self.mixtures.ids[cut], self.mixtures.weights[cut])
+        return Trajectories(
+            self.tokens_BT[cut],
+            self.lengths_B[cut],
+            mixtures,
+            self.mixed_BT[cut],
+            self.logprobs_BT[cut],
+            self.stopped_B[cut],
+        )

@@ -1,0 +1,170 @@
+"""What a run says on the console: a progress line, a table, numbers that can be read at a glance.
+
+Owns the layout of console output. Must not know what is being counted.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Any, TextIO
+
+_SI = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+_REWRITE_S = 0.2  # a terminal line is redrawn at most so often
+
+
+class Progress:
+    """One line for a piece of work: done and total, rate, elapsed time and time left.
+
+    On a terminal the line is rewritten in place. Elsewhere (a log file, a pipe) a new line is printed at most
+    every `every` seconds, and work shorter than that prints nothing.
+
+    Args:
+        label: what is being done, such as "rollout".
+        total: how much there is to do, in `unit`.
+        unit: plural noun, such as "sequences".
+        start: how much was done before this began (a resumed run); it does not count for the rate.
+        every: seconds between lines where there is no terminal.
+        keep: leave the last line standing on a terminal; otherwise it is wiped.
+        enabled: False says nothing, for the processes that are not the first.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        total: int,
+        unit: str,
+        *,
+        start: int = 0,
+        every: float = 10.0,
+        keep: bool = True,
+        enabled: bool = True,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._label, self._total, self._unit, self._start = label, total, unit, start
+        self._done = start
+        self._stream = sys.stderr if stream is None else stream
+        self._terminal = self._stream.isatty()
+        self._pause = _REWRITE_S if self._terminal else every
+        self._keep, self._enabled, self._clock = keep, enabled, clock
+        self._began = self._shown = clock()
+        self._said: str | None = None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def update(self, done: int, note: str = "") -> None:
+        """Sets how much is done, counted from zero; `note` is shown at the end of the line."""
+        self._done = done
+        if self._enabled and self._clock() - self._shown >= self._pause:
+            self._show(note)
+
+    def close(self) -> None:
+        """Says the last word, where anything was said before."""
+        if self._said is None:
+            return
+        if self._terminal and not self._keep:
+            self._stream.write("\r\x1b[K")
+        else:
+            self._show("")
+            self._stream.write("\n" * self._terminal)
+        self._stream.flush()
+        self._said = None
+
+    def line(self, note: str = "") -> str:
+        """The line as it would be shown now."""
+        elapsed = self._clock() - self._began
+        fresh = self._done - self._start
+        parts = [f"{self._label} {format_count(self._done)}/{format_count(self._total)} {self._unit}"]
+        if fresh > 0 and elapsed > 0:
+            parts.append(format_rate(fresh / elapsed, self._unit))
+        parts.append(format_seconds(elapsed))
+        if fresh > 0 and self._done < self._total:
+            parts.append(f"{format_seconds((self._total - self._done) * elapsed / fresh)} left")
+        return " · ".join(parts + [note] * bool(note))
+
+    def _show(self, note: str) -> None:
+        text = self.line(note)
+        self._shown = self._clock()
+        if text == self._said:
+            return
+        self._stream.write(f"\r{text}\x1b[K" if self._terminal else text + "\n")
+        self._stream.flush()
+        self._said = text
+
+
+def table(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> str:
+    """Aligned text: a header, a rule, the rows. Columns of numbers stand right, text left; None is a dash."""
+    body = list(rows)
+    for row in body:
+        if len(row) != len(headers):
+            raise ValueError(f"a table of {len(headers)} columns got the row {tuple(row)!r}")
+    cells = [[_cell(value) for value in row] for row in body]
+    widths = [max(len(text) for text in column) for column in zip(headers, *cells, strict=True)]
+    right = [
+        all(v is None or isinstance(v, int | float) for v in column) for column in zip(*body, strict=True)
+    ]
+    right = right or [False] * len(headers)
+
+    def aligned(texts: Sequence[str]) -> str:
+        columns = zip(texts, widths, right, strict=True)
+        return "  ".join(text.rjust(w) if r else text.ljust(w) for text, w, r in columns).rstrip()
+
+    return "\n".join([aligned(headers), "  ".join("─" * w for w in widths), *map(aligned, cells)])
+
+
+def format_seconds(seconds: float) -> str:
+    """0.42 s, 42 s, 3 min 05 s, 2 h 07 min, 3 d 04 h."""
+    if not math.isfinite(seconds):
+        return "–"
+    if seconds < 9.95:
+        return f"{seconds:.2f} s" if seconds < 0.995 else f"{seconds:.1f} s"
+    whole = round(seconds)
+    for size, unit, smaller, name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // smaller:02d} {name}"
+    return f"{whole} s"
+
+
+def format_count(number: float) -> str:
+    """Up to 9999 as it is, beyond with an SI prefix and three digits: 12.3 k, 1.54 M."""
+    if abs(number) < 10_000:
+        return f"{number:.0f}" if number == int(number) else f"{number:.3g}"
+    return _with_prefix(number, _SI)
+
+
+def format_rate(rate: float, unit: str) -> str:
+    """Units a second, or for slow work a minute or an hour: 12.3 sequences/s, 4.00 steps/min."""
+    for scale, name in ((1, "s"), (60, "min")):
+        if rate * scale >= 1:
+            return f"{format_count(float(f'{rate * scale:.3g}'))} {unit}/{name}"
+    return f"{rate * 3600:.3g} {unit}/h"
+
+
+def format_bytes(size: float) -> str:
+    """Powers of 1024: 512 B, 3.20 MiB, 14.9 GiB."""
+    binary = ((1024.0**4, "Ti"), (1024.0**3, "Gi"), (1024.0**2, "Mi"), (1024.0, "Ki"))
+    return (_with_prefix(size, binary) if abs(size) >= 1024 else f"{size:.0f} ") + "B"
+
+
+def _with_prefix(number: float, prefixes: Sequence[tuple[float, str]]) -> str:
+    # 0.9995 of the next size already rounds up to it: 999 999 is 1.00 M, not 1000 k.
+    size, prefix = next(((s, p) for s, p in prefixes if abs(number) >= 0.9995 * s), prefixes[-1])
+    scaled = number / size
+    digits = 2 if abs(scaled) < 9.995 else 1 if abs(scaled) < 99.95 else 0
+    return f"{scaled:.{digits}f} {prefix}"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.4g}" if math.isfinite(value) else "–"
+    return str(value)

@@ -1,0 +1,173 @@
+"""The device mesh, and where each array lives on it.
+
+Owns the three mesh axes and the one table from parameter path to PartitionSpec. Must not know what the
+parameters mean, how a step is computed, or any config object: a sharding goes to the other rooms as an
+argument.
+
+Axes, outermost first:
+    data    whole copies of the learner's state; rows of a batch are split over it
+    fsdp    parameters and optimiser state are split over it, rows of a batch as well
+    tensor  heads, feed-forward width and vocabulary are split over it
+"""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+Layout = Literal["learner", "tensor", "replicated"]
+
+# Path of a parameter -> its dimension letters and the mesh axis of each. Layer leaves are written without
+# their leading [L]: it is never split, because a scan over layers slices it at every layer.
+# Norms and the q/k norms are a few kilobytes: gathering them would cost more than holding them everywhere.
+RULES: tuple[tuple[str, str, P], ...] = (
+    (r"embed/embedding", "VD", P("tensor", "fsdp")),
+    (r"head/kernel", "DV", P("fsdp", "tensor")),
+    (r"final_norm/scale", "D", P(None)),
+    (r"LAYER/(input_norm|post_attention_norm)/scale", "D", P(None)),
+    (r"LAYER/attention/q/kernel", "DNH", P("fsdp", "tensor", None)),
+    (r"LAYER/attention/[kv]/kernel", "DKH", P("fsdp", "tensor", None)),
+    (r"LAYER/attention/q/bias", "NH", P("tensor", None)),
+    (r"LAYER/attention/[kv]/bias", "KH", P("tensor", None)),
+    (r"LAYER/attention/[qk]_norm/scale", "H", P(None)),
+    (r"LAYER/attention/o/kernel", "NHD", P("tensor", None, "fsdp")),
+    (r"LAYER/mlp/(gate|up)/kernel", "DF", P("fsdp", "tensor")),
+    (r"LAYER/mlp/down/kernel", "FD", P("tensor", "fsdp")),
+)
+# `layers/...` holds stacked leaves [L, ...]; `layers/7/...` holds those of layer 7 alone (rollout layout).
+_LAYER = r"layers(?P<index>/\d+)?"
+_COMPILED = tuple(
+    (re.compile(r"(?:^|/)" + pattern.replace("LAYER", _LAYER) + "$"), letters, spec)
+    for pattern, letters, spec in RULES
+)
+_DIMENSIONS = {
+    "V": "vocabulary rows",
+    "D": "model width",
+    "N": "query heads",
+    "K": "key/value heads",
+    "H": "head size",
+    "F": "feed-forward width",
+    "L": "layers",
+}
+
+
+def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of all devices (of every host), or of `devices`.
+
+    All axes are Auto: shardings are given at the edges of a jitted program and XLA finds the rest.
+
+    Raises:
+        ValueError: a size below 1, or sizes whose product is not the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} is {size}; a mesh axis has at least one device")
+    if math.prod(sizes.values()) != len(devices):
+        product = " × ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ValueError(
+            f"{product} = {math.prod(sizes.values())}, but there are {len(devices)} devices; "
+            f"choose mesh.data, mesh.fsdp and mesh.tensor whose product is {len(devices)}"
+        )
+    auto = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=auto, devices=devices)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A key path of jax.tree_util as `layers/attention/q/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def param_shardings(mesh: Mesh, shapes: Any, *, layout: Layout = "learner") -> Any:
+    """Shardings of a parameter tree, stacked or a tuple of layers (it shows in the paths).
+
+    Args:
+        shapes: tree whose leaves have `.shape` (arrays, or jax.ShapeDtypeStruct from jax.eval_shape).
+        layout: "learner" splits over fsdp and tensor; "tensor" over tensor alone (the rollout's copy, whole
+            on each data and fsdp coordinate); "replicated" not at all.
+
+    Returns:
+        a tree like `shapes` of NamedSharding.
+
+    Raises:
+        ValueError: a path without a rule, a leaf of another rank than its rule, or a dimension that its mesh
+            axis does not divide; it names the path.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, _param_spec(mesh, path_name(path), leaf.shape, layout)), shapes
+    )
+
+
+def state_shardings(mesh: Mesh, state: Any, *, extra: Iterable[tuple[str, P]] = ()) -> Any:
+    """Shardings of a training state: parameters and what repeats their tree, such as the moments of Adam.
+
+    A leaf belongs to a parameter when its path ends like one (`opt_state/1/mu/embed/embedding`). Scalars are
+    replicated. `extra` gives (regular expression, PartitionSpec) for other arrays, matched against the end of
+    the path and before the table, for example `(r"table_VC", P())`.
+
+    Raises:
+        ValueError: as param_shardings.
+    """
+    rules = [(re.compile(r"(?:^|/)(?:" + pattern + ")$"), spec) for pattern, spec in extra]
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = path_name(path)
+        for pattern, spec in rules:
+            if pattern.search(name):
+                _check_divides(mesh, name, leaf.shape, "", spec)
+                return NamedSharding(mesh, spec)
+        return NamedSharding(mesh, P() if not leaf.shape else _param_spec(mesh, name, leaf.shape, "learner"))
+
+    return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading dimension over data × fsdp, the rest whole: rows of a batch, slots of a rollout."""
+    return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, P())
+
+
+def _param_spec(mesh: Mesh, name: str, shape: tuple[int, ...], layout: Layout) -> P:
+    if layout not in ("learner", "tensor", "replicated"):
+        raise ValueError(f"layout is {layout!r}; it is 'learner', 'tensor' or 'replicated'")
+    for pattern, letters, spec in _COMPILED:
+        found = pattern.search(name)
+        if not found:
+            continue
+        if found.groupdict().get("index", "") is None:  # a layer leaf without a layer number is stacked
+            letters, spec = "L" + letters, P(None, *spec)
+        if len(shape) != len(letters):
+            raise ValueError(f"{name} has shape {shape}; its sharding rule is for dimensions {letters}")
+        if layout == "replicated":
+            return P()
+        if layout == "tensor":
+            spec = P(*(axis if axis == "tensor" else None for axis in spec))
+        _check_divides(mesh, name, shape, letters, spec)
+        return spec
+    raise ValueError(f"{name} of shape {shape} has no sharding rule; add one to RULES in runtime/mesh.py")
+
+
+def _check_divides(mesh: Mesh, name: str, shape: tuple[int, ...], letters: str, spec: P) -> None:
+    for dimension, axis in enumerate(spec):
+        if axis is None:
+            continue
+        axes = axis if isinstance(axis, tuple) else (axis,)
+        size = math.prod(mesh.shape[a] for a in axes)
+        if shape[dimension] % size:
+            letter = letters[dimension : dimension + 1]
+            what = f"{_DIMENSIONS[letter]} ({letter})" if letter else f"entries in dimension {dimension}"
+            settings = " × ".join(f"mesh.{a}" for a in axes)
+            raise ValueError(
+                f"{name} has {shape[dimension]} {what}, which {settings} = {size} does not divide; "
+                f"choose {settings} that divides {shape[dimension]}"
+            )

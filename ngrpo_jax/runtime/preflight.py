@@ -1,0 +1,235 @@
+"""Will this run fit and start? Questions that are cheap to ask before slow work, and change nothing.
+
+Owns the estimate of memory per device, by phase, and the check of a workdir. Plain numbers in: it must not
+know how a step is computed, only what sizes that takes. `model` is anything with the size attributes of
+ModelConfig.
+
+The estimate counts the arrays that grow with a setting. For the update and the prefill of a small decoder it
+came within a tenth to a fifth of XLA's own memory analysis (on CPU, all three kinds of remat): enough to tell
+what will not fit and which setting to lower, no promise that a run which passes by little will fit.
+"""
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from ngrpo_jax.runtime.console import format_bytes
+
+_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+_F32 = 4
+# float32 master parameters and the two moments of Adam: what is held, and what a checkpoint writes.
+_STATE_BYTES = 3 * _F32
+
+Phase = Literal["always", "rollout", "update"]
+
+
+class Part(NamedTuple):
+    """One share of a device's memory: what it is, bytes, when it is held, and what makes it smaller."""
+
+    name: str
+    size: int
+    phase: Phase
+    remedy: str
+
+
+@dataclasses.dataclass(frozen=True)
+class RunShape:
+    """The numbers of a run that memory depends on; one field, one setting.
+
+    Attributes:
+        data, fsdp, tensor: mesh sizes.
+        rollout_tensor: devices that share one rollout copy: `tensor`, or 1 where each holds a whole one.
+        slots: sequences decoded side by side, over all devices.
+        cache_length: positions of a slot's cache.
+        prefill_rows, prompt_tokens: prompts read at once (on every device), and tokens of the longest.
+        rows_per_device, row_tokens: packed rows of a microbatch on one device, and their length.
+        logprob_chunk: tokens whose logits exist at once.
+        remat: "none", "dots" or "full".
+        reference: whether a frozen copy of the model is held for the KL term.
+    """
+
+    data: int
+    fsdp: int
+    tensor: int
+    rollout_tensor: int
+    slots: int
+    cache_length: int
+    prefill_rows: int
+    prompt_tokens: int
+    rows_per_device: int
+    row_tokens: int
+    logprob_chunk: int
+    remat: str
+    reference: bool
+
+
+def parameter_count(model: Any) -> int:
+    """Number of parameters of a decoder with these sizes."""
+    D, F, H = model.hidden_size, model.intermediate_size, model.head_dim
+    N, K = model.num_heads, model.num_kv_heads
+    layer = 2 * D + 2 * D * N * H + 2 * D * K * H + 3 * D * F
+    layer += (N + 2 * K) * H * model.qkv_bias + 2 * H * model.qk_norm
+    tables = model.vocab_size * D * (1 if model.tie_embeddings else 2)
+    return tables + D + model.num_layers * layer
+
+
+def memory_estimate(model: Any, run: RunShape) -> list[Part]:
+    """What one device holds, largest first. Parts of "rollout" and of "update" are never held together."""
+    count, compute = parameter_count(model), _SIZE[model.dtype]
+    shard = count // (run.fsdp * run.tensor)
+    spread = "raise mesh.fsdp"
+    parts = [
+        Part("master parameters, float32", _F32 * shard, "always", spread),
+        Part("Adam moments, float32", 2 * _F32 * shard, "always", spread),
+        # A sum over microbatches and the microbatch that is being added.
+        Part("gradients, float32", 2 * _F32 * shard, "update", spread),
+        Part(
+            f"rollout copy, {model.dtype}",
+            compute * (count // run.rollout_tensor),
+            "always",
+            "raise mesh.tensor",
+        ),
+    ]
+    if run.reference:
+        remedy = f"{spread} or set objective.kl_coef to 0"
+        parts.append(Part(f"reference model, {model.dtype}", compute * shard, "always", remedy))
+    parts += _rollout_parts(model, run, compute) + _update_parts(model, run, compute)
+    return sorted(parts, key=lambda part: -part.size)
+
+
+def peak(parts: Sequence[Part]) -> tuple[int, Phase]:
+    """Bytes held at the worst moment, and the phase that it falls into."""
+    total = {
+        phase: sum(p.size for p in parts if p.phase == phase) for phase in ("always", "rollout", "update")
+    }
+    worst: Phase = "rollout" if total["rollout"] > total["update"] else "update"
+    return total["always"] + total[worst], worst
+
+
+def memory_problem(parts: Sequence[Part], available: int | None) -> str | None:
+    """A sentence naming the largest parts and what to change, where the peak exceeds `available` bytes."""
+    needed, phase = peak(parts)
+    if available is None or needed <= available:
+        return None
+    held = sorted((p for p in parts if p.phase in ("always", phase)), key=lambda part: -part.size)[:2]
+    largest = " and ".join(f"{format_bytes(p.size)} of {p.name} ({p.remedy})" for p in held)
+    return (
+        f"the {phase} needs at least {format_bytes(needed)} on each device, which has "
+        f"{format_bytes(available)}; the most is {largest}"
+    )
+
+
+def device_memory(device: Any, sharers: int = 1) -> int | None:
+    """Bytes that a device may use; None where nobody tells.
+
+    Args:
+        device: a jax.Device.
+        sharers: devices that draw on the same host memory, for CPU devices (jax.local_device_count()).
+    """
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    if device.platform != "cpu":
+        return None
+    free = [size for size in (_meminfo_available(), _cgroup_available()) if size is not None]
+    return min(free) // sharers if free else None
+
+
+def checkpoint_bytes(model: Any, kept: int) -> int:
+    """Disk space for `kept` checkpoints and the one that is being written."""
+    return (kept + 1) * _STATE_BYTES * parameter_count(model)
+
+
+def check_workdir(workdir: str | os.PathLike[str], needed_bytes: int = 0) -> None:
+    """Asks whether the workdir can be written, or made, and has room; writes nothing.
+
+    Raises:
+        ValueError: it is a file, may not be written, or lies on a disk with less free than `needed_bytes`.
+    """
+    path = Path(workdir)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"--workdir {path} is a file; name a directory")
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise ValueError(
+            f"--workdir {path} cannot be made, because {existing} is a file; name another directory"
+        )
+    if not os.access(existing, os.W_OK | os.X_OK):
+        verb = "written" if path.exists() else f"made, because {existing} may not be written"
+        raise ValueError(f"--workdir {path} cannot be {verb}; name another directory")
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise ValueError(
+            f"--workdir {path} lies on a disk with {format_bytes(free)} free, and the checkpoints of this "
+            f"model need {format_bytes(needed_bytes)}; name a directory on another disk"
+        )
+
+
+def _rollout_parts(model: Any, run: RunShape, compute: int) -> list[Part]:
+    slots = -(-run.slots // (run.data * run.fsdp))
+    token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * compute  # keys and values of a token
+    prompts = run.prefill_rows * run.prompt_tokens
+    scores = run.prefill_rows * model.num_heads * run.prompt_tokens**2 * (_F32 + compute)
+    hidden = prompts * (4 * model.hidden_size + 3 * model.intermediate_size) * compute
+    return [
+        Part(
+            "KV cache",
+            slots * run.cache_length * token // run.rollout_tensor,
+            "rollout",
+            "lower rollout.slots or rollout.max_new_tokens",
+        ),
+        Part(
+            "prefill of prompts",
+            prompts * token + (scores + hidden) // run.rollout_tensor,
+            "rollout",
+            "lower data.max_prompt_tokens or rollout.slots",
+        ),
+        Part("rollout logits", 2 * slots * model.vocab_size * _F32, "rollout", "lower rollout.slots"),
+    ]
+
+
+def _update_parts(model: Any, run: RunShape, compute: int) -> list[Part]:
+    D, F, L = model.hidden_size, model.intermediate_size, model.num_layers
+    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    tokens = run.rows_per_device * run.row_tokens
+    scores = run.rows_per_device * model.num_heads * run.row_tokens**2
+    # One layer, forward and backward: norms and residuals, projections, gate/up/product, scores and weights.
+    working = tokens * (4 * D + (2 * heads + 4 * F) // run.tensor) * compute
+    working += scores * (2 * _F32 + compute) // run.tensor
+    products = tokens * (2 * D + (heads + 2 * F) // run.tensor) * compute
+    kept = {"full": working, "dots": L * products + working, "none": L * working}[run.remat]
+    shorter = "lower train.rows_per_device" if run.rows_per_device > 1 else "lower rollout.max_new_tokens"
+    deeper = "" if run.remat == "full" else " or set train.remat to full"
+    return [
+        Part("activations of a microbatch", L * tokens * D * compute + kept, "update", shorter + deeper),
+        Part(
+            "logits chunk",
+            3 * run.logprob_chunk * model.vocab_size * _F32 // run.tensor,
+            "update",
+            "lower train.logprob_chunk",
+        ),
+    ]
+
+
+def _meminfo_available(path: str = "/proc/meminfo") -> int | None:
+    if not os.path.exists(path):
+        return None
+    for line in Path(path).read_text(encoding="ascii").split("\n"):
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _cgroup_available(directory: str = "/sys/fs/cgroup") -> int | None:
+    """What a container's limit leaves (cgroup v2), its file cache counted as free; None without a limit."""
+    limit, used, stat = (Path(directory, f"memory.{name}") for name in ("max", "current", "stat"))
+    if not limit.exists() or not used.exists() or limit.read_text().strip() == "max":
+        return None
+    lines = stat.read_text().split("\n") if stat.exists() else []
+    cache = sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+    return int(limit.read_text()) - int(used.read_text()) + cache

@@ -1,0 +1,27 @@
+"""A user's own code by import path: "package.module:function"."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+
+def import_function(path: str, purpose: str) -> Callable[..., Any]:
+    """The callable that `path`, as "package.module:function", names.
+
+    `purpose` opens the error's sentence, such as "the reward". Raises ValueError where the path is
+    malformed, the module cannot be imported, or it has no such callable.
+    """
+    module_name, colon, name = path.partition(":")
+    if not (module_name and colon and name):
+        raise ValueError(f"{purpose} {path!r} is no import path; write it as package.module:function")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(
+            f"{purpose} {path!r} cannot be imported ({error}); check its name, and that its folder is the "
+            "current one or on PYTHONPATH"
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"{purpose} {path!r}: module {module_name} has no function {name!r}")
+    return function

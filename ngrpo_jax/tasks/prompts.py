@@ -1,0 +1,254 @@
+r"""Text to token ids and back: the tokenizer, prompt texts, chat templates, `</think>`, what may be mixed.
+
+Owns every question that only a tokenizer can answer. It knows nothing of models: ids leave it as plain
+Python integers and NumPy arrays.
+"""
+
+import itertools
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jinja2
+import numpy as np
+
+MATH_SENTENCE = "Let's think step by step and output the final answer within \\boxed{}."
+CHOICE_SENTENCE = (
+    "Let's think step by step and output the final answer in the last line as:\nAnswer: <A/B/C/D>"
+)
+KINDS = ("math", "choice", "plain")
+PLAIN = "plain"
+
+Tokenizer = Any  # transformers.PreTrainedTokenizerFast, whose import costs seconds and is therefore put off
+
+
+class HasProblem(Protocol):
+    """Anything with the text of a problem, such as `datasets.Problem`."""
+
+    @property
+    def problem(self) -> str: ...
+
+
+def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer that `directory/tokenizer.json` describes; nothing is looked for elsewhere.
+
+    Always as `PreTrainedTokenizerFast`: `AutoTokenizer` chooses a class by config.json's model type, and
+    that class puts its own pre-tokenizer in the place of the file's. Raises FileNotFoundError where there
+    is no tokenizer.json and ValueError where its files cannot be read.
+    """
+    folder = pathlib.Path(directory)
+    if not (folder / "tokenizer.json").is_file():
+        raise FileNotFoundError(
+            f"no tokenizer in {folder}: tokenizer.json is missing; copy the model's tokenizer files there"
+        )
+    # transformers warns at import that there is no PyTorch; here that is as it should be.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        config_file = folder / "tokenizer_config.json"
+        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+        # Only the classes named in old files heed this setting by themselves.
+        bos: dict[str, Any] = {"add_bos_token": True} if config.get("add_bos_token") else {}
+        return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, **bos)
+    except Exception as error:  # the Rust tokenizer raises bare Exceptions
+        raise ValueError(
+            f"the tokenizer files in {folder} cannot be read ({error}); copy them again from the model"
+        ) from error
+
+
+def user_text(problem: str, kind: str = "math") -> str:
+    """The user's turn for a problem (METHOD.md section 6); kind "plain" is the problem's text alone."""
+    if kind == "math":
+        return f"{problem} {MATH_SENTENCE}"
+    if kind == "choice":
+        return f"{problem}\n\n{CHOICE_SENTENCE}"
+    if kind == "plain":
+        return problem
+    raise ValueError(f"unknown kind of problem {kind!r}; choose one of {', '.join(KINDS)}")
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str, chat_template: str | None = None) -> list[int]:
+    """Token ids of one user turn, ready for the model to answer (no system turn of ours).
+
+    Args:
+      text: the user's turn, see `user_text`.
+      chat_template: None = the tokenizer's own; "plain" = the text alone, after BOS if the tokenizer puts
+        one before texts; otherwise the path of a Jinja file.
+    Raises ValueError for a tokenizer without a template, and for a template that does not render;
+    FileNotFoundError for a Jinja file that is not there.
+    """
+    return _encode(tokenizer, [text], chat_template)[0]
+
+
+def encode_problems(
+    tokenizer: Tokenizer,
+    problems: Sequence[HasProblem],
+    kind: str,
+    chat_template: str | None,
+    limit: int,
+) -> tuple[list[Any], list[list[int]], int]:
+    """Encode every problem and drop those of more than `limit` tokens.
+
+    Returns (problems kept, their prompts' ids, how many were dropped). Raises ValueError where none is left.
+    """
+    prompts = _encode(tokenizer, [user_text(p.problem, kind) for p in problems], chat_template)
+    kept = [(problem, ids) for problem, ids in zip(problems, prompts, strict=True) if len(ids) <= limit]
+    if not kept:
+        shortest = min(map(len, prompts), default=0)
+        raise ValueError(
+            f"all {len(prompts)} prompts are longer than data.max_prompt_tokens = {limit} "
+            f"(the shortest has {shortest} tokens); raise data.max_prompt_tokens"
+        )
+    return [problem for problem, _ in kept], [ids for _, ids in kept], len(prompts) - len(kept)
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str], chat_template: str | None) -> list[list[int]]:
+    if chat_template == PLAIN:
+        bos = tokenizer.bos_token if tokenizer.encode("a")[0] == tokenizer.bos_token_id else ""
+        rendered = [bos + text for text in texts]
+    else:
+        template = _read_template(tokenizer, chat_template)
+        rendered = [_render(tokenizer, text, template) for text in texts]
+    # The rendered text holds BOS already: no special tokens on top.
+    return tokenizer(rendered, add_special_tokens=False)["input_ids"] if rendered else []
+
+
+def _read_template(tokenizer: Tokenizer, chat_template: str | None) -> str | None:
+    if chat_template is not None:
+        try:
+            return pathlib.Path(chat_template).read_text(encoding="utf-8")
+        except OSError as error:
+            raise FileNotFoundError(
+                f"data.chat_template = {chat_template!r} is neither 'plain' nor a readable Jinja file"
+            ) from error
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template; "
+            "set data.chat_template to a Jinja file or to 'plain'"
+        )
+    return None
+
+
+def _render(tokenizer: Tokenizer, text: str, template: str | None) -> str:
+    turns = [{"role": "user", "content": text}]
+    try:
+        return tokenizer.apply_chat_template(
+            turns, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+    except jinja2.TemplateError as error:
+        raise ValueError(
+            f"the chat template does not render one user turn ({error}); set data.chat_template to another"
+        ) from error
+
+
+# What may stand beside the text in a response. Neighbouring characters can share a token with its ends.
+_BEFORE = ("", " ", "\n", "a", "1", *".)]}>$*!?:\"'`")
+_AFTER = ("", " ", "\n", "\n\n", "a", "1", *"\\$*<([.,:\"'")
+
+
+def until_ids(tokenizer: Tokenizer, text: str = "</think>") -> tuple[int | tuple[int, ...], ...]:
+    """Every run of tokens that means `text` has just been written: an id where one token does, else a tuple.
+
+    A tokenizer without a token for `text` cuts it differently beside different characters ("</", "think",
+    ">" but "</", "think", ">\\n"): all shortest covering runs are found by encoding it between the usual
+    neighbours, in the tokenizer's own cut. Shorter runs first. Raises ValueError where it cannot be written.
+    """
+    contexts = list(itertools.product(_BEFORE, _AFTER))
+    encodings = tokenizer.backend_tokenizer.encode_batch(
+        [before + text + after for before, after in contexts], add_special_tokens=False
+    )
+    runs = set()
+    for (before, _), encoding in zip(contexts, encodings, strict=True):
+        start, stop = len(before), len(before) + len(text)
+        spans = zip(encoding.ids, encoding.offsets, strict=True)
+        run = tuple(token for token, (low, high) in spans if low < stop and high > start)
+        if text in tokenizer.decode(list(run), skip_special_tokens=False):
+            runs.add(run)
+    if not runs:
+        raise ValueError(f"the tokenizer of {tokenizer.name_or_path} cannot write {text!r}")
+    return tuple(run[0] if len(run) == 1 else run for run in sorted(runs, key=lambda run: (len(run), run)))
+
+
+def usable_rows(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
+    """bool [V]: the rows that may be neighbours of others.
+
+    False for rows that no token uses, for special tokens, and for every token added beside the learned
+    vocabulary: R1-distill's `<think>` and turn markers are such, without being flagged as special. Raises
+    ValueError where the tokenizer has ids beyond the model's `vocab_size` rows.
+    """
+    vocabulary = tokenizer.get_vocab()
+    largest = max(vocabulary.values())
+    if largest >= vocab_size:
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path} has ids up to {largest}, but the model only "
+            f"{vocab_size} rows; give the model the tokenizer it was made with"
+        )
+    valid_V = np.zeros(vocab_size, bool)
+    valid_V[list(vocabulary.values())] = True
+    valid_V[[*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder]] = False
+    return valid_V
+
+
+def stop_ids(tokenizer: Tokenizer, eos_token_ids: Sequence[int]) -> tuple[int, ...]:
+    """The ids that end a response: the model's `eos_token_ids` and the tokenizer's own EOS, ascending."""
+    own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    return tuple(sorted({*eos_token_ids, *own}))
+
+
+def response_text(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+    """The text to grade: without special tokens, but with `<think>` and `</think>` whatever their flags."""
+    hidden = set(tokenizer.all_special_ids)
+    hidden -= set(tokenizer.convert_tokens_to_ids(["<think>", "</think>"]))
+    kept = [int(token) for token in tokens if int(token) not in hidden]
+    return tokenizer.decode(kept, skip_special_tokens=False)
+
+
+def mixed_spans(
+    tokenizer: Tokenizer, tokens: Sequence[int], mixed: Sequence[bool]
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text of `tokens`, special ones included, and where its mixed tokens stand: (start, end) characters.
+
+    A span never splits a character: tokens that share one are marked together, if any of them is mixed.
+    """
+    pieces = _display_pieces(tokenizer, [int(t) for t in tokens], [bool(m) for m in mixed])
+    text, spans = "", []
+    for is_mixed, run in itertools.groupby(pieces, key=lambda piece: piece[1]):
+        start = len(text)
+        text += "".join(piece for piece, _ in run)
+        if is_mixed:
+            spans.append((start, len(text)))
+    return text, spans
+
+
+def marked_text(
+    tokenizer: Tokenizer, tokens: Sequence[int], mixed: Sequence[bool], marks: tuple[str, str] = ("⟦", "⟧")
+) -> str:
+    """The text of `tokens` with each span of mixed ones between `marks`."""
+    text, spans = mixed_spans(tokenizer, tokens, mixed)
+    for start, end in reversed(spans):
+        text = f"{text[:start]}{marks[0]}{text[start:end]}{marks[1]}{text[end:]}"
+    return text
+
+
+def _display_pieces(tokenizer: Tokenizer, tokens: list[int], mixed: list[bool]) -> list[tuple[str, bool]]:
+    """(text, any mixed?) of each token, or of several that only together are whole characters.
+
+    A piece's text is what it adds after its forerunner: alone, some tokenizers would drop its first space.
+    """
+
+    def decode(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    pieces: list[tuple[str, bool]] = []
+    context: list[int] = []
+    start = 0
+    for end in range(1, len(tokens) + 1):
+        before, through = decode(context), decode(context + tokens[start:end])
+        if end < len(tokens) and through.endswith("\N{REPLACEMENT CHARACTER}"):
+            continue  # the rest of this character is in the next token
+        pieces.append((through[len(before) :], any(mixed[start:end])))
+        context, start = tokens[start:end], end
+    return pieces

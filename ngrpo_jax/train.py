@@ -1,0 +1,208 @@
+"""The training command: the only place that knows the whole ring.
+
+    python -m ngrpo_jax.train --config=configs/NAME.py --workdir=DIR [--config.a.b=value]
+
+prompts -> rollout -> reward -> update -> next rollout, with an evaluation before, on a schedule, and after.
+A workdir that holds a checkpoint is resumed from it; one that is finished says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+
+from ngrpo_jax.algo.objectives import group_advantages
+from ngrpo_jax.commands import commandline, composition, evaluation, summary
+from ngrpo_jax.commands.run import BEST, Position, Run, prepare, save
+from ngrpo_jax.learner import packing, update
+from ngrpo_jax.rollout.trajectory import Trajectories
+from ngrpo_jax.runtime import mesh, metrics, preflight
+from ngrpo_jax.runtime.checkpoints import Checkpoints
+from ngrpo_jax.settings import resolve
+from ngrpo_jax.tasks.rewards import Grader
+
+SAMPLES_A_STEP = 2  # responses of each step that go to samples.jsonl
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parses flags, checks everything, trains."""
+    config, flags = commandline.parse_flags(argv)
+    settings = resolve(config)
+    workdir = pathlib.Path(flags["workdir"])
+    if summary.already_finished(settings, workdir):
+        return
+    devices = mesh.make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
+    preflight.check_workdir(workdir)
+    begun = time.monotonic()
+    with Grader(settings.reward.workers, settings.reward.deadline_s, settings.reward.memory_mb) as grader:
+        grader.check(settings.reward.kind)
+        parts = composition.compose(settings, workdir)
+        params = composition.load_params(parts[0], devices)
+        facts = composition.fingerprint(parts[0], params)
+        with Checkpoints(workdir / "checkpoints", model=facts, best=BEST) as checkpoints:
+            run, position = prepare(settings, workdir, parts, devices, params, checkpoints)
+            del params  # donated
+            workdir.mkdir(parents=True, exist_ok=True)
+            (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=1), encoding="utf-8")
+            train(run, position, grader, checkpoints, begun)
+
+
+def train(run: Run, position: Position, grader: Grader, checkpoints: Checkpoints, begun: float) -> None:
+    """Steps until `train.steps`, then evaluates, exports and sums up."""
+    settings = run.settings
+    resume = position.step or None
+    summary.announce(run, position)
+    if not position.before:
+        position = dataclasses.replace(position, before=evaluate(run, position, grader, "evaluation before"))
+    began_at, clock = position.step, time.monotonic()
+    figures: dict[str, float] = {}
+    with (
+        metrics.MetricsWriter(run.workdir, resume_step=resume) as writer,
+        metrics.JsonLines(run.workdir / "samples.jsonl", resume_step=resume) as samples,
+    ):
+        while position.step < settings.train.steps:
+            position, row, rows = train_step(run, position, grader)
+            last = position.step == settings.train.steps
+            scheduled = settings.eval.every is not None and position.step % settings.eval.every == 0
+            figures = evaluate(run, position, grader, "evaluation") if last or scheduled else {}
+            row |= {f"eval/{name}": value for name, value in figures.items()}
+            writer.write(position.step, row)
+            samples.write(rows)
+            if last or scheduled or position.step % settings.checkpoint.every == 0:
+                save(position, settings, checkpoints, row if figures else None)
+            pace = (time.monotonic() - clock) / (position.step - began_at)
+            print(summary.step_line(position.step, row, settings.train.steps, pace), flush=True)
+    checkpoints.wait()
+    summary.finish(run, position, figures, checkpoints, time.monotonic() - begun)
+
+
+def train_step(
+    run: Run, position: Position, grader: Grader
+) -> tuple[Position, dict[str, float], list[dict[str, Any]]]:
+    """Once round the ring. Returns the next position, the step's metrics, and a few responses to look at."""
+    settings, rollout = run.settings, run.settings.rollout
+    seconds: dict[str, float] = {}
+    step = position.step + 1
+    problems = next(position.stream)
+
+    with _timed(seconds, "rollout"):
+        table_VC, age = neighbor_table(run, position)
+        actor = evaluation.make_actor(run.source, run.mesh, position.state.params, table_VC)
+        prompts = [run.prompt_of[problem.id] for problem in problems]
+        trajectories = evaluation.write_responses(
+            actor,
+            prompts,
+            settings,
+            label=f"step {step}: rollout",
+            stream=step,
+            draws=evaluation.training_draws(settings),
+        )
+    with _timed(seconds, "reward"):
+        texts = evaluation.response_texts(run.source.language, trajectories)
+        golds = [problem.answer for problem in problems for _ in range(rollout.group)]
+        rewards_B = np.asarray(grader.score(texts, golds, settings.reward.kind), np.float32)
+    figures = evaluation.rollout_figures(actor, trajectories)
+    del actor  # the rollout's copy of the parameters must not outlive the rollout
+
+    rewards_PG = rewards_B.reshape(len(problems), rollout.group)
+    state, learned = learn(run, position.state, prompts, trajectories, rewards_PG, seconds)
+    row = {
+        **reward_figures(rewards_PG),
+        **figures,
+        **learned,
+        **{f"time/{name}": value for name, value in seconds.items()},
+        "time/step": sum(seconds.values()),
+        "speed/rollout_tokens": int(trajectories.lengths_B.sum()) / seconds["rollout"],
+        "speed/step_tokens": int(trajectories.lengths_B.sum()) / sum(seconds.values()),
+    }
+    samples = [
+        evaluation.sample_row(
+            run.source.language, problems[i // rollout.group], trajectories, i, rewards_B[i], step=step
+        )
+        for i in range(0, min(SAMPLES_A_STEP, len(problems)) * rollout.group, rollout.group)
+    ]
+    position = Position(step, state, table_VC, age, position.stream, position.before)
+    return position, row, samples
+
+
+def learn(
+    run: Run,
+    state: update.TrainState,
+    prompts: Sequence[Sequence[int]],
+    trajectories: Trajectories,
+    rewards_PG: np.ndarray,
+    seconds: dict[str, float],
+) -> tuple[update.TrainState, dict[str, float]]:
+    """Advantages, packed rows, old and reference log-probabilities, one optimiser step a mini-batch."""
+    settings = run.settings
+    advantages_PG = group_advantages(rewards_PG, scale_by_std=settings.objective.scale_by_std)
+    batches = packing.mini_batches(
+        [prompt for prompt in prompts for _ in range(settings.rollout.group)],
+        trajectories,
+        np.asarray(advantages_PG).reshape(-1),
+        settings.objective,
+        count=settings.rollout.prompts // settings.train.mini_batch_prompts,
+        row_tokens=settings.row_tokens,
+        rows=settings.train.rows_per_device * settings.mesh.data * settings.mesh.fsdp,
+        max_new_tokens=settings.rollout.max_new_tokens,
+    )
+    with _timed(seconds, "logprobs"):
+        scored = update.score(run.programs, state.params, run.reference, batches)
+        gap = update.sampler_gap(batches, scored)
+    with _timed(seconds, "update"):
+        state, steps = update.update(run.programs, state, scored)
+        figures = update.figures(jax.device_get(steps))
+    return state, {**figures, **gap, "rows/fill": packing.fill(batches)}
+
+
+def reward_figures(rewards_PG: np.ndarray) -> dict[str, float]:
+    """Mean and deviation of the rewards, and the share of groups in which all are alike."""
+    return {
+        "reward/mean": float(rewards_PG.mean()),
+        "reward/std": float(rewards_PG.std()),
+        "groups/zero_variance": float((rewards_PG.max(axis=1) == rewards_PG.min(axis=1)).mean()),
+    }
+
+
+def neighbor_table(run: Run, position: Position) -> tuple[jax.Array | None, int]:
+    """The table that this rollout mixes by, and its age after it; built anew every `mixing.refresh_every`."""
+    mixing = run.settings.mixing
+    if not mixing.active:
+        return None, 0
+    if position.table_VC is not None and position.table_age < mixing.refresh_every:
+        return position.table_VC, position.table_age + 1
+    table_VC = composition.build_table(position.state.params["embed"]["embedding"], run.source.language)
+    return jax.device_put(table_VC, mesh.replicated(run.mesh)), 1
+
+
+def evaluate(run: Run, position: Position, grader: Grader, label: str) -> dict[str, float]:
+    """Held-out figures of the current parameters."""
+    settings = run.settings
+    table_VC = neighbor_table(run, position)[0] if settings.eval.mixing else None
+    return evaluation.evaluate_set(
+        evaluation.make_actor(run.source, run.mesh, position.state.params, table_VC),
+        run.held_out,
+        settings,
+        grader,
+        label=label,
+    ).figures
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Notes a phase's wall time in seconds; results must be on the host by its end."""
+    start = time.monotonic()
+    yield
+    seconds[name] = time.monotonic() - start
+
+
+if __name__ == "__main__":
+    commandline.run_command(main)

@@ -1,0 +1,221 @@
+"""Checkpoints: what comes back, what stays on disk, what is refused, and what a killed process leaves."""
+
+import logging
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import textwrap
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ngrpo_jax.runtime.checkpoints import Checkpoints
+from ngrpo_jax.runtime.mesh import make_mesh, replicated, state_shardings
+
+MODEL = {"num_layers": 2, "hidden_size": 8, "eos_token_ids": (1, 2)}
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+class State(NamedTuple):
+    params: dict
+    opt_state: tuple
+    step: jax.Array
+
+
+def _state(value=0.0, mesh=None):
+    params = {"embed": {"embedding": value + jnp.arange(512.0).reshape(64, 8)}}
+    state = State(params, optax.adamw(1e-3).init(params), jnp.int32(value))
+    return jax.device_put(state, state_shardings(mesh, state) if mesh else jax.devices()[0])
+
+
+def _abstract(state, mesh):
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        state_shardings(mesh, state),
+    )
+
+
+def _assert_equal(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+def _saved(directory, steps=1, **options):
+    with Checkpoints(directory, model=MODEL, **options) as checkpoints:
+        for step in range(1, steps + 1):
+            checkpoints.save(step, _state(step), {"position": step})
+    return directory
+
+
+def test_a_state_comes_back_bitwise_on_another_mesh(tmp_path):
+    saved = _state(3.0, make_mesh(2, 2, 2))
+    with Checkpoints(tmp_path / "deep" / "ck", model=MODEL) as checkpoints:
+        checkpoints.save(7, saved, {"data": {"position": 5}, "seeds": (1, 2)})
+    mesh = make_mesh(1, 4, 2)
+    with Checkpoints(tmp_path / "deep" / "ck", model=MODEL) as checkpoints:
+        assert checkpoints.latest_step() == 7
+        state, host = checkpoints.restore(7, _abstract(saved, mesh))
+    _assert_equal(state, saved)
+    assert state.params["embed"]["embedding"].sharding.mesh == mesh
+    assert host == {"data": {"position": 5}, "seeds": [1, 2]}
+
+
+def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path):
+    step = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
+    state, wanted = _state(), []
+    with Checkpoints(tmp_path, model=MODEL, keep_latest=3) as checkpoints:
+        for i in range(3):
+            wanted.append(jax.device_get(state))
+            checkpoints.save(i, state, {})
+            for _ in range(3):
+                state = step(state)
+    with Checkpoints(tmp_path, model=MODEL) as checkpoints:
+        for i in range(3):
+            _assert_equal(checkpoints.restore(i, _state())[0], wanted[i])
+
+
+def test_latest_and_best_are_both_kept_and_ties_go_to_the_newest(tmp_path):
+    scores = {1: 0.1, 2: 0.5, 3: 0.5, 4: 0.2, 5: float("nan"), 6: None}
+    with Checkpoints(tmp_path, model=MODEL, best="eval/mean_at_n") as checkpoints:
+        assert checkpoints.best_step() is None
+        for step, score in scores.items():
+            metrics = None if score is None else {"eval/mean_at_n": score, "other": 9.0}
+            checkpoints.save(step, _state(step), {}, metrics)
+        assert (checkpoints.steps(), checkpoints.best_step()) == ([3, 6], 3)
+    assert sorted(os.listdir(tmp_path)) == ["3", "6"]
+    with Checkpoints(tmp_path, model=MODEL, best="eval/mean_at_n") as checkpoints:  # the scores are on disk
+        assert (checkpoints.best_step(), checkpoints.latest_step()) == (3, 6)
+        checkpoints.save(7, _state(7), {}, {"eval/mean_at_n": 0.6})
+        assert (checkpoints.steps(), checkpoints.best_step()) == ([7], 7)
+
+
+def test_without_best_only_the_newest_stay(tmp_path):
+    _saved(tmp_path, steps=4, keep_latest=2)
+    with Checkpoints(tmp_path, model=MODEL) as checkpoints:
+        assert checkpoints.steps() == [3, 4]
+        assert checkpoints.best_step() is None
+
+
+def test_a_best_metric_that_is_not_there_is_refused(tmp_path):
+    with (
+        Checkpoints(tmp_path, model=MODEL, best="eval/mean_at_n") as checkpoints,
+        pytest.raises(ValueError, match=r"'eval/mean_at_n', which is not among .*: reward/mean"),
+    ):
+        checkpoints.save(1, _state(), {}, {"reward/mean": 1.0})
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_saving_a_step_again_or_an_older_one_is_loud(tmp_path, step):
+    _saved(tmp_path, steps=2)
+    with (
+        Checkpoints(tmp_path, model=MODEL) as checkpoints,
+        pytest.raises(ValueError, match=f"already has step 2, so step {step} cannot"),
+    ):
+        checkpoints.save(step, _state(), {})
+
+
+def test_a_checkpoint_of_another_model_is_refused_before_arrays_are_read(tmp_path):
+    shutil.rmtree(_saved(tmp_path) / "1" / "state")  # reading arrays would fail otherwise
+    with Checkpoints(tmp_path, model={**MODEL, "num_layers": 4}) as checkpoints:
+        for read in (checkpoints.read_host, lambda step: checkpoints.restore(step, _state())):
+            with pytest.raises(
+                ValueError, match=r"another model \(num_layers 2\) .* \(num_layers 4\)"
+            ) as refusal:
+                read(1)
+            assert str(tmp_path) in str(refusal.value)
+    with Checkpoints(tmp_path, model=None) as checkpoints:
+        assert checkpoints.read_host(1) == {"position": 1}
+        with pytest.raises(ValueError, match="opened for reading"):
+            checkpoints.save(2, _state(), {})
+
+
+def test_opening_and_reading_touch_nothing(tmp_path):
+    with Checkpoints(tmp_path / "ck", model=MODEL) as checkpoints:
+        assert checkpoints.latest_step() is None
+        with pytest.raises(FileNotFoundError, match=r"no checkpoint at step 3 .*none"):
+            checkpoints.read_host(3)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("abstract", "words"),
+    [
+        ({"params": {"extra": jnp.zeros(2)}}, "has no params/extra"),
+        (
+            {"params": {"embed": {"embedding": jnp.zeros((64, 8))}}},
+            "has opt_state/0/count, which this run has not",
+        ),
+        (_state()._replace(step=jnp.zeros(3, jnp.int32)), r"step as int32\[\], this run as int32\[3\]"),
+        (_state()._replace(step=jnp.float32(0)), r"step as int32\[\], this run as float32\[\]"),
+    ],
+)
+def test_other_leaves_shapes_or_dtypes_are_refused_by_name(tmp_path, abstract, words):
+    with Checkpoints(_saved(tmp_path), model=MODEL) as checkpoints, pytest.raises(ValueError, match=words):
+        checkpoints.restore(1, abstract)
+
+
+def test_a_part_can_be_read_alone_in_another_dtype(tmp_path):
+    sharding = replicated(make_mesh(8, 1, 1))
+    leaf = jax.ShapeDtypeStruct((64, 8), jnp.bfloat16, sharding=sharding)
+    with Checkpoints(_saved(tmp_path), model=MODEL) as checkpoints:
+        state, host = checkpoints.restore(1, {"params": {"embed": {"embedding": leaf}}}, partial=True)
+    assert state["params"]["embed"]["embedding"].sharding == sharding
+    wanted = _state(1).params["embed"]["embedding"].astype(jnp.bfloat16)
+    np.testing.assert_array_equal(state["params"]["embed"]["embedding"], wanted)
+    assert host == {"position": 1}
+
+
+@pytest.mark.parametrize("lost", ["state/d", "host", "host/metadata"])
+def test_a_damaged_checkpoint_is_one_sentence_that_names_its_folder(tmp_path, lost):
+    path = _saved(tmp_path) / "1" / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with Checkpoints(tmp_path, model=MODEL) as checkpoints:
+        with pytest.raises(ValueError, match=r"is damaged .*remove the folder") as refusal:
+            checkpoints.restore(1, _state())
+        assert f"{tmp_path}/1" in str(refusal.value)
+        assert "\n" not in str(refusal.value)
+
+
+def test_a_process_killed_while_saving_leaves_no_step_and_resume_goes_on(tmp_path):
+    script = textwrap.dedent(
+        f"""
+        import os, jax.numpy as jnp
+        from ngrpo_jax.runtime.checkpoints import Checkpoints
+        checkpoints = Checkpoints({str(tmp_path)!r}, model={MODEL!r})
+        checkpoints.save(1, {{"step": jnp.int32(1)}}, {{}})
+        checkpoints.wait()
+        die = lambda *_, **__: os._exit(9)  # at the rename that would make the step visible
+        os.rename = os.replace = die
+        checkpoints.save(2, {{"step": jnp.int32(2)}}, {{}})
+        checkpoints.close()
+        """
+    )
+    killed = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}
+    )
+    assert killed.returncode == 9
+    assert any(name.startswith("2.") for name in os.listdir(tmp_path))  # the half-written one is there
+    with Checkpoints(tmp_path, model=MODEL) as checkpoints:
+        assert checkpoints.latest_step() == 1
+        state, _ = checkpoints.restore(1, {"step": jnp.int32(0)})
+        assert int(state["step"]) == 1
+        checkpoints.save(3, {"step": jnp.int32(3)}, {})
+    assert os.listdir(tmp_path) == ["3"]  # the half-written one is cleared away
+
+
+def test_orbax_is_quiet_and_other_loggers_are_not(tmp_path, caplog):
+    logger = logging.getLogger("absl")
+    with caplog.at_level(logging.DEBUG):
+        before = logger.level
+        logger.setLevel(logging.DEBUG)
+        _saved(tmp_path)
+        logger.warning("mine")
+        logger.setLevel(before)
+    assert [record.message for record in caplog.records if record.name == "absl"] == ["mine"]

@@ -1,0 +1,274 @@
+"""Problems from every source, mistakes named by their place, and a stream that resumes exactly."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from ngrpo_jax.tasks.datasets import Problem, ProblemStream, load_problems
+
+ROWS = [{"problem": "1+1?", "answer": "2"}, {"id": "b", "problem": "Is 3 odd?\u2028Say.", "answer": "yes"}]
+PROBLEMS = [Problem("row-1", "1+1?", "2"), Problem("b", "Is 3 odd?\u2028Say.", "yes")]
+
+
+def load(source, split="train", seed=0, size=None):
+    return load_problems(source, split=split, seed=seed, size=size)
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return f"jsonl:{path}"
+
+
+# Sources
+
+
+def test_jsonl_rows_end_at_newlines_only(tmp_path):
+    assert load(write_jsonl(tmp_path / "a.jsonl", ROWS)) == PROBLEMS
+
+
+def test_jsonl_tolerates_blank_lines_carriage_returns_and_a_byte_order_mark(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(
+        b'\xef\xbb\xbf{"problem": "p", "answer": 5}\r\n\r\n{"problem": "q", "answer": 1.5}'
+    )
+    assert load(f"jsonl:{tmp_path / 'a.jsonl'}") == [Problem("row-1", "p", "5"), Problem("row-3", "q", "1.5")]
+
+
+def test_fields_may_have_other_names(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", [{"question": "1+1?", "final": "2", "key": 7, "answer": "no"}])
+    assert load(f"{source}?problem=question&answer=final&id=key") == [Problem("7", "1+1?", "2")]
+
+
+def test_parquet(tmp_path):
+    table = pyarrow.table({name: [row.get(name) for row in ROWS] for name in ("id", "problem", "answer")})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert load(f"parquet:{tmp_path / 'a.parquet'}") == PROBLEMS
+
+
+def test_arithmetic_takes_split_seed_and_size():
+    problems = load("arithmetic:terms=2,digits=1", size=5)
+    assert len(problems) == 5 and problems != load("arithmetic:terms=2,digits=1", seed=1, size=5)
+    assert not set(load("arithmetic", size=300)) & set(load("arithmetic", split="test", size=300))
+
+
+def own_source(split, seed):
+    for i in range(3):
+        yield {"problem": f"{split} {seed} {i}", "answer": i}
+
+
+def test_a_users_function():
+    problems = load(f"{__name__}:own_source", split="test", seed=4)
+    assert problems[2] == Problem("row-3", "test 4 2", "2") and len(problems) == 3
+
+
+def test_size_takes_the_first(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    assert load(source, size=1) == PROBLEMS[:1]
+    assert load(source, size=9) == PROBLEMS
+    with pytest.raises(ValueError, match="0 problems were asked for"):
+        load(source, size=0)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A TFDS data set of five and two problems, prepared as array_record in a folder of its own."""
+    import tensorflow_datasets as tfds
+
+    text = tfds.features.Text()
+
+    class SumsForTests(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict({"problem": text, "answer": text})
+            )
+
+        def _split_generators(self, download_manager):
+            return {"train": self._generate_examples(5), "test": self._generate_examples(2)}
+
+        def _generate_examples(self, count):
+            for i in range(count):
+                yield i, {"problem": f"{i}+½?", "answer": str(i + 1)}
+
+    folder = tmp_path_factory.mktemp("tfds")
+    SumsForTests(data_dir=str(folder), file_format="array_record").download_and_prepare()
+    return folder
+
+
+def test_tfds_gives_text_of_each_split(prepared):
+    for split, count in (("train", 5), ("test", 2)):
+        problems = load(f"tfds:sums_for_tests?data_dir={prepared}", split=split)
+        assert {(p.problem, p.answer) for p in problems} == {(f"{i}+½?", str(i + 1)) for i in range(count)}
+
+
+def test_tfds_needs_no_tensorflow_and_no_builder_code(prepared):
+    code = (
+        "import sys; from ngrpo_jax.tasks.datasets import load_problems; "
+        f"print(len(load_problems('tfds:sums_for_tests:1.0.0?data_dir={prepared}', split='train', seed=0)), "
+        "'tensorflow' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "5 False\n", done.stderr
+
+
+def test_tfds_mistakes_say_what_to_do(prepared, tmp_path):
+    with pytest.raises(ValueError, match=f"no TFDS data set 'no_such_set': neither prepared in {tmp_path}"):
+        load(f"tfds:no_such_set?data_dir={tmp_path}")
+    with pytest.raises(ValueError, match=r"'mnist' is not prepared in .*; prepare it once with python -c"):
+        load(f"tfds:mnist?data_dir={tmp_path}")
+    with pytest.raises(ValueError, match=r"cannot give the split 'dev': .*\['train', 'test'\]"):
+        load(f"tfds:sums_for_tests?data_dir={prepared}", split="dev")
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            '{"problem": "p"}',
+            "row 2: no field 'answer'; every row needs a problem and an answer (fields here: problem)",
+        ),
+        ('{"answer": "2"}', "row 2: no field 'problem'"),
+        ('{"problem": null, "answer": "2"}', "row 2: no field 'problem'"),
+        ('{"problem": " ", "answer": "2"}', "row 2: field 'problem' is empty"),
+        ('{"problem": 5, "answer": "2"}', "row 2: field 'problem' is int, not text"),
+        ('{"problem": "p", "answer": ["2"]}', "row 2: field 'answer' is list, not text"),
+        ('{"problem": "p", "answer": true}', "row 2: field 'answer' is bool, not text"),
+        ('{"problem": "\\ud800", "answer": "2"}', "row 2: field 'problem' holds half a character"),
+        (
+            '{"problem": "p", "answer": "2", "id": "row-1"}',
+            "row 2: the id 'row-1' stands in an earlier row too",
+        ),
+        ('["p", "2"]', "row 2: not an object with the fields problem and answer"),
+        ('{"problem": "p", ', "row 2: not JSON ("),
+    ],
+)
+def test_a_bad_row_is_named_by_file_row_and_field(tmp_path, line, message):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\n" + line + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape(f"{path}, {message}")):
+        load(f"jsonl:{path}")
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('{"problem": "é", "answer": "2"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=re.escape(f"{path}, row 1: not UTF-8 text")):
+        load(f"jsonl:{path}")
+
+
+def test_a_parquet_file_without_the_field_or_broken_is_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"problem": ["p"]}), path)
+    with pytest.raises(ValueError, match=re.escape(f"{path}, row 1: no field 'answer'")):
+        load(f"parquet:{path}")
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(ValueError, match=re.escape(f"{path} is not a readable parquet file")):
+        load(f"parquet:{path}")
+
+
+def test_an_empty_data_set_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl' \(split 'train'\) is empty"):
+        load(f"jsonl:{tmp_path / 'a.jsonl'}")
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        ("jsonl:nowhere.jsonl", FileNotFoundError, "there is no file nowhere.jsonl"),
+        ("gsm8k", ValueError, "unknown data source 'gsm8k'; write arithmetic, jsonl:PATH"),
+        ("jsonl:", ValueError, "unknown data source 'jsonl:'"),
+        ("https://example.org/a", ValueError, "unknown data source"),
+        (
+            "jsonl:a.jsonl?question=q",
+            ValueError,
+            "question=q is not understood; after the question mark stand",
+        ),
+        ("no_such_module:f", ValueError, "the data source 'no_such_module:f' cannot be imported"),
+    ],
+)
+def test_a_source_that_is_none_is_named(source, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        load(source)
+
+
+# The stream
+
+
+def numbered(count):
+    return [Problem(str(i), f"problem {i}", str(i)) for i in range(count)]
+
+
+def stream(**changes):
+    return ProblemStream(numbered(10), **({"batch": 4, "seed": 3} | changes))
+
+
+def draw(problems, batches):
+    """The ids of so many batches, one after another."""
+    return [problem.id for _ in range(batches) for problem in next(problems)]
+
+
+def test_each_epoch_holds_every_problem_once_in_a_new_order():
+    drawn = draw(stream(), 10)  # batches of 4 straddle the epochs of 10
+    epochs = [drawn[i : i + 10] for i in range(0, 40, 10)]
+    assert all(sorted(epoch, key=int) == [str(i) for i in range(10)] for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_the_seed_alone_decides_the_order():
+    assert draw(stream(), 8) == draw(stream(), 8) != draw(stream(seed=4), 8)
+    assert draw(stream(), 6) == draw(stream(batch=6), 4)
+
+
+@pytest.mark.parametrize("before", [0, 1, 4, 5, 11])
+def test_a_state_continues_exactly_where_it_was_taken(before):
+    first, resumed = stream(), stream()
+    draw(first, before)
+    state = json.loads(json.dumps(first.get_state()))
+    expected = draw(first, 7)
+    draw(resumed, 2)
+    resumed.set_state(state)
+    assert draw(resumed, 7) == expected
+
+
+def test_hosts_share_one_order():
+    whole = draw(stream(batch=6), 5)
+    parts = [draw(stream(batch=2, host=host, hosts=3), 5) for host in range(3)]
+    assert [parts[i % 3][i // 3] for i in range(30)] == whole
+
+
+def test_a_state_goes_over_to_another_number_of_hosts():
+    alone = stream(batch=6)
+    draw(alone, 3)
+    parts = [stream(batch=2, host=host, hosts=3) for host in range(3)]
+    for part in parts:
+        part.set_state(alone.get_state())
+        assert part.epoch == alone.epoch == 1.8
+    drawn = [draw(part, 1) for part in parts]
+    assert [drawn[i % 3][i // 3] for i in range(6)] == draw(alone, 1)
+
+
+def test_a_state_of_other_problems_another_seed_or_another_batch_is_refused():
+    first = stream()
+    draw(first, 1)
+    for other in (ProblemStream(numbered(11), batch=4, seed=3), stream(seed=5)):
+        with pytest.raises(ValueError, match="have changed since the checkpoint was written"):
+            other.set_state(first.get_state())
+    with pytest.raises(ValueError, match="after 4 problems, no whole number of batches of 3"):
+        stream(batch=3).set_state(first.get_state())
+
+
+@pytest.mark.parametrize("arguments", [{"batch": 0}, {"batch": 1, "host": 2, "hosts": 2}])
+def test_a_stream_out_of_range_is_refused(arguments):
+    with pytest.raises(ValueError, match="a stream needs"):
+        ProblemStream(numbered(3), seed=0, **arguments)
+    with pytest.raises(ValueError, match="at least one problem"):
+        ProblemStream([], batch=1, seed=0)

@@ -1,0 +1,183 @@
+"""The metrics file byte for byte, and what the console says."""
+
+import io
+import json
+import os
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ngrpo_jax.runtime import console
+from ngrpo_jax.runtime.metrics import JsonLines, MetricsWriter, read_rows, scalar
+
+
+def _run(workdir, steps, resume_step=None):
+    with MetricsWriter(workdir, resume_step=resume_step) as writer:
+        for step in steps:
+            writer.write(
+                step, {"reward/mean": jnp.float32(0.1) * step, "n": np.int64(step), "kl": float("nan")}
+            )
+    return (workdir / "metrics.jsonl").read_bytes()
+
+
+def test_one_object_a_step_and_null_where_not_finite(tmp_path):
+    lines = _run(tmp_path, [0, 1]).decode().split("\n")
+    assert json.loads(lines[1]) == {"step": 1, "reward/mean": float(np.float32(0.1)), "n": 1, "kl": None}
+    assert lines[2:] == [""]
+
+
+def test_a_resumed_file_equals_the_uninterrupted_one(tmp_path):
+    whole = _run(tmp_path / "a", range(8))
+    _run(tmp_path / "b", range(6))  # killed after step 5, its last checkpoint at step 3
+    with (tmp_path / "b" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "rew')
+    assert _run(tmp_path / "b", range(4, 8), resume_step=3) == whole
+
+
+def test_starting_anew_drops_all_rows(tmp_path):
+    _run(tmp_path, range(3))
+    assert [row["step"] for row in map(json.loads, _run(tmp_path, [0]).split(b"\n")[:-1])] == [0]
+
+
+def test_steps_must_advance(tmp_path):
+    with MetricsWriter(tmp_path, resume_step=3) as writer:
+        with pytest.raises(ValueError, match="step 3 come after those of step 3"):
+            writer.write(3, {})
+        writer.write(4, {})
+        with pytest.raises(ValueError, match="must advance"):
+            writer.write(4, {})
+
+
+@pytest.mark.parametrize("value", [np.zeros(2), "text", None, [1.0, 2.0]])
+def test_a_metric_is_one_number(value):
+    with pytest.raises(ValueError, match="'gap/max'"):
+        scalar("gap/max", value)
+
+
+def test_only_the_primary_process_writes(tmp_path):
+    with MetricsWriter(tmp_path / "none", primary=False) as writer:
+        writer.write(1, {"a": 1.0})
+        with pytest.raises(ValueError, match="must advance"):
+            writer.write(1, {"a": 1.0})
+    assert not os.listdir(tmp_path)
+
+
+def test_event_files_hold_the_numbers_and_purge_what_is_made_again(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event
+
+    _run(tmp_path, range(3))
+    _run(tmp_path, [2], resume_step=1)
+    events = []
+    for path in sorted((tmp_path / "tensorboard").iterdir()):
+        data = path.read_bytes()
+        while data:  # TFRecord framing: length, its checksum, the record, its checksum
+            size = int.from_bytes(data[:8], "little")
+            events.append(Event.FromString(data[12 : 12 + size]))
+            data = data[16 + size :]
+    found = [(v.tag, e.step, v.simple_value) for e in events for v in e.summary.value]
+    assert ("reward/mean", 2, pytest.approx(0.2)) in found
+    assert not [tag for tag, _, _ in found if tag == "kl"]
+    assert [e.step for e in events if e.session_log.status] == [0, 2]  # purge from there on
+
+
+def test_a_broken_row_is_refused_by_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step"\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl line 2 is not JSON"):
+        read_rows(path)
+    path.write_text('{"step": 1}\n[2]\n')
+    with pytest.raises(ValueError, match="line 2 is no object"):
+        MetricsWriter(tmp_path, resume_step=1)
+    path.write_text('{"step": 1, "x": "\u2028"}\n{"step": 2')
+    assert [row["step"] for row in read_rows(path)] == [1]
+
+
+class _Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def _progress(stream, ticks, **options):
+    now = [0.0]
+    with console.Progress(
+        "rollout", ticks, "sequences", stream=stream, clock=lambda: now[0], **options
+    ) as bar:
+        for done in range(1, ticks + 1):
+            now[0] += 0.5
+            bar.update(bar._start + done)
+    return stream.getvalue()
+
+
+def test_progress_off_a_terminal_prints_now_and_then():
+    lines = _progress(io.StringIO(), 50).split("\n")
+    assert lines[0] == "rollout 20/50 sequences · 2 sequences/s · 10 s · 15 s left"
+    assert lines[1] == "rollout 40/50 sequences · 2 sequences/s · 20 s · 5.0 s left"
+    assert lines[2:] == ["rollout 50/50 sequences · 2 sequences/s · 25 s", ""]
+    assert _progress(io.StringIO(), 5) == ""  # too short to speak of
+    assert _progress(io.StringIO(), 50, enabled=False) == ""
+
+
+def test_progress_on_a_terminal_rewrites_its_line():
+    text = _progress(_Terminal(), 4)
+    assert text.count("\r") == 4 and text.endswith("rollout 4/4 sequences · 2 sequences/s · 2.0 s\x1b[K\n")
+    assert _progress(_Terminal(), 4, keep=False).endswith("\r\x1b[K")
+
+
+def test_what_was_done_before_does_not_count_for_the_rate():
+    now = [0.0]
+    bar = console.Progress("train", 100, "steps", start=90, stream=io.StringIO(), clock=lambda: now[0])
+    now[0] = 10.0
+    bar.update(95)
+    assert bar.line("loss 1") == "train 95/100 steps · 30 steps/min · 10 s · 10 s left · loss 1"
+
+
+def test_table_stands_in_columns():
+    text = console.table([("Mean@8", 0.25, None), ("Pass@8", 0.5, 12)], ("figure", "before", "after"))
+    assert text.split("\n") == [
+        "figure  before  after",
+        "──────  ──────  ─────",
+        "Mean@8    0.25      –",
+        "Pass@8     0.5     12",
+    ]
+    assert console.table([], ("a", "b")).split("\n") == ["a  b", "─  ─"]
+    with pytest.raises(ValueError, match="2 columns"):
+        console.table([(1,)], ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (console.format_seconds(0.1234), "0.12 s"),
+        (console.format_seconds(9.96), "10 s"),
+        (console.format_seconds(185), "3 min 05 s"),
+        (console.format_seconds(3599.8), "1 h 00 min"),
+        (console.format_seconds(90000), "1 d 01 h"),
+        (console.format_seconds(float("inf")), "–"),
+        (console.format_count(9999), "9999"),
+        (console.format_count(12345), "12.3 k"),
+        (console.format_count(999_999), "1.00 M"),
+        (console.format_count(2.5), "2.5"),
+        (console.format_rate(5200.4, "tokens"), "5200 tokens/s"),
+        (console.format_rate(0.5, "steps"), "30 steps/min"),
+        (console.format_rate(0.001, "steps"), "3.6 steps/h"),
+        (console.format_bytes(512), "512 B"),
+        (console.format_bytes(16e9), "14.9 GiB"),
+    ],
+)
+def test_numbers_are_readable(call, text):
+    assert call == text
+
+
+def test_rows_of_another_file_are_cut_like_those_of_metrics(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    with JsonLines(path) as file:
+        for step in (1, 2, 3):
+            file.write([{"step": step, "response": "a\u2028ü"}] * 2)
+    with JsonLines(path, resume_step=2) as file:
+        file.write([{"step": 3, "response": "again"}])
+    assert [row["step"] for row in read_rows(path)] == [1, 1, 2, 2, 3]
+    assert read_rows(path)[0]["response"] == "a\u2028ü"
+    with JsonLines(tmp_path / "other.jsonl", primary=False) as file:
+        file.write([{"step": 1}])
+    assert not (tmp_path / "other.jsonl").exists()

@@ -1,0 +1,146 @@
+"""Preflight: the count of parameters against a real tree, the shares of memory, and workdirs as they come."""
+
+import dataclasses
+import os
+
+import jax
+import pytest
+
+from ngrpo_jax.model import decoder
+from ngrpo_jax.model.config import ModelConfig
+from ngrpo_jax.runtime import preflight
+from ngrpo_jax.runtime.preflight import Part, RunShape
+
+GIB = 1024**3
+R1_1_5B = ModelConfig("qwen2", 151936, 1536, 8960, 28, 12, 2, 128, dtype="bfloat16")
+RUN = RunShape(
+    data=1,
+    fsdp=8,
+    tensor=1,
+    rollout_tensor=1,
+    slots=64,
+    cache_length=12288,
+    prefill_rows=16,
+    prompt_tokens=1024,
+    rows_per_device=1,
+    row_tokens=4096,
+    logprob_chunk=1024,
+    remat="full",
+    reference=True,
+)
+
+
+def _sizes(run=RUN, model=R1_1_5B):
+    return {part.name: part.size for part in preflight.memory_estimate(model, run)}
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameter_count_is_that_of_the_decoder(architecture, tied):
+    config = ModelConfig(architecture, 50, 16, 24, 3, 4, 2, 8, tie_embeddings=tied)
+    shapes = jax.eval_shape(lambda key: decoder.init(key, config), jax.random.key(0))
+    assert preflight.parameter_count(config) == sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def test_fixed_parts_follow_from_the_parameter_count():
+    count, sizes = preflight.parameter_count(R1_1_5B), _sizes()
+    assert count == 1_777_088_000  # as published for DeepSeek-R1-Distill-Qwen-1.5B
+    assert sizes["master parameters, float32"] == 4 * count // 8
+    assert sizes["Adam moments, float32"] == 8 * count // 8
+    assert sizes["rollout copy, bfloat16"] == 2 * count
+    assert sizes["reference model, bfloat16"] == 2 * count // 8
+    assert preflight.checkpoint_bytes(R1_1_5B, kept=2) == 3 * 12 * count
+
+
+def test_the_cache_counts_every_slot_layer_head_and_byte():
+    assert _sizes()["KV cache"] == 2 * 28 * (64 // 8) * 12288 * 2 * 128 * 2
+    assert _sizes(dataclasses.replace(RUN, slots=65))["KV cache"] == 9 * _sizes()["KV cache"] // 8
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"fsdp": 16}, "master parameters, float32"),
+        ({"rollout_tensor": 2}, "rollout copy, bfloat16"),
+        ({"slots": 32}, "KV cache"),
+        ({"cache_length": 6144}, "KV cache"),
+        ({"prompt_tokens": 512}, "prefill of prompts"),
+        ({"row_tokens": 2048}, "activations of a microbatch"),
+        ({"logprob_chunk": 512}, "logits chunk"),
+        ({"tensor": 2}, "logits chunk"),
+    ],
+)
+def test_every_remedy_makes_its_part_smaller(change, part):
+    assert _sizes(dataclasses.replace(RUN, **change))[part] <= _sizes()[part] / 1.9
+
+
+def test_remat_trades_memory():
+    full, dots, none = (
+        _sizes(dataclasses.replace(RUN, remat=remat))["activations of a microbatch"]
+        for remat in ("full", "dots", "none")
+    )
+    assert full < dots < none
+    assert "reference model, bfloat16" not in _sizes(dataclasses.replace(RUN, reference=False))
+
+
+def test_the_peak_is_the_worse_of_the_two_phases():
+    parts = [Part("a", 5, "always", ""), Part("b", 7, "rollout", ""), Part("c", 3, "update", "")]
+    assert preflight.peak(parts) == (12, "rollout")
+    assert preflight.peak([*parts, Part("d", 5, "update", "")]) == (13, "update")
+
+
+def test_too_much_is_one_sentence_with_the_part_and_its_remedy():
+    parts = preflight.memory_estimate(R1_1_5B, dataclasses.replace(RUN, slots=1024))
+    needed, phase = preflight.peak(parts)
+    assert phase == "rollout"
+    assert preflight.memory_problem(parts, needed) is None
+    assert preflight.memory_problem(parts, None) is None
+    sentence = preflight.memory_problem(parts, 40 * GIB)
+    assert sentence is not None
+    assert all(word in sentence for word in ("40.0 GiB", "KV cache", "lower rollout.slots")), sentence
+
+
+def test_device_memory_reads_the_accelerator_or_the_host(tmp_path):
+    class Accelerator:
+        platform = "gpu"
+
+        def memory_stats(self):
+            return {"bytes_limit": 7}
+
+    assert preflight.device_memory(Accelerator()) == 7
+    cpu = jax.devices()[0]
+    whole = preflight.device_memory(cpu)
+    assert whole is None or 0 < (preflight.device_memory(cpu, sharers=8) or 0) < whole
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 200\n")
+    assert preflight._cgroup_available(str(tmp_path)) == 500
+    (tmp_path / "memory.max").write_text("max\n")
+    assert preflight._cgroup_available(str(tmp_path)) is None
+
+
+def test_a_workdir_may_be_there_or_not_and_is_left_alone(tmp_path):
+    preflight.check_workdir(tmp_path)
+    preflight.check_workdir(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_workdir_that_is_or_lies_under_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file is a file; name a directory"):
+        preflight.check_workdir(tmp_path / "file")
+    with pytest.raises(ValueError, match=r"cannot be made, because .*file is a file"):
+        preflight.check_workdir(tmp_path / "file" / "run")
+
+
+def test_a_workdir_that_may_not_be_written_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(ValueError, match="cannot be written"):
+        preflight.check_workdir(tmp_path)
+    with pytest.raises(ValueError, match="cannot be made"):
+        preflight.check_workdir(tmp_path / "a")
+
+
+def test_a_disk_without_room_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"free, and the checkpoints of this model need 1024 TiB"):
+        preflight.check_workdir(tmp_path, needed_bytes=1024 * 1024**4)

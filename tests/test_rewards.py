@@ -1,0 +1,409 @@
+"""Rewards: what counts as an answer, when two are equal, and processes that survive what models write."""
+
+import collections
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+
+from ngrpo_jax.tasks import grading, rewards
+from ngrpo_jax.tasks.rewards import Grader, choice_reward, load_reward, math_reward
+
+ROOT = pathlib.Path(__file__).parent.parent
+CASES = ROOT.parent / "shared" / "data" / "grading_cases.jsonl"
+
+PATHOLOGICAL = {
+    "lone surrogates": "\ud800\udfff" * 1000,
+    "NUL bytes": "\0" * 1000,
+    "backslashes": "\\" * 10**6,
+    "opening braces": "{" * 10**6,
+    "unclosed boxes": "\\boxed{" * 10**5,
+    "boxes without braces": "\\boxed   " * 10**5,
+    "deep box": "\\boxed{" + "{" * 10**5 + "}" * (10**5 + 1),
+    "answers without letters": "answer:  ** (" * 10**5,
+    "combining marks": "answer: \\boxed{a" + "\u0315\u0300" * 10**5 + "}",
+    "surrogate in the box": "\\boxed{\ud800}",
+    "NUL in the box": "\\boxed{\0+x}",
+    "empty": "",
+}
+
+
+@pytest.fixture(scope="module")
+def grader():
+    with Grader(workers=2, deadline_s=30.0) as grader:
+        yield grader
+
+
+# What the answer is
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("so \\boxed{5}.", "5"),
+        ("\\boxed{\\frac{1}{2}} is it", "\\frac{1}{2}"),
+        ("\\boxed{1} then \\boxed{2}", "2"),
+        ("\\boxed{1} then \\boxed{2", "1"),
+        ("\\boxed{3", None),
+        ("\\boxed{4 and {\\boxed{5}", "5"),
+        ("\\boxed{x=\\boxed{5}}", "5"),
+        ("\\boxed{\\{1,2\\}}", "\\{1,2\\}"),
+        ("\\boxed{\\left\\{x\\right.}", "\\left\\{x\\right."),
+        ("\\boxed{a\\\\}", "a\\\\"),
+        ("\\\\\\boxed {7}", "7"),
+        ("\\boxed{}", ""),
+        ("boxed{5}", None),
+        ("} \\boxed{6}", "6"),
+    ],
+)
+def test_the_answer_is_the_last_closed_box(text, answer):
+    assert grading.last_boxed(text) == answer
+
+
+def test_the_answer_stands_after_the_thinking():
+    assert math_reward("\\boxed{5}</think>\\boxed{6}", "6") == 1.0
+    assert math_reward("\\boxed{5}</think>\\boxed{6}", "5") == 0.0
+    assert math_reward("\\boxed{5}</think>so 5", "5") == 0.0
+    assert math_reward("\\boxed{5}</think></think>\\boxed{4}", "4") == 1.0
+    assert math_reward("still thinking, perhaps \\boxed{5}", "5") == 1.0
+    assert math_reward("5", "5") == 0.0
+
+
+# When plain reading settles it
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        ("7,425,000", "7425000"),
+        ("7{,}425{,}000", "7425000"),
+        ("11,\\! 111,\\! 111", "11111111"),
+        ("7 425 000", "7425000"),
+        (".4", "0.4"),
+        ("1000.0", "1000"),
+        ("025", "25"),
+        ("1e3", "1000"),
+        ("-\\dfrac{1}{2}", "-1/2"),
+        ("\\frac12", "0.5"),
+        ("0.333333", "\\frac{1}{3}"),
+        ("$10$", "\\$10"),
+        ("4２", "42"),
+        ("−3", "-3"),
+        ("½", "\\frac{1}{2}"),
+        ("x²", "x^{2}"),
+        ("√2", "\\sqrt{2}"),
+        ("2π", "2\\pi"),
+        ("\\text{Evelyn}", "Evelyn"),
+        ("\\left( 3, \\tfrac{\\pi}{2} \\right).", "(3,\\frac{\\pi}{2})"),
+    ],
+)
+def test_plain_reading_says_equal(answer, gold):
+    assert grading.quick_verdict(answer, gold) is True
+    assert grading.quick_verdict(gold, answer) is True
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        ("5", "7"),
+        ("0.333", "\\frac{1}{3}"),
+        ("0.0000001", "0.0000002"),  # equal after rounding to six places, as math-verify does
+        ("\\frac{1}{10000000}", "0.0000002"),
+        ("999.9999999", "1000"),
+        ("", "5"),
+        ("1/3", "2/3"),
+    ],
+)
+def test_plain_reading_says_different(answer, gold):
+    assert grading.quick_verdict(answer, gold) is False
+
+
+@pytest.mark.parametrize(
+    "answer", ["x+1", "1,2", "12,34", "\\frac{1}{0}", "50\\%", "1e9999", "1:00", "2^{3}"]
+)
+def test_plain_reading_leaves_the_rest_open(answer):
+    assert grading.quick_verdict(answer, "8") is None
+
+
+def test_an_answer_longer_than_any_gold_is_compared_as_it_stands():
+    long = "x+" * grading.MAX_ANSWER
+    assert grading.quick_verdict(long, "x") is False
+    assert grading.quick_verdict(long, long) is True
+
+
+def test_plain_cases_need_no_worker(monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", None)
+    grader = Grader(workers=1)
+    assert grader.score(["\\boxed{5}", "\\boxed{6}", "none"], ["5", "5", "5"], "math") == [1.0, 0.0, 0.0]
+    assert grader.counts.by_rule == grader.counts.graded == 3
+
+
+# When it takes algebra
+
+
+@pytest.mark.skipif(not CASES.is_file(), reason="the grading cases are not here")
+def test_grading_cases(grader):
+    cases = [json.loads(line) for line in CASES.read_text(encoding="utf-8").split("\n") if line]
+    scores = grader.score([c["response"] for c in cases], [c["gold"] for c in cases], "math")
+    wrong = [case["id"] for case, score in zip(cases, scores, strict=True) if bool(score) != case["correct"]]
+    assert len(cases) == 48 and not wrong
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "equal"),
+    [
+        ("\\frac{x}{7}+\\frac{2}{7}", "\\frac{x+2}{7}", True),
+        ("x+1", "x+2", False),
+        ("\\{2, 1\\}", "\\{1,2\\}", True),
+        ("28\\%", "28", True),
+        ("\\sqrt{8}", "2\\sqrt{2}", True),
+        ("√8", "2√2", True),
+        ("??? 5", "5", False),  # nothing is fished out of what is no mathematics
+        ("5 \\text{ or } 7", "5", False),
+    ],
+)
+def test_algebra(grader, answer, gold, equal):
+    assert grader.score([f"\\boxed{{{answer}}}"], [gold], "math") == [float(equal)]
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        ("1/2004!", "1/2006!"),
+        ("\\frac{1}{2^{99}}", "\\frac{1}{2^{98}}"),
+        ("\\left(1, \\frac{1}{2^{99}}\\right)", "\\left(1, \\frac{1}{2^{98}}\\right)"),
+        ("\\frac{\\sqrt{2}}{10^{20}}", "\\frac{\\sqrt{3}}{10^{20}}"),
+        ("\\frac{x}{2^{99}}", "\\frac{x}{2^{98}}"),
+        ("10^{100}", "10^{100}+1"),
+    ],
+)
+def test_small_numbers_are_not_all_equal(grader, answer, gold):
+    assert grader.score([f"\\boxed{{{answer}}}"] * 2, [gold, answer], "math") == [0.0, 1.0]
+
+
+def test_small_numbers_of_other_forms_are_equal(grader):
+    pairs = [
+        ("\\frac{1}{2^{99}}", "2^{-99}"),
+        ("\\frac{1}{\\sqrt{2}\\cdot 10^{20}}", "\\frac{\\sqrt{2}}{2 \\cdot 10^{20}}"),
+    ]
+    for answer, gold in pairs:
+        assert grader.score([f"\\boxed{{{answer}}}"], [gold], "math") == [1.0]
+
+
+def test_scores_keep_their_order_over_workers_and_repetitions(grader):
+    responses = [f"\\boxed{{x+{i % 5}}}" for i in range(40)]
+    expected = [float(i % 5 == 3) for i in range(40)]
+    before = grader.counts.cached
+    assert grader.score(responses, ["3+x"] * 40, "math") == expected
+    assert grader.score(responses, ["3+x"] * 40, "math") == expected
+    assert grader.counts.cached - before == 35 + 40
+
+
+def test_golds_and_responses_must_pair_up(grader):
+    with pytest.raises(ValueError, match="zip"):
+        grader.score(["a", "b"], ["a"], "math")
+
+
+# Hostile text
+
+
+@pytest.mark.parametrize("name", PATHOLOGICAL)
+def test_no_text_makes_a_reward_raise(name):
+    assert math_reward(PATHOLOGICAL[name], "5") == 0.0
+    assert choice_reward(PATHOLOGICAL[name], "B") == 0.0
+
+
+def test_past_the_deadline_the_score_is_zero_and_the_next_is_graded():
+    hostile = ["9^{9^9}", "10000000!", "\\frac{1}{" * 400 + "x" + "}" * 400]
+    with Grader(workers=1, deadline_s=0.5) as grader:
+        for i, answer in enumerate(hostile, 1):
+            assert grader.score([f"\\boxed{{{answer}}}"], ["5"], "math") == [0.0]
+            assert grader.counts.timeouts == i
+            assert grader.score([f"\\boxed{{y+{i}}}"], [f"{i}+y"], "math") == [1.0]
+        assert grader.counts.failures == 0
+
+
+def test_the_memory_limit_binds():
+    worker = rewards._Worker(deadline_s=5.0, memory_mb=20)
+    with pytest.raises(RuntimeError, match=r"a grading worker does not start .* 20 MB of memory are enough"):
+        worker.ask(("x", "y"))
+
+
+def test_a_killed_worker_scores_zero_and_is_replaced():
+    with Grader(workers=1) as grader:
+        assert grader.score(["\\boxed{y+1}"], ["1+y"], "math") == [1.0]
+        os.killpg(grader._workers[0]._process.pid, 9)
+        assert grader.score(["\\boxed{y+2}"], ["2+y"], "math") == [0.0]
+        assert grader.counts.failures == 1
+        assert grader.score(["\\boxed{y+2}"], ["2+y"], "math") == [1.0]
+
+
+def test_rewards_work_in_any_thread():
+    scores = collections.deque()
+    threads = [
+        threading.Thread(target=lambda i=i: scores.append(math_reward(f"\\boxed{{z+{i}}}", f"{i}+z")))
+        for i in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert list(scores) == [1.0] * 6
+
+
+@pytest.mark.parametrize("arguments", [{"workers": 0}, {"deadline_s": 0.0}, {"memory_mb": 1}])
+def test_a_grader_out_of_range_is_refused(arguments):
+    with pytest.raises(ValueError, match="grading needs at least"):
+        Grader(**arguments)
+
+
+def run_script(tmp_path, text):
+    """A main module that leaves a mark each time it is imported or run, then runs `text`."""
+    (tmp_path / "marked.py").write_text("open('marks', 'a').write('x')\n")
+    (tmp_path / "main.py").write_text("import marked\n" + textwrap.dedent(text))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "main.py"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_workers_do_not_import_the_main_module_again_and_nothing_imports_jax(tmp_path):
+    done = run_script(
+        tmp_path,
+        """
+        import sys
+        from ngrpo_jax.tasks.rewards import Grader
+        with Grader(workers=2) as grader:
+            print(grader.score([f"\\\\boxed{{x+{i}}}" for i in range(4)], ["x+1"] * 4, "math"))
+        print("jax" in sys.modules, "math_verify" in sys.modules)
+        """,
+    )
+    assert done.stdout == "[0.0, 1.0, 0.0, 0.0]\nFalse False\n", done.stderr
+    assert (tmp_path / "marks").read_text() == "x"
+
+
+@pytest.mark.parametrize("ending", ["", "grader.close()"])
+def test_the_interpreter_ends_without_hanging_and_leaves_no_process(tmp_path, ending):
+    done = run_script(
+        tmp_path,
+        f"""
+        from ngrpo_jax.tasks.rewards import Grader
+        grader = Grader(workers=2, deadline_s=0.2)
+        grader.score(["\\\\boxed{{10000000!}}", "\\\\boxed{{x+1}}"], ["5", "1+x"], "math")
+        print([worker._process.pid for worker in grader._workers])
+        {ending}
+        """,
+    )
+    assert done.returncode == 0 and done.stderr == ""
+    groups = json.loads(done.stdout)
+    assert len(groups) == 2
+    for group in groups:
+        with pytest.raises(ProcessLookupError):
+            os.killpg(group, 0)
+
+
+def test_closing_right_after_a_time_out_does_not_hang(tmp_path):
+    done = run_script(
+        tmp_path,
+        """
+        from ngrpo_jax.tasks.rewards import Grader
+        for _ in range(3):
+            with Grader(workers=1, deadline_s=0.02) as grader:
+                grader.score(["\\\\boxed{10000000!}"], ["5"], "math")
+        """,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# Multiple choice
+
+
+@pytest.mark.parametrize(
+    ("response", "letter"),
+    [
+        ("Answer: A", "A"),
+        ("so\nAnswer: A\nno,\nAnswer: B.", "B"),
+        ("in a line, the answer: C, of course", "C"),
+        ("**Answer:** B", "B"),
+        ("**Answer: C**", "C"),
+        ("Answer：Ｄ", "D"),
+        ("Answer: (B)", "B"),
+        ("Answer: [B]", "B"),
+        ("Answer: $\\boxed{\\text{C}}$", "C"),
+        ("Answer: \\text{C}", "C"),
+        ("Answer:\nB", "B"),
+        ("Answer: A, since B is wrong", "A"),
+        ("Answer: Apple", None),
+        ("Answer: <A/B/C/D>", None),
+        ("Answer: A or B", None),
+        ("Answer: E", None),
+        ("A", None),
+        ("Answer: A</think>", None),
+        ("Answer: A</think>Answer: D", "D"),
+    ],
+)
+def test_the_choice_is_the_last_answer_after_the_thinking(response, letter):
+    assert grading.choice_letter(grading.after_thinking(response)) == letter
+    for gold in "ABCD":
+        assert choice_reward(response, gold) == float(gold == letter)
+
+
+@pytest.mark.parametrize("gold", ["B", "(B)", "b", "B.", " B "])
+def test_the_gold_letter_may_be_dressed(gold):
+    assert choice_reward("Answer: B", gold) == 1.0
+
+
+def test_no_gold_letter_is_never_right():
+    assert choice_reward("nothing", "") == choice_reward("Answer: B", "none") == 0.0
+
+
+# A reward of the user's own
+
+
+def half_for_length(response, gold):
+    return 0.5 if len(response) == len(gold) else 0
+
+
+def not_a_number(response, gold):
+    return "good"
+
+
+def test_a_users_reward_scores_batches(grader):
+    path = f"{__name__}:half_for_length"
+    assert load_reward(path)("ab", "cd") == 0.5
+    assert grader.score(["ab", "abc"], ["cd", "de"], path) == [0.5, 0.0]
+
+
+def test_a_users_reward_must_give_a_number():
+    with pytest.raises(ValueError, match=r"gave 'good', which is no finite number"):
+        load_reward(f"{__name__}:not_a_number")("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("half_for_length", "is no import path; write it as package.module:function"),
+        ("no_such_module:f", "cannot be imported (No module named 'no_such_module')"),
+        ("json:no_such_function", "module json has no function 'no_such_function'"),
+        ("json:__name__", "module json has no function '__name__'"),
+    ],
+)
+def test_a_users_reward_that_is_not_there_is_named(path, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_reward(path)
+
+
+def test_an_unknown_reward_is_named(grader):
+    with pytest.raises(ValueError, match="unknown reward 'maths'; it is math, choice, or an import path"):
+        grader.score(["a"], ["b"], "maths")

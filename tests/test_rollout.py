@@ -1,0 +1,226 @@
+"""Rollouts: what is recorded replays exactly, and nothing but a sequence's own key decides what it writes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ngrpo_jax.algo.logprobs import token_logprobs
+from ngrpo_jax.algo.mixture import Mixing
+from ngrpo_jax.algo.neighbors import neighbor_table
+from ngrpo_jax.learner import packing
+from ngrpo_jax.model import decoder
+from ngrpo_jax.model.config import ModelConfig, RopeScaling
+from ngrpo_jax.rollout import decode, engine
+
+BASE = ModelConfig(
+    architecture="qwen2",
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    tie_embeddings=True,
+)
+LLAMA3 = RopeScaling(
+    factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
+)
+CONFIGS = {
+    "qwen2_tied": BASE,
+    "qwen2_untied": dataclasses.replace(BASE, tie_embeddings=False),
+    "qwen3": dataclasses.replace(BASE, architecture="qwen3", head_dim=16),
+    "llama": dataclasses.replace(BASE, architecture="llama", tie_embeddings=False),
+    "llama3_scaled": dataclasses.replace(BASE, architecture="llama", rope_scaling=LLAMA3),
+}
+PROMPTS = [[3, 4, 5], [7, 8, 9, 10, 11, 12, 13], [20] * 11]
+STOP = (1, 2)
+UNTIL = (9, (14, 15))
+
+
+def _params(config, seed=0):
+    """Random parameters with logits lively enough that tokens vary and every bias and norm matters."""
+    params = decoder.init(jax.random.key(seed), config)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    noisy = [x + 0.15 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, noisy)
+
+
+def _generate(params, config, prompts=PROMPTS, **changes):
+    options = dict(samples=3, max_new_tokens=24, temperature=0.9, stop_ids=STOP, seed=5) | changes
+    return engine.generate(params, config, prompts, **options)
+
+
+def _same(a, b):
+    for name, x, y in zip(a._fields, a, b, strict=True):
+        if name == "mixtures":
+            np.testing.assert_array_equal(x.ids, y.ids)
+            np.testing.assert_allclose(x.weights, y.weights, atol=1e-5)
+        elif name == "logprobs_BT":
+            np.testing.assert_allclose(x, y, atol=1e-4)
+        else:
+            np.testing.assert_array_equal(x, y, err_msg=name)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_rollout_logprobs_equal_replayed_ones(name):
+    config = CONFIGS[name]
+    params = _params(config)
+    mixing = Mixing(rate=0.5, k=3, until_ids=UNTIL)
+    written = _generate(params, config, mixing=mixing, slots=4, chunk=8)
+    assert written.mixed_BT.sum() > 20, "nothing was mixed: the comparison would be empty"
+    prompts = [prompt for prompt in PROMPTS for _ in range(3)]
+    count = len(prompts)
+    rows = packing.pack(
+        prompts, written, np.zeros(count), np.zeros((count, 24)), row_tokens=64, rows_multiple=1
+    )
+    hidden = decoder.hidden_states(
+        params, config, rows.inputs, positions_BT=rows.positions_RT, segment_ids_BT=rows.segment_ids_RT
+    )
+    replayed, _ = token_logprobs(hidden, decoder.head(params, config), rows.targets_RT, 0.9)
+    gap = np.abs(np.asarray(replayed) - rows.behaviour_RT)[rows.response_RT]
+    assert len(gap) == written.lengths_B.sum()
+    assert gap.max() <= 1e-4
+
+
+def test_rate_zero_is_a_plain_rollout_token_for_token():
+    params = _params(BASE)
+    plain = _generate(params, BASE)
+    mixed = _generate(params, BASE, mixing=Mixing(rate=0.0, k=3, until_ids=UNTIL))
+    np.testing.assert_array_equal(plain.tokens_BT, mixed.tokens_BT)
+    np.testing.assert_array_equal(plain.lengths_B, mixed.lengths_B)
+    assert not mixed.mixed_BT.any()
+    assert len({tuple(row) for row in plain.tokens_BT}) > 5, "all samples alike: the test would prove nothing"
+
+
+def test_slots_chunk_and_order_do_not_change_a_trajectory():
+    params = _params(BASE)
+    mixing = Mixing(rate=0.3, k=3, until_ids=UNTIL)
+    whole = _generate(params, BASE, mixing=mixing)
+    for slots, chunk in ((4, 8), (16, 32), (2, 5)):
+        _same(whole, _generate(params, BASE, mixing=mixing, slots=slots, chunk=chunk))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(5), jnp.arange(9))
+    order = [2, 0, 1]
+    shuffled = _generate(
+        params,
+        BASE,
+        [PROMPTS[i] for i in order],
+        mixing=mixing,
+        keys_B=keys.reshape(3, 3)[jnp.array(order)].reshape(9),
+        slots=4,
+    )
+    for place, index in enumerate(order):
+        _same(whole.part(3 * index, 3 * index + 3), shuffled.part(3 * place, 3 * place + 3))
+
+
+def test_eight_devices_write_what_one_does():
+    params = _params(BASE)
+    mixing = Mixing(rate=0.3, k=3, until_ids=UNTIL)
+    table_VC = neighbor_table(params["embed"]["embedding"], 3)
+    one = _generate(params, BASE, mixing=mixing, table_VC=table_VC)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    placed, table_VC = jax.device_put((params, table_VC), whole)
+    _same(one, _generate(placed, BASE, mixing=mixing, table_VC=table_VC, sharding=rows, slots=8, chunk=8))
+
+
+def test_mixing_ends_with_the_thinking_and_writes_the_anchor():
+    """(11): mixed only before `until` is completed; the written token is the anchor, the first candidate."""
+    params = _params(BASE)
+    written = _generate(params, BASE, mixing=Mixing(rate=1.0, k=3, until_ids=UNTIL), max_new_tokens=60)
+    endings = 0
+    for row in range(9):
+        tokens, mixed = written.response(row), written.mixed_BT[row]
+        ends = [
+            t
+            for t in range(len(tokens))
+            if tokens[t] == 9 or (t and (tokens[t - 1], tokens[t]) == (14, 15))
+        ]
+        first = ends[0] if ends else len(tokens)
+        endings += bool(ends)
+        assert mixed[: min(first + 1, len(tokens))].all()
+        assert not mixed[first + 1 :].any()
+        np.testing.assert_array_equal(written.mixtures.ids[row, : len(tokens), 0], tokens)
+    free = _generate(params, BASE, mixing=Mixing(rate=1.0, k=3), max_new_tokens=60)
+    for row in range(9):
+        assert free.mixed_BT[row, : free.lengths_B[row]].all(), "no `until`: mixing never ends"
+
+
+def test_neighbor_mixture_weights_in_a_rollout():
+    """(6)-(9) seen from outside: weights are the softmax of the tempered logits over the table's row."""
+    params = _params(BASE)
+    table_VC = np.asarray(neighbor_table(params["embed"]["embedding"], 3))
+    written = _generate(params, BASE, mixing=Mixing(rate=1.0, k=3), samples=1, max_new_tokens=3)
+    for row, prompt in enumerate(PROMPTS):
+        logits_V = np.asarray(decoder.forward(params, BASE, jnp.array([prompt])))[0, -1] / 0.9
+        ids = table_VC[logits_V.argmax()]
+        weights = np.exp(logits_V[ids] - logits_V[ids].max())
+        np.testing.assert_array_equal(written.mixtures.ids[row, 0], ids)
+        np.testing.assert_allclose(written.mixtures.weights[row, 0], weights / weights.sum(), atol=1e-5)
+
+
+def test_greedy_is_the_argmax_chain():
+    params = _params(BASE)
+    written = _generate(params, BASE, temperature=0.0, samples=1, max_new_tokens=6, stop_ids=())
+    for row, prompt in enumerate(PROMPTS):
+        ids = list(prompt)
+        for _ in range(6):
+            ids.append(int(np.asarray(decoder.forward(params, BASE, jnp.array([ids])))[0, -1].argmax()))
+        assert written.tokens_BT[row].tolist() == ids[len(prompt) :]
+
+
+def test_stop_ids_end_a_response_and_what_follows_is_blank():
+    params = _params(BASE)
+    written = _generate(params, BASE, samples=8, stop_ids=tuple(range(0, 97, 9)))
+    assert written.stopped_B.any() and len(set(written.lengths_B.tolist())) > 2
+    for row in range(24):
+        length = written.lengths_B[row]
+        tokens = written.tokens_BT[row]
+        assert (tokens[length - 1] % 9 == 0) == written.stopped_B[row]
+        assert not (tokens[: length - 1] % 9 == 0).any()
+        assert not tokens[length:].any() and not written.logprobs_BT[row, length:].any()
+        assert not written.mixed_BT[row, length:].any()
+    no_stop = _generate(params, BASE, stop_ids=())
+    assert (no_stop.lengths_B == 24).all() and not no_stop.stopped_B.any()
+
+
+def test_top_k_one_draws_the_argmax():
+    params = _params(BASE)
+    greedy = _generate(params, BASE, temperature=0.0, samples=1)
+    np.testing.assert_array_equal(_generate(params, BASE, top_k=1, samples=1).tokens_BT, greedy.tokens_BT)
+
+
+def test_nothing_compiles_after_the_first_rollout():
+    params = engine.lay_out(_params(BASE), BASE)
+    mixing = Mixing(rate=0.3, k=3, until_ids=UNTIL)
+    table_VC = neighbor_table(params["embed"]["embedding"], 3)
+    options = dict(mixing=mixing, table_VC=table_VC, slots=4, chunk=8, cache_length=64)
+    _generate(params, BASE, **options)
+    counts = [f._cache_size() for f in (decode.prefill, decode.fill, decode.decode_chunk)]
+    _generate(params, BASE, [[5, 6], [4] * 9, [8, 8, 8], [3]], seed=9, **options)
+    assert counts == [f._cache_size() for f in (decode.prefill, decode.fill, decode.decode_chunk)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (dict(prompts=[]), "prompts is empty"),
+        (dict(prompts=[[1], []]), "prompt 1 is empty"),
+        (dict(samples=0), "samples is 0"),
+        (dict(temperature=-1.0), "temperature -1.0"),
+        (dict(top_p=0.0), "top_p 0.0"),
+        (dict(stop_ids=(97,)), "stop id 97"),
+        (dict(cache_length=20), "cache of 20"),
+        (dict(temperature=0.0, mixing=Mixing()), "temperature is 0 with mixing on"),
+        (dict(mixing=Mixing(), table_VC=np.zeros((96, 3), np.int32)), r"shape \(96, 3\)"),
+        (dict(keys_B=np.zeros((4, 2), np.uint32)), "one key for each of the 9"),
+    ],
+)
+def test_bad_arguments_are_named(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        _generate(_params(BASE), BASE, **changes)
