@@ -18,7 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.model = _section(
         path="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",  # directory, hub name, or "warm-start"
-        revision="main",  # branch, tag or commit of a hub name
+        revision=placeholder(str),  # branch, tag or commit of a hub name; None: its default branch
         dtype="bfloat16",  # of matrix products; master parameters are float32 always
     )
     config.warm_start = _section(  # read only with model.path "warm-start"
@@ -29,7 +29,8 @@ def get_config() -> ml_collections.ConfigDict:
         num_kv_heads=2,
         steps=600,  # optimiser steps of supervised training
         batch=64,  # worked solutions a step
-        learning_rate=2e-3,  # peak; warmed up, then cosine to zero
+        learning_rate=3e-3,  # peak; warmed up, then cosine
+        confidence_penalty=0.0,  # weight of an entropy bonus: above 0 leaves the model less sure
     )
     config.data = _section(
         train="jsonl:data/deepscaler.jsonl",  # arithmetic:, jsonl:, parquet:, tfds:, package.module:function

@@ -40,7 +40,7 @@ class ModelSettings:
     """Which checkpoint, and the dtype of its matrix products."""
 
     path: str
-    revision: str
+    revision: str | None
     dtype: str
 
     def __post_init__(self) -> None:
@@ -59,9 +59,15 @@ class WarmStartSettings:
     steps: int
     batch: int
     learning_rate: float
+    confidence_penalty: float
 
     def __post_init__(self) -> None:
-        _positive("warm_start", self, *(field.name for field in dataclasses.fields(self)))
+        names = [field.name for field in dataclasses.fields(self) if field.name != "confidence_penalty"]
+        _positive("warm_start", self, *names)
+        require(
+            0 <= self.confidence_penalty < 1,
+            f"warm_start.confidence_penalty is {self.confidence_penalty}; it must lie in [0, 1).",
+        )
         require(
             self.hidden_size % self.num_heads == 0,
             f"warm_start.hidden_size {self.hidden_size} is no multiple of "
@@ -348,7 +354,7 @@ def resolve(config: Any) -> Settings:
     _same_names("the config", values, sections)
     resolved: dict[str, Any] = {}
     for name, kind in sections.items():
-        if not dataclasses.is_dataclass(kind):
+        if kind is int:
             resolved[name] = values[name]
             continue
         _same_names(f"section {name!r} of the config", values[name], typing.get_type_hints(kind))

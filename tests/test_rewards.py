@@ -407,3 +407,6 @@ def test_a_users_reward_that_is_not_there_is_named(path, message):
 def test_an_unknown_reward_is_named(grader):
     with pytest.raises(ValueError, match="unknown reward 'maths'; it is math, choice, or an import path"):
         grader.score(["a"], ["b"], "maths")
+    with pytest.raises(ValueError, match="unknown reward 'maths'"):
+        grader.check("maths")
+    grader.check("choice")

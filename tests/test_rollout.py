@@ -137,9 +137,7 @@ def test_mixing_ends_with_the_thinking_and_writes_the_anchor():
     for row in range(9):
         tokens, mixed = written.response(row), written.mixed_BT[row]
         ends = [
-            t
-            for t in range(len(tokens))
-            if tokens[t] == 9 or (t and (tokens[t - 1], tokens[t]) == (14, 15))
+            t for t in range(len(tokens)) if tokens[t] == 9 or (t and (tokens[t - 1], tokens[t]) == (14, 15))
         ]
         first = ends[0] if ends else len(tokens)
         endings += bool(ends)

@@ -10,7 +10,7 @@ Equation numbers are those of arXiv 2606.10768.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -43,8 +43,8 @@ class Mixture(NamedTuple):
     `noise`, over the same leading dimensions, is for the noise baseline of arXiv 2509.19170 alone.
     """
 
-    ids: jax.Array
-    weights: jax.Array
+    ids: Any  # jax.Array, or np.ndarray while a rollout's record is on the host
+    weights: Any
     noise: Noise | None = None
 
 

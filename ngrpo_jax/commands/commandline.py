@@ -48,7 +48,9 @@ def parse_flags(argv: Sequence[str], **extra: str | None) -> tuple[Any, dict[str
       The locked ConfigDict with its overrides applied, and a dict of `workdir` and the extra flags.
     """
     values = absl_flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "settings: a file of configs/", flag_values=values)
+    config_flags.DEFINE_config_file(
+        "config", None, "settings: a file of configs/", flag_values=values, sys_argv=list(argv)
+    )
     absl_flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     for name, default in extra.items():
         absl_flags.DEFINE_string(name, default, name, flag_values=values)

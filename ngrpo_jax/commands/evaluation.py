@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -164,7 +164,7 @@ def rollout_figures(actor: Actor, trajectories: Trajectories) -> dict[str, float
     places = np.argwhere(mixed_BT)
     if len(places):
         chosen = places[np.linspace(0, len(places) - 1, COSINE_SAMPLE).astype(int)]
-        mixture = Mixture(*(leaf[chosen[:, 0], chosen[:, 1]] for leaf in trajectories.mixtures[:2]))
+        mixture = _at(trajectories.mixtures, chosen)
         cosine = np.asarray(_cosine_to_anchor(actor.params["embed"]["embedding"], mixture))
         figures["rollout/mix_cosine_mean"] = float(cosine.mean())
         figures["rollout/mix_cosine_min"] = float(cosine.min())
@@ -173,9 +173,14 @@ def rollout_figures(actor: Actor, trajectories: Trajectories) -> dict[str, float
     return figures
 
 
+def _at(mixtures: Mixture, places_N2: np.ndarray) -> Mixture:
+    rows_N, times_N = places_N2.T
+    return Mixture(mixtures.ids[rows_N, times_N], mixtures.weights[rows_N, times_N])
+
+
 def sample_row(
     language: Language, problem: Any, trajectories: Trajectories, index: int, reward: float, **extra: Any
-) -> Mapping[str, Any]:
+) -> dict[str, Any]:
     """One response as a JSON row for samples.jsonl: text, verdict, and where its inputs were mixed."""
     tokens = trajectories.response(index)
     mixed = trajectories.mixed_BT[index, : len(tokens)]

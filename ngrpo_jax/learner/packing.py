@@ -9,13 +9,15 @@ computed here from the counts of the whole optimiser step, so that neither packi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ngrpo_jax.algo.mixture import Mixture
 from ngrpo_jax.rollout.trajectory import Trajectories
 from ngrpo_jax.settings import ObjectiveSettings
+
+Array = Any  # np.ndarray while rows are packed, jax.Array once they are on the devices
 
 
 class Rows(NamedTuple):
@@ -33,13 +35,13 @@ class Rows(NamedTuple):
     """
 
     inputs: Mixture
-    positions_RT: np.ndarray
-    segment_ids_RT: np.ndarray
-    targets_RT: np.ndarray
-    weight_RT: np.ndarray
-    response_RT: np.ndarray
-    advantages_RT: np.ndarray
-    behaviour_RT: np.ndarray
+    positions_RT: Array
+    segment_ids_RT: Array
+    targets_RT: Array
+    weight_RT: Array
+    response_RT: Array
+    advantages_RT: Array
+    behaviour_RT: Array
 
 
 def token_weights(

@@ -25,7 +25,7 @@ from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.settings import ObjectiveSettings
 
 Params = Any
-Sharding = jax.sharding.Sharding
+Sharding = jax.sharding.NamedSharding
 
 
 class TrainState(NamedTuple):
@@ -136,7 +136,9 @@ def compile_programs(
       state_shardings: a TrainState of shardings.
       rows_sharding: of arrays whose leading dimension is rows.
     """
-    fixed = dict(config=config, temperature=temperature, remat=remat, logprob_chunk=logprob_chunk)
+    fixed: dict[str, Any] = dict(
+        config=config, temperature=temperature, remat=remat, logprob_chunk=logprob_chunk
+    )
     whole = jax.sharding.NamedSharding(rows_sharding.mesh, jax.sharding.PartitionSpec())
 
     def score(params, rows):
@@ -158,7 +160,7 @@ def compile_programs(
         score=jax.jit(score, out_shardings=rows_sharding),
         zeros=jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), out_shardings=of_params),
         accumulate=jax.jit(accumulate, donate_argnums=0, out_shardings=(of_params, whole)),
-        apply=jax.jit(apply, donate_argnums=(0, 1), out_shardings=(state_shardings, whole)),
+        apply=jax.jit(apply, donate_argnums=0, out_shardings=(state_shardings, whole)),
         place=lambda rows: jax.device_put(rows, rows_sharding),
     )
 

@@ -31,7 +31,10 @@ _REMAT_POLICIES = {
 
 @functools.partial(jax.jit, static_argnums=1)
 def init(key: jax.Array, config: ModelConfig) -> Params:
-    """Fresh float32 parameters, stacked: matrices normal with deviation 0.02, norms 1, biases 0."""
+    """Fresh float32 parameters, stacked: matrices normal, norms 1, biases 0.
+
+    Deviations are 1/sqrt(inputs), less in what is added to the residual stream, and 1/sqrt(D) in the tables.
+    """
     embed_key, head_key, layers_key = jax.random.split(key, 3)
     V, D = config.vocab_size, config.hidden_size
 
@@ -41,12 +44,12 @@ def init(key: jax.Array, config: ModelConfig) -> Params:
         return Block(config).init(layer_key, x_BTD, rope_angles(config, positions_BT), mask_BTS)["params"]
 
     params = {
-        "embed": {"embedding": 0.02 * jax.random.normal(embed_key, (V, D))},
+        "embed": {"embedding": D**-0.5 * jax.random.normal(embed_key, (V, D))},
         "layers": jax.vmap(layer)(jax.random.split(layers_key, config.num_layers)),
         "final_norm": {"scale": jnp.ones((D,))},
     }
     if not config.tie_embeddings:
-        params["head"] = {"kernel": 0.02 * jax.random.normal(head_key, (D, V))}
+        params["head"] = {"kernel": D**-0.5 * jax.random.normal(head_key, (D, V))}
     return params
 
 

@@ -60,7 +60,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
 
 
 def user_text(problem: str, kind: str = "math") -> str:
-    """The user's turn for a problem (METHOD.md section 6); kind "plain" is the problem's text alone."""
+    """The user's turn for a problem, in the paper's words; kind "plain" is the problem's text alone."""
     if kind == "math":
         return f"{problem} {MATH_SENTENCE}"
     if kind == "choice":
@@ -198,7 +198,7 @@ def stop_ids(tokenizer: Tokenizer, eos_token_ids: Sequence[int]) -> tuple[int, .
     return tuple(sorted({*eos_token_ids, *own}))
 
 
-def response_text(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+def response_text(tokenizer: Tokenizer, tokens: Sequence[int] | np.ndarray) -> str:
     """The text to grade: without special tokens, but with `<think>` and `</think>` whatever their flags."""
     hidden = set(tokenizer.all_special_ids)
     hidden -= set(tokenizer.convert_tokens_to_ids(["<think>", "</think>"]))
@@ -207,7 +207,7 @@ def response_text(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
 
 
 def mixed_spans(
-    tokenizer: Tokenizer, tokens: Sequence[int], mixed: Sequence[bool]
+    tokenizer: Tokenizer, tokens: Sequence[int] | np.ndarray, mixed: Sequence[bool] | np.ndarray
 ) -> tuple[str, list[tuple[int, int]]]:
     """The text of `tokens`, special ones included, and where its mixed tokens stand: (start, end) characters.
 
@@ -224,7 +224,10 @@ def mixed_spans(
 
 
 def marked_text(
-    tokenizer: Tokenizer, tokens: Sequence[int], mixed: Sequence[bool], marks: tuple[str, str] = ("⟦", "⟧")
+    tokenizer: Tokenizer,
+    tokens: Sequence[int] | np.ndarray,
+    mixed: Sequence[bool] | np.ndarray,
+    marks: tuple[str, str] = ("⟦", "⟧"),
 ) -> str:
     """The text of `tokens` with each span of mixed ones between `marks`."""
     text, spans = mixed_spans(tokenizer, tokens, mixed)

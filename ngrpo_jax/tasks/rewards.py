@@ -15,6 +15,7 @@ import math
 import os
 import pathlib
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -32,13 +33,15 @@ from .importing import import_function
 Reward = Callable[[str, str], float]
 
 _SCRIPT = pathlib.Path(math_worker.__file__)
+_NUMBER = re.compile(r"-?\d[\d,.]*")
+_LAST_CHARACTERS = 1000  # where the last number is looked for
 _CACHED_VERDICTS = 16_384
 
 
 def math_reward(response: str, gold: str) -> float:
     r"""1.0 if the last closed `\boxed{}` after the last `</think>` equals `gold`, else 0.0; never raises.
 
-    The first question that takes algebra starts a worker, which is then kept (METHOD.md section 6).
+    The first question that takes algebra starts a worker, which is then kept.
     """
     return _shared_grader(os.getpid()).score([response], [gold], "math")[0]
 
@@ -47,6 +50,15 @@ def choice_reward(response: str, gold: str) -> float:
     """1.0 if the last `Answer: X` after the last `</think>` is the letter `gold`, else 0.0; never raises."""
     letter = choice_letter(after_thinking(response))
     return float(letter is not None and letter == gold_letter(gold))
+
+
+def last_number_reward(response: str, gold: str) -> float:
+    """1.0 if the last number of the response is `gold`, else 0.0: for models that were never taught to box.
+
+    Used by its import path, `ngrpo_jax.tasks.rewards:last_number_reward`, as a reward of one's own would be.
+    """
+    numbers = _NUMBER.findall(after_thinking(response)[-_LAST_CHARACTERS:])
+    return float(bool(numbers) and quick_verdict(numbers[-1].rstrip(".,"), gold) is True)
 
 
 def load_reward(path: str) -> Reward:
@@ -61,7 +73,7 @@ def load_reward(path: str) -> Reward:
         value = function(response, gold)
         try:
             score = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             score = math.nan
         if not math.isfinite(score):
             raise ValueError(f"the reward {path!r} gave {value!r}, which is no finite number")
@@ -134,7 +146,8 @@ class Grader:
         else:
             reward = choice_reward if kind == "choice" else self._user_reward(kind)
             scores = [reward(response, gold) for response, gold in zip(responses, golds, strict=True)]
-            self.counts.by_rule += len(scores)
+            with self._lock:
+                self.counts.by_rule += len(scores)
         with self._lock:
             self.counts.graded += len(scores)
             self.counts.seconds += time.perf_counter() - started

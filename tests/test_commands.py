@@ -1,0 +1,259 @@
+"""The commands from end to end on a very small model: the ring turns, resumes exactly, and refuses politely."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from ngrpo_jax import evaluate, export, train
+from ngrpo_jax.commands import commandline
+from ngrpo_jax.model import hf
+from ngrpo_jax.report import __main__ as report
+from ngrpo_jax.runtime.metrics import CLOCK_GROUPS, read_rows
+
+TINY = pathlib.Path(__file__).parent.parent / "configs" / "tiny.py"
+SMALL = {
+    "warm_start.num_layers": 2,
+    "warm_start.hidden_size": 32,
+    "warm_start.intermediate_size": 48,
+    "warm_start.steps": 10,
+    "warm_start.batch": 8,
+    "data.train_size": 40,
+    "rollout.prompts": 4,
+    "rollout.group": 4,
+    "rollout.max_new_tokens": 12,
+    "rollout.slots": 16,
+    "train.mini_batch_prompts": 2,
+    "train.row_tokens": 64,
+    "train.rows_per_device": 1,
+    "train.steps": 2,
+    "checkpoint.every": 6,
+    "eval.every": 6,
+    "eval.problems": 4,
+    "eval.samples": 2,
+    "eval.pass_k": 2,
+    "eval.max_new_tokens": 12,
+    "mesh.data": 8,
+    "mixing.rate": 0.5,
+    "reward.kind": "own_reward:odd_length",
+}
+
+
+def _argv(workdir, *flags, **changes):
+    settings = SMALL | {name.replace("__", "."): value for name, value in changes.items()}
+    overrides = [f"--config.{name}={value}" for name, value in settings.items()]
+    return ["command", f"--config={TINY}", f"--workdir={workdir}", *overrides, *flags]
+
+
+def _run(command, workdir, *flags, **changes):
+    commandline.run_command(command.main, _argv(workdir, *flags, **changes))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The workdir of a finished run of 12 steps."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    _run(train, workdir, train__steps=12)
+    return workdir
+
+
+def _timeless(path):
+    return [{k: v for k, v in row.items() if not k.startswith(CLOCK_GROUPS)} for row in read_rows(path)]
+
+
+def _leaves(directory):
+    return jax.tree_util.tree_leaves_with_path(hf.load(directory)[1])
+
+
+def test_a_run_stopped_and_resumed_ends_as_one_that_was_not(finished, tmp_path, monkeypatch, capsys):
+    workdir = tmp_path / "run"
+    whole_step, calls = train.train_step, []
+
+    def stops_in_step_nine(*arguments):
+        calls.append(1)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return whole_step(*arguments)
+
+    monkeypatch.setattr(train, "train_step", stops_in_step_nine)
+    with pytest.raises(SystemExit) as stopped:
+        _run(train, workdir, train__steps=12)
+    assert stopped.value.code == 130 and len(read_rows(workdir / "metrics.jsonl")) == 8
+    monkeypatch.setattr(train, "train_step", whole_step)
+    _run(train, workdir, train__steps=12)
+    assert "resumed from step 6" in capsys.readouterr().out
+    rows = _timeless(workdir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert rows == _timeless(finished / "metrics.jsonl")
+    assert any(row["learner/grad_norm"] > 0 for row in rows[6:]), "nothing was learnt: equality proves nothing"
+    assert (workdir / "samples.jsonl").read_text() == (finished / "samples.jsonl").read_text()
+    for (path, ours), (_, theirs) in zip(
+        _leaves(workdir / "export"), _leaves(finished / "export"), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs, err_msg=jax.tree_util.keystr(path))
+
+
+def test_training_changes_the_parameters_and_writes_its_summary(finished):
+    moved = [
+        not np.array_equal(a, b)
+        for (_, a), (_, b) in zip(
+            _leaves(finished / "export"), _leaves(finished / "warm_start"), strict=True
+        )
+    ]
+    assert all(moved)
+    summary = json.loads((finished / "summary.json").read_text())
+    for name in ("mean_at_n_before", "mean_at_n_after", "pass_at_k_before", "pass_at_k_after"):
+        assert 0 <= summary[name] <= 1
+    assert summary["steps"] == 12 and summary["seconds"] > 0
+    assert pathlib.Path(summary["checkpoint"]).is_dir() and pathlib.Path(summary["export"]).is_dir()
+    rows = read_rows(finished / "metrics.jsonl")
+    assert all(row["gap/max"] < 1e-4 for row in rows)
+    assert 0.1 < np.mean([row["rollout/mixed_fraction"] for row in rows]) < 0.9
+    assert [row["step"] for row in rows if "eval/mean_at_n" in row] == [6, 12]
+
+
+def test_a_finished_run_says_so_and_changes_nothing(finished, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    _run(train, finished, train__steps=12)
+    assert "holds a finished run of 12 steps" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+
+
+def test_evaluate_grades_and_stores_responses(finished, capsys):
+    _run(evaluate, finished, "--step=latest")
+    printed = capsys.readouterr().out
+    assert "Mean@2" in printed and "Pass@2" in printed
+    rows = [json.loads(line) for line in (finished / "generations_12.jsonl").read_text().split("\n")[:-1]]
+    assert len(rows) == 8 and {row["reward"] for row in rows} <= {0.0, 1.0}
+    summary = json.loads((finished / "summary.json").read_text())
+    assert np.mean([row["reward"] for row in rows]) == summary["mean_at_n_after"]
+
+
+def test_evaluate_tries_a_prompt_with_mixed_tokens_marked(finished, capsys):
+    _run(evaluate, finished, "--prompt=1+2+3=", eval__mixing=True, mixing__rate=1.0)
+    assert "⟦" in capsys.readouterr().out
+    _run(evaluate, finished, "--prompt=1+2+3=")
+    printed = capsys.readouterr().out
+    assert "mixing off" in printed and "⟦" not in printed
+    assert printed.count("--- response") == 2
+
+
+def test_export_is_the_checkpoint(finished, tmp_path, capsys):
+    _run(export, finished, f"--out={tmp_path / 'out'}", "--step=latest")
+    assert "exported   step 12" in capsys.readouterr().out
+    for (_, ours), (_, theirs) in zip(
+        _leaves(tmp_path / "out"), _leaves(finished / "export"), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_report_makes_a_page(finished):
+    commandline.run_command(report.main, ["report", f"--workdir={finished}"])
+    assert "Mean@" in (finished / "report.html").read_text()
+
+
+def _model_without(finished, tmp_path, **config):
+    """A copy of the starting model with keys of config.json changed."""
+    copy = tmp_path / "model"
+    shutil.copytree(finished / "warm_start", copy)
+    path = copy / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return copy
+
+
+def _half_downloaded(finished, tmp_path):
+    copy = _model_without(finished, tmp_path)
+    (copy / "model.safetensors").unlink()
+    index = {"weight_map": {"model.embed_tokens.weight": "model-00001-of-00002.safetensors"}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    return copy
+
+
+def _no_template(finished, tmp_path):
+    copy = _model_without(finished, tmp_path)
+    path = copy / "tokenizer_config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "chat_template"}))
+    (copy / "chat_template.jinja").unlink(missing_ok=True)
+    return copy
+
+
+def _problems(tmp_path, text):
+    path = tmp_path / "problems.jsonl"
+    path.write_text(text)
+    return f"jsonl:{path}"
+
+
+GOOD = '{"problem": "1+1=", "answer": "2"}\n'
+REFUSALS = {
+    "unknown setting": (["--config.mixing.rat=0.1"], {}, "--config.mixing.rat; did you mean --config.mixing.rate"),
+    "wrong type": ([], {"train__steps": "many"}, "many"),
+    "rate": ([], {"mixing__rate": 1.5}, "rate 1.5"),
+    "k": ([], {"mixing__k": 200}, "mixing.k is 200"),
+    "mesh": ([], {"mesh__data": 3}, "mesh.data 3"),
+    "mini-batches": ([], {"train__mini_batch_prompts": 3}, "rollout.prompts is 4, no multiple"),
+    "top_p": ([], {"rollout__top_p": 0.9}, "rollout.top_p is 0.9"),
+    "group of one": ([], {"rollout__group": 1}, "rollout.group is 1"),
+    "no such model": ([], {"model__path": "no/such-model-anywhere"}, "no/such-model-anywhere"),
+    "prompts too long": ([], {"data__max_prompt_tokens": 2}, "data.max_prompt_tokens = 2"),
+    "unknown reward": ([], {"reward__kind": "maths"}, "maths"),
+    "reward not importable": ([], {"reward__kind": "no_module:reward"}, "no_module"),
+    "row without answer": ([], {"data__eval": lambda t: _problems(t, GOOD + '{"problem": "x"}\n')}, "row 2"),
+    "empty data": ([], {"data__eval": lambda t: _problems(t, "")}, "empty"),
+    "no data file": ([], {"data__eval": "jsonl:nowhere.jsonl"}, "nowhere.jsonl"),
+    "warm start of other data": ([], {"data__train": lambda t: _problems(t, GOOD)}, "data.train"),
+}
+BROKEN_MODELS = {
+    "half downloaded": (_half_downloaded, "model-00001-of-00002.safetensors"),
+    "wrong shape": (
+        lambda finished, path: _model_without(finished, path, intermediate_size=40),
+        "model.layers.0.mlp.down_proj.weight",
+    ),
+    "no chat template": (_no_template, "data.chat_template"),
+    "unknown architecture": (
+        lambda finished, path: _model_without(finished, path, architectures=["GPT2LMHeadModel"], model_type="gpt2"),
+        "gpt2",
+    ),
+}
+
+
+def _refused(capsys, workdir, *flags, **changes):
+    """The one line that a refused training run prints."""
+    with pytest.raises(SystemExit) as refusal:
+        _run(train, workdir, *flags, **changes)
+    assert refusal.value.code == 2
+    lines = [line for line in capsys.readouterr().err.split("\n") if line]
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_bad_input_is_one_sentence_and_leaves_the_workdir_alone(name, tmp_path, capsys):
+    flags, changes, culprit = REFUSALS[name]
+    changes = {k: v(tmp_path) if callable(v) else v for k, v in changes.items()}
+    workdir = tmp_path / "workdir"
+    assert culprit in _refused(capsys, workdir, *flags, **changes)
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize("name", BROKEN_MODELS)
+def test_a_broken_model_is_named_and_the_workdir_left_alone(name, finished, tmp_path, capsys):
+    make, culprit = BROKEN_MODELS[name]
+    workdir = tmp_path / "workdir"
+    assert culprit in _refused(capsys, workdir, model__path=make(finished, tmp_path))
+    assert not workdir.exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused(finished, tmp_path, capsys):
+    other = tmp_path / "other"
+    _run(train, other, warm_start__num_layers=1, train__steps=1, eval__every=1)
+    capsys.readouterr()
+    before = sorted(path for path in finished.rglob("*"))
+    sentence = _refused(capsys, finished, model__path=other / "warm_start", train__steps=14)
+    assert "another model" in sentence and "--workdir" in sentence
+    sentence = _refused(capsys, finished, seed=1, train__steps=14)
+    assert "seed 0, not 1" in sentence
+    assert sorted(path for path in finished.rglob("*")) == before

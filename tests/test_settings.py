@@ -1,0 +1,133 @@
+"""Settings: every config resolves, every leaf is read, and what cannot be right is refused by name."""
+
+import ast
+import pathlib
+
+import pytest
+
+from configs import base, grpo_1_5b, ngrpo_1_5b
+from ngrpo_jax.commands import commandline
+from ngrpo_jax.settings import resolve
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.py") if path.name != "__init__.py")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_resolves_and_says_how_it_is_run(path):
+    settings = resolve(commandline.load_config(str(path)))
+    assert settings.rollout.group >= 2
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    if path.stem != "base":
+        for word in (f"--config=configs/{path.stem}.py", "ardware", "Expect"):
+            assert word in text, f"{path.name}: its docstring does not say {word}"
+
+
+def test_every_leaf_is_read_somewhere():
+    read = set()
+    for path in (ROOT / "ngrpo_jax").rglob("*.py"):
+        if path.name == "settings.py":
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            # The checks of __post_init__ do not count as a use; properties and methods do.
+            bodies = [
+                node
+                for node in ast.walk(tree)
+                if isinstance(node, ast.FunctionDef) and node.name != "__post_init__"
+            ]
+        else:
+            bodies = [ast.parse(path.read_text(encoding="utf-8"))]
+        for body in bodies:
+            read |= {node.attr for node in ast.walk(body) if isinstance(node, ast.Attribute)}
+    for leaf in commandline.leaves(base.get_config()):
+        assert leaf.rpartition(".")[2] in read, f"nothing reads the setting {leaf}"
+
+
+def test_the_compared_configs_differ_in_the_mixing_rate_alone():
+    mixed, plain = ngrpo_1_5b.get_config().to_dict(), grpo_1_5b.get_config().to_dict()
+    assert mixed["mixing"].pop("rate") == 0.1 and plain["mixing"].pop("rate") == 0.0
+    assert mixed == plain
+
+
+def test_base_is_the_papers_table_of_hyperparameters():
+    settings = resolve(base.get_config())
+    assert (settings.mixing.k, settings.mixing.rate, settings.rollout.temperature) == (3, 0.1, 0.7)
+    assert (settings.optimizer.learning_rate, settings.objective.kl_coef) == (1e-6, 0.001)
+    assert (settings.rollout.prompts, settings.rollout.group, settings.train.mini_batch_prompts) == (64, 4, 16)
+    assert (settings.objective.clip_low, settings.objective.dual_clip) == (0.2, 3.0)
+    assert (settings.data.max_prompt_tokens, settings.rollout.max_new_tokens) == (4096, 8192)
+    assert (settings.eval.samples, settings.eval.temperature, settings.eval.top_p) == (32, 0.6, 0.95)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "value", "sentence"),
+    [
+        ("mixing.rate", 1.5, "mixing rate 1.5"),
+        ("mixing.k", 0, "mixing k 0"),
+        ("mixing.metric", "angle", "metric 'angle'"),
+        ("mixing.strategy", "blend", "strategy 'blend'"),
+        ("rollout.group", 1, "rollout.group is 1"),
+        ("rollout.top_p", 0.9, "rollout.top_p is 0.9"),
+        ("rollout.top_k", 5, "rollout.top_k is 5"),
+        ("rollout.temperature", 0.0, "rollout.temperature is 0.0"),
+        ("rollout.prompts", 63, "rollout.prompts is 63, no multiple of train.mini_batch_prompts 16"),
+        ("train.row_tokens", 100, "train.row_tokens is 100, shorter than the longest sequence"),
+        ("train.remat", "some", "train.remat is 'some'; it must be one of none, full, dots"),
+        ("eval.pass_k", 64, "eval.pass_k is 64 but eval.samples is 32"),
+        ("objective.algorithm", "ppo", "objective.algorithm is 'ppo'"),
+        ("objective.dual_clip", 1.0, "objective.dual_clip is 1.0"),
+        ("model.dtype", "float8", "model.dtype is 'float8'"),
+        ("mesh.tensor", 0, "mesh.tensor is 0"),
+        ("warm_start.num_heads", 5, "warm_start.hidden_size 192 is no multiple of warm_start.num_heads 5"),
+        ("optimizer.learning_rate", 0.0, "optimizer.learning_rate is 0.0"),
+        ("seed", -1, "seed is -1"),
+    ],
+)
+def test_a_wrong_value_is_one_sentence_naming_the_setting(leaf, value, sentence):
+    config = base.get_config()
+    section, _, name = leaf.rpartition(".")
+    (config[section] if section else config)[name] = value
+    with pytest.raises(ValueError) as refusal:
+        resolve(config)
+    assert sentence in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_gspo_with_token_means_is_refused():
+    config = base.get_config()
+    config.objective.algorithm, config.objective.aggregate = "gspo", "token"
+    with pytest.raises(ValueError, match=r"objective.aggregate is 'token' with objective.algorithm 'gspo'"):
+        resolve(config)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--config.rollout.grup=4"], "unknown setting --config.rollout.grup; did you mean --config.rollout.group?"),
+        (["--config.mixing.rate=often"], "often"),
+        (["--config.train.steps=1.5"], "1.5"),
+        (["--confg=x"], "unknown setting --confg"),
+        (["stray"], "unexpected argument 'stray'"),
+    ],
+)
+def test_a_wrong_flag_is_named(arguments, sentence):
+    argv = ["train", f"--config={ROOT / 'configs' / 'tiny.py'}", "--workdir=w", *arguments]
+    with pytest.raises(ValueError) as refusal:
+        commandline.parse_flags(argv)
+    assert sentence in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_missing_flags_are_asked_for():
+    with pytest.raises(ValueError, match="--config=configs/NAME.py is missing"):
+        commandline.parse_flags(["train", "--workdir=w"])
+    with pytest.raises(ValueError, match="'nowhere.py' does not exist"):
+        commandline.parse_flags(["train", "--workdir=w", "--config=nowhere.py"])
+    with pytest.raises(ValueError, match="--workdir=DIR is missing"):
+        commandline.parse_flags(["train", f"--config={ROOT / 'configs' / 'tiny.py'}"])
+
+
+def test_overrides_reach_the_settings():
+    argv = ["train", f"--config={ROOT / 'configs' / 'tiny.py'}", "--workdir=w"]
+    argv += ["--config.mixing.rate=0.25", "--config.eval.problems=7", "--config.objective.scale_by_std=false"]
+    config, flags = commandline.parse_flags(argv, step="best")
+    settings = resolve(config)
+    assert (settings.mixing.rate, settings.eval.problems, settings.objective.scale_by_std) == (0.25, 7, False)
+    assert flags == {"workdir": "w", "step": "best"}

@@ -1,0 +1,271 @@
+"""The update: the same loss and gradients however rows are packed, cut, recomputed or spread over devices."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ngrpo_jax.algo.mixture import Mixing, embed
+from ngrpo_jax.learner import packing, update
+from ngrpo_jax.learner.optimizer import make_optimizer
+from ngrpo_jax.model import decoder
+from ngrpo_jax.model.config import ModelConfig
+from ngrpo_jax.rollout import engine
+from ngrpo_jax.runtime import mesh as meshes
+from ngrpo_jax.settings import ObjectiveSettings, OptimizerSettings
+
+CONFIG = ModelConfig(
+    architecture="qwen2",
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+)
+OBJECTIVE = ObjectiveSettings("grpo", 0.2, 0.2, 3.0, 0.05, True, "sequence", True)
+OPTIMIZER = OptimizerSettings(1e-3, 0, 0.9, 0.999, 1e-8, 0.01, 1.0)
+TEMPERATURE = 0.8
+PROMPTS = [[3, 4, 5], [7, 8, 9, 10, 11, 12, 13], [20] * 11, [31, 2]]
+
+
+def _params(seed):
+    params = decoder.init(jax.random.key(seed), CONFIG)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    noisy = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, noisy)
+
+
+@functools.cache
+def _batch():
+    """A rollout with mixtures, and advantages of both signs: (prompts, trajectories, advantages)."""
+    written = engine.generate(
+        _params(0),
+        CONFIG,
+        PROMPTS,
+        samples=4,
+        max_new_tokens=20,
+        temperature=TEMPERATURE,
+        mixing=Mixing(rate=0.5, k=3),
+        stop_ids=tuple(range(0, 96, 7)),
+        seed=1,
+    )
+    assert written.mixed_BT.sum() > 10
+    advantages = np.random.default_rng(0).normal(size=16).astype(np.float32)
+    return [prompt for prompt in PROMPTS for _ in range(4)], written, advantages
+
+
+def _programs(mesh=None, remat="none", objective=OBJECTIVE, logprob_chunk=64):
+    mesh = mesh or meshes.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    optimizer = make_optimizer(OPTIMIZER)
+    shapes = jax.eval_shape(lambda: update.init_state(decoder.init(jax.random.key(0), CONFIG), optimizer))
+    shardings = meshes.state_shardings(mesh, shapes)
+    programs = update.compile_programs(
+        CONFIG,
+        objective,
+        optimizer,
+        temperature=TEMPERATURE,
+        remat=remat,
+        logprob_chunk=logprob_chunk,
+        state_shardings=shardings,
+        rows_sharding=meshes.rows_sharding(mesh),
+    )
+    return programs, shardings, optimizer
+
+
+def _gradients(mesh=None, *, row_tokens=64, rows=4, params_seed=2, objective=OBJECTIVE, **options):
+    """Gradients and metrics of one optimiser step by parameters that differ from old and reference ones."""
+    programs, shardings, _ = _programs(mesh, objective=objective, **options)
+    prompts, written, advantages = _batch()
+    (batch,) = packing.mini_batches(
+        prompts, written, advantages, objective, count=1, row_tokens=row_tokens, rows=rows, max_new_tokens=20
+    )
+    old, new, ref = (jax.device_put(_params(seed), shardings.params) for seed in (0, params_seed, 4))
+    (scored,) = update.score(programs, old, ref if objective.kl_coef else None, [batch])
+    grads, metrics = update.gradients(programs, new, scored)
+    return jax.device_get(grads), jax.device_get(metrics), scored, batch
+
+
+@functools.cache
+def _reference():
+    """The step with every sequence in a row of its own, one device, nothing recomputed."""
+    return _gradients(row_tokens=30, rows=16)[:2]
+
+
+def _assert_same(grads, metrics, reference=None):
+    expected, sums = reference or _reference()
+    assert abs(metrics["loss"] - sums["loss"]) <= 1e-6 * abs(sums["loss"])
+    whole = np.sqrt(sum(np.sum(leaf.astype(np.float64) ** 2) for leaf in jax.tree.leaves(expected)))
+    assert whole > 1e-3
+    for (path, leaf), other in zip(
+        jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(expected), strict=True
+    ):
+        limit = 1e-5 * max(np.linalg.norm(other), 1e-3 * whole)
+        assert np.linalg.norm(leaf - other) <= limit, jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (8, 1, 1), (1, 8, 1), (1, 4, 2), (4, 1, 2)])
+def test_eight_devices_equal_one(shape):
+    grads, metrics, *_ = _gradients(meshes.make_mesh(*shape), rows=8)
+    _assert_same(grads, metrics)
+
+
+@pytest.mark.parametrize(("row_tokens", "rows"), [(64, 1), (64, 2), (128, 2), (40, 8)])
+def test_packing_and_microbatches_do_not_change_the_loss(row_tokens, rows):
+    grads, metrics, *_ = _gradients(row_tokens=row_tokens, rows=rows)
+    _assert_same(grads, metrics)
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_remat_on_equals_off(remat):
+    grads, metrics, *_ = _gradients(remat=remat, logprob_chunk=16)
+    _assert_same(grads, metrics)
+
+
+def test_gspo_is_not_changed_by_packing():
+    objective = dataclasses.replace(OBJECTIVE, algorithm="gspo", clip_low=3e-1, clip_high=4e-1)
+    reference = _gradients(row_tokens=30, rows=16, objective=objective)[:2]
+    grads, metrics, *_ = _gradients(row_tokens=64, rows=2, objective=objective)
+    _assert_same(grads, metrics, reference)
+
+
+def test_loss_is_equation_13():
+    """(13) written out in NumPy from full forward passes, one sequence at a time, mixtures replayed."""
+    prompts, written, advantages = _batch()
+    _, metrics, *_ = _gradients()
+    total = 0.0
+    for i, prompt in enumerate(prompts):
+        logprobs = [_sequence_logprobs(_params(seed), prompt, written, i) for seed in (2, 0, 4)]
+        new, old, ref = logprobs
+        ratio = np.exp(new - old)
+        term = np.minimum(ratio * advantages[i], np.clip(ratio, 0.8, 1.2) * advantages[i])
+        if advantages[i] < 0:
+            term = np.maximum(term, 3.0 * advantages[i])
+        kl = np.exp(ref - new) - (ref - new) - 1
+        total -= np.mean(term - 0.05 * kl) / len(prompts)
+    assert np.isclose(metrics["loss"], total, rtol=2e-5)
+
+
+def _sequence_logprobs(params, prompt, written, index):
+    """Float64 log-probabilities of a response from the plain forward pass on explicitly mixed embeddings."""
+    count = written.lengths_B[index]
+    table = np.asarray(params["embed"]["embedding"], np.float64)
+    ids, weights = written.mixtures.ids[index, :count], written.mixtures.weights[index, :count]
+    mixed = np.einsum("tc,tcd->td", weights.astype(np.float64), table[ids])
+    inputs = np.concatenate([table[prompt], mixed[:-1]])
+    hidden = _forward_embedded(params, jnp.asarray(inputs, jnp.float32))
+    logits = np.asarray(hidden @ decoder.head(params, CONFIG), np.float64)[len(prompt) - 1 :] / TEMPERATURE
+    logits -= logits.max(-1, keepdims=True)
+    laws = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return laws[np.arange(count), written.tokens_BT[index, :count]]
+
+
+def _forward_embedded(params, inputs_TD):
+    """Hidden states of given embeddings: each becomes the row of a vocabulary made for it."""
+    own = params | {"embed": {"embedding": inputs_TD}}
+    return decoder.hidden_states(own, CONFIG, jnp.arange(len(inputs_TD))[None])[0]
+
+
+def test_gradient_reaches_the_embedding_rows_of_every_candidate():
+    grads, _, _, batch = _gradients()
+    moved = np.abs(grads["embed"]["embedding"]).max(axis=1) > 0
+    used = np.zeros(96, bool)
+    for rows in batch:
+        weighty = (rows.inputs.weights > 1e-3) & (rows.segment_ids_RT > 0)[..., None]
+        used[rows.inputs.ids[weighty]] = True
+    assert used.sum() > 30 and moved[used].all()
+    assert not moved[~used].any(), "the head is untied here: rows that no input held have no gradient"
+
+
+def test_sampler_gap_is_nothing_in_float32_and_is_seen_when_temperatures_differ():
+    _, _, scored, batch = _gradients()
+    gap = update.sampler_gap([batch], [scored])
+    assert 0 < gap["gap/max"] <= 1e-4 and gap["gap/mean"] <= gap["gap/max"] and abs(gap["gap/kl"]) < 1e-7
+    wrong = [rows._replace(behaviour_RT=2 * rows.behaviour_RT) for rows in batch]
+    assert update.sampler_gap([wrong], [scored])["gap/mean"] > 0.5
+
+
+def test_update_is_adamw_on_the_clipped_gradient():
+    programs, shardings, optimizer = _programs()
+    grads, _, scored, _ = _gradients(params_seed=0)
+    params = _params(0)
+    state = update.init_state(jax.device_put(_params(0), shardings.params), optimizer)
+    state, (figures,) = update.update(programs, state, [scored])
+    norm = np.sqrt(sum(np.sum(g**2) for g in jax.tree.leaves(grads)))
+    assert np.isclose(figures["grad_norm"], norm, rtol=1e-5)
+    scale = min(1.0, 1.0 / norm)
+    first = jax.tree.map(
+        lambda p, g: p - 1e-3 * (scale * g / (np.abs(scale * g) + 1e-8) + 0.01 * p), params, grads
+    )
+    for new, expected, g in zip(
+        *(jax.tree.leaves(tree) for tree in (state.params, first, grads)), strict=True
+    ):
+        solid = np.abs(g) > 1e-5  # where |g| is near Adam's epsilon the sign alone is noise
+        np.testing.assert_allclose(np.asarray(new)[solid], np.asarray(expected)[solid], atol=2e-6)
+    assert int(state.step) == 1
+
+
+def test_no_reference_is_scored_without_a_kl_term():
+    objective = dataclasses.replace(OBJECTIVE, kl_coef=0.0)
+    _, metrics, scored, _ = _gradients(objective=objective)
+    assert all(item.ref_RT is None for item in scored) and "kl" not in metrics
+
+
+def test_figures_are_means_over_weight_and_extremes_over_steps():
+    steps = [
+        {"weight": 0.5, "kl": 0.1, "ratio_max": 2.0, "ratio_min": 0.5, "grad_norm": 1.0, "loss": 3.0},
+        {"weight": 1.0, "kl": 0.4, "ratio_max": 1.5, "ratio_min": 0.7, "grad_norm": 3.0, "loss": 5.0},
+    ]
+    expected = {"kl": 0.3, "ratio_max": 2.0, "ratio_min": 0.5, "grad_norm": 2.0, "loss": 4.0}
+    assert update.figures(steps) == pytest.approx({f"learner/{k}": v for k, v in expected.items()})
+
+
+def test_nothing_compiles_after_the_first_step():
+    programs, shardings, optimizer = _programs()
+    prompts, written, advantages = _batch()
+    start = jax.jit(lambda params: update.init_state(params, optimizer), out_shardings=shardings)
+    state = start(_params(0))
+    counts = []
+    for order in (slice(0, 16), slice(4, 12), slice(2, 6)):
+        batches = packing.mini_batches(
+            prompts[order],
+            written.part(order.start, order.stop),
+            advantages[order],
+            OBJECTIVE,
+            count=2,
+            row_tokens=64,
+            rows=2,
+            max_new_tokens=20,
+        )
+        scored = update.score(programs, state.params, _params(4), batches)
+        state, _ = update.update(programs, state, scored)
+        counts.append(
+            [f._cache_size() for f in (programs.score, programs.zeros, programs.accumulate, programs.apply)]
+        )
+    assert counts[1:] == counts[:1] * 2
+
+
+def test_learner_embedding_equals_the_rollouts():
+    """`embed` on packed rows gives what the decode step fed: same ids, same weights, same sum."""
+    _, written, _ = _batch()
+    table = _params(0)["embed"]["embedding"]
+    once = embed(table, jax.tree.map(jnp.asarray, written.mixtures))
+    expected = np.einsum("btc,btcd->btd", written.mixtures.weights, np.asarray(table)[written.mixtures.ids])
+    np.testing.assert_allclose(once, expected, atol=1e-6)
+
+
+def test_optimizer_warms_up_linearly():
+    optimizer = make_optimizer(dataclasses.replace(OPTIMIZER, warmup_steps=4))
+    params = {"x": jnp.ones(3)}
+    state = optimizer.init(params)
+    sizes = []
+    for _ in range(6):
+        updates, state = optimizer.update({"x": jnp.ones(3)}, state, {"x": jnp.zeros(3)})
+        sizes.append(float(optax.global_norm(updates)))
+    np.testing.assert_allclose(np.array(sizes) / sizes[-1], [0, 0.25, 0.5, 0.75, 1, 1], atol=1e-3)
