@@ -5,7 +5,12 @@ the command line: `--config.rollout.temperature=1.0`. None means "not set".
 """
 
 import ml_collections
-from ml_collections.config_dict import placeholder
+from ml_collections.config_dict import FieldReference, placeholder
+
+
+def _optional(value):
+    """A leaf that has a value here and may be None elsewhere."""
+    return FieldReference(value)
 
 
 def _section(**leaves):
@@ -55,14 +60,16 @@ def get_config() -> ml_collections.ConfigDict:
         rate=0.1,  # rho: the share of thinking steps whose input is mixed; 0 is plain GRPO
         k=3,  # candidates, with the anchor
         metric="cosine",  # nearness of embedding rows: cosine, l2, l1, dot
-        until="</think>",  # mixing ends for good when the response has written this; None: never
+        until=_optional("</think>"),  # mixing ends for good when the response has written this; None: never
         refresh_every=1,  # rollouts between two builds of the neighbour table
     )
     config.objective = _section(
         algorithm="grpo",  # or "gspo"
         clip_low=0.2,
         clip_high=0.2,
-        dual_clip=3.0,  # bound on the loss of a bad response whose probability has grown; None: off
+        dual_clip=_optional(
+            3.0
+        ),  # bound on the loss of a bad response whose probability has grown; None: off
         kl_coef=0.001,  # beta, of the k3 estimator in the loss; 0: no reference model is loaded
         scale_by_std=True,  # divide advantages by the group's standard deviation
         aggregate="sequence",  # mean over each response, then over responses; or "token", "constant"
@@ -88,7 +95,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.mesh = _section(data=1, fsdp=1, tensor=1)  # must multiply to the number of devices
     config.checkpoint = _section(every=20)  # steps between two checkpoints; the last step has one always
     config.eval = _section(
-        every=20,  # steps between two evaluations; None: only before and after
+        every=_optional(20),  # steps between two evaluations; None: only before and after
         problems=placeholder(int),  # the first so many held-out problems; None: all
         samples=32,  # responses a problem (n of Mean@n)
         temperature=0.6,

@@ -1,7 +1,8 @@
 """N-GRPO on a real model that fits a laptop: SmolLM2-135M-Instruct learns one-digit additions.
 
-    python -m ngrpo_jax.train --config=configs/smollm2.py --workdir=runs/smollm2 --config.model.path=DIR_OR_HUB_NAME
+    python -m ngrpo_jax.train --config=configs/smollm2.py --workdir=runs/smollm2
 
+By default the model comes from the Hugging Face hub; --config.model.path=DIR takes a directory.
 The model's answers are graded by their last number, for it was never taught to box them; it writes no
 `</think>` either, so mixing goes on to the end of a response.
 Hardware: two CPU cores and 8 GB of memory. Time: about a quarter of an hour.
@@ -19,28 +20,29 @@ def get_config():
     config.data.train_size = 92
     config.data.prompt = "plain"
     config.data.chat_template = "configs/smollm2.jinja"
-    config.data.max_prompt_tokens = 64
+    config.data.max_prompt_tokens = 40
     config.mixing.until = None
     config.mixing.refresh_every = 10  # a table takes as long as several of these short rollouts
-    config.rollout.prompts = 4
+    config.rollout.prompts = 3
     config.rollout.group = 8
-    config.rollout.max_new_tokens = 16
-    config.rollout.temperature = 1.0
-    config.rollout.slots = 32
+    config.rollout.max_new_tokens = 24
+    config.rollout.temperature = 0.7
+    config.rollout.slots = 24
     config.rollout.chunk = 8
     config.optimizer.learning_rate = 2e-5
     config.train.steps = 20
-    config.train.mini_batch_prompts = 4
-    config.train.rows_per_device = 8
+    config.train.mini_batch_prompts = 3
+    config.train.rows_per_device = 4
+    config.train.row_tokens = 128
     config.train.remat = "none"
     config.checkpoint.every = 10
     config.eval.every = None
     config.eval.problems = 8
     config.eval.samples = 8
     config.eval.pass_k = 8
-    config.eval.temperature = 1.0
+    config.eval.temperature = 0.7
     config.eval.top_p = 1.0
-    config.eval.max_new_tokens = 16
+    config.eval.max_new_tokens = 24
     config.reward.kind = "ngrpo_jax.tasks.rewards:last_number_reward"
     config.reward.workers = 1
     return config

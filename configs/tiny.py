@@ -26,7 +26,7 @@ def get_config():
     config.warm_start.confidence_penalty = 0.14
     config.data.train = config.data.eval = "arithmetic:terms=3,digits=1,ops=+-"
     config.data.prompt = "plain"
-    config.data.max_prompt_tokens = 16
+    config.data.max_prompt_tokens = 32
     config.rollout.prompts = 32
     config.rollout.group = 8
     config.rollout.max_new_tokens = 32

@@ -357,7 +357,11 @@ def resolve(config: Any) -> Settings:
         if kind is int:
             resolved[name] = values[name]
             continue
-        _same_names(f"section {name!r} of the config", values[name], typing.get_type_hints(kind))
+        wanted = typing.get_type_hints(kind)
+        _same_names(f"section {name!r} of the config", values[name], wanted)
+        for leaf, value in values[name].items():
+            optional = type(None) in typing.get_args(wanted[leaf])
+            require(value is not None or optional, f"{name}.{leaf} is None; it needs a value.")
         resolved[name] = kind(**values[name])
     return Settings(**resolved)
 

@@ -23,8 +23,9 @@ from ngrpo_jax.algo.objectives import group_advantages
 from ngrpo_jax.commands import commandline, composition, evaluation, summary
 from ngrpo_jax.commands.run import BEST, Position, Run, prepare, save
 from ngrpo_jax.learner import packing, update
+from ngrpo_jax.model import hf
 from ngrpo_jax.rollout.trajectory import Trajectories
-from ngrpo_jax.runtime import mesh, metrics, preflight
+from ngrpo_jax.runtime import mesh, metrics
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.settings import resolve
 from ngrpo_jax.tasks.rewards import Grader
@@ -40,11 +41,11 @@ def main(argv: Sequence[str]) -> None:
     if summary.already_finished(settings, workdir):
         return
     devices = mesh.make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
-    preflight.check_workdir(workdir)
+    hf.check_replaceable(workdir / "export")
     begun = time.monotonic()
     with Grader(settings.reward.workers, settings.reward.deadline_s, settings.reward.memory_mb) as grader:
         grader.check(settings.reward.kind)
-        parts = composition.compose(settings, workdir)
+        parts = composition.compose(settings, workdir, devices)
         params = composition.load_params(parts[0], devices)
         facts = composition.fingerprint(parts[0], params)
         with Checkpoints(workdir / "checkpoints", model=facts, best=BEST) as checkpoints:
@@ -63,7 +64,7 @@ def train(run: Run, position: Position, grader: Grader, checkpoints: Checkpoints
     if not position.before:
         position = dataclasses.replace(position, before=evaluate(run, position, grader, "evaluation before"))
     began_at, clock = position.step, time.monotonic()
-    figures: dict[str, float] = {}
+    after: dict[str, float] = {}
     with (
         metrics.MetricsWriter(run.workdir, resume_step=resume) as writer,
         metrics.JsonLines(run.workdir / "samples.jsonl", resume_step=resume) as samples,
@@ -71,17 +72,20 @@ def train(run: Run, position: Position, grader: Grader, checkpoints: Checkpoints
         while position.step < settings.train.steps:
             position, row, rows = train_step(run, position, grader)
             last = position.step == settings.train.steps
+            # Only the schedule decides what a step's row holds, so that a run that stopped here and was
+            # resumed has the rows of one that never stopped.
             scheduled = settings.eval.every is not None and position.step % settings.eval.every == 0
-            figures = evaluate(run, position, grader, "evaluation") if last or scheduled else {}
-            row |= {f"eval/{name}": value for name, value in figures.items()}
+            after = evaluate(run, position, grader, "evaluation") if scheduled else {}
+            row |= {f"eval/{name}": value for name, value in after.items()}
             writer.write(position.step, row)
             samples.write(rows)
             if last or scheduled or position.step % settings.checkpoint.every == 0:
-                save(position, settings, checkpoints, row if figures else None)
+                save(position, settings, checkpoints, row if scheduled else None)
             pace = (time.monotonic() - clock) / (position.step - began_at)
             print(summary.step_line(position.step, row, settings.train.steps, pace), flush=True)
     checkpoints.wait()
-    summary.finish(run, position, figures, checkpoints, time.monotonic() - begun)
+    after = after or evaluate(run, position, grader, "evaluation after")
+    summary.finish(run, position, after, checkpoints, time.monotonic() - begun)
 
 
 def train_step(
@@ -114,6 +118,11 @@ def train_step(
 
     rewards_PG = rewards_B.reshape(len(problems), rollout.group)
     state, learned = learn(run, position.state, prompts, trajectories, rewards_PG, seconds)
+    if not np.isfinite(learned["learner/grad_norm"]):
+        raise FloatingPointError(
+            f"the gradient of step {step} is not finite; the run in {run.workdir} goes on from its last "
+            "checkpoint, with a lower optimizer.learning_rate in a new --workdir if it happens again"
+        )
     row = {
         **reward_figures(rewards_PG),
         **figures,

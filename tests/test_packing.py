@@ -35,7 +35,7 @@ def _weights(aggregate, loss_on_mixed=True):
 
 @pytest.mark.parametrize("aggregate", ["sequence", "token", "constant"])
 def test_weights_are_the_aggregation(aggregate):
-    """Σ weight · x against the mean written out: of responses' means, over tokens, or by a constant length."""
+    """Σ weight · x against the mean written out: of responses' means, over tokens, by a constant."""
     x_BT = np.random.default_rng(0).normal(size=(4, 6))
     parts = [x_BT[i, :n] for i, n in enumerate(LENGTHS)]
     expected = {
@@ -115,7 +115,7 @@ def test_mini_batches_keep_prompts_together_and_count_their_own_weights():
 
 
 def test_a_sequence_longer_than_a_row_is_refused():
-    with pytest.raises(ValueError, match=r"sequence 2 takes 6 positions, more than a row of train.row_tokens"):
-        packing.pack(
-            PROMPTS, _trajectories(), np.ones(4), _weights("token"), row_tokens=5, rows_multiple=1
-        )
+    with pytest.raises(
+        ValueError, match=r"sequence 2 takes 6 positions, more than a row of train.row_tokens"
+    ):
+        packing.pack(PROMPTS, _trajectories(), np.ones(4), _weights("token"), row_tokens=5, rows_multiple=1)

@@ -52,7 +52,11 @@ def test_base_is_the_papers_table_of_hyperparameters():
     settings = resolve(base.get_config())
     assert (settings.mixing.k, settings.mixing.rate, settings.rollout.temperature) == (3, 0.1, 0.7)
     assert (settings.optimizer.learning_rate, settings.objective.kl_coef) == (1e-6, 0.001)
-    assert (settings.rollout.prompts, settings.rollout.group, settings.train.mini_batch_prompts) == (64, 4, 16)
+    assert (settings.rollout.prompts, settings.rollout.group, settings.train.mini_batch_prompts) == (
+        64,
+        4,
+        16,
+    )
     assert (settings.objective.clip_low, settings.objective.dual_clip) == (0.2, 3.0)
     assert (settings.data.max_prompt_tokens, settings.rollout.max_new_tokens) == (4096, 8192)
     assert (settings.eval.samples, settings.eval.temperature, settings.eval.top_p) == (32, 0.6, 0.95)
@@ -101,7 +105,10 @@ def test_gspo_with_token_means_is_refused():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--config.rollout.grup=4"], "unknown setting --config.rollout.grup; did you mean --config.rollout.group?"),
+        (
+            ["--config.rollout.grup=4"],
+            "unknown setting --config.rollout.grup; did you mean --config.rollout.group?",
+        ),
         (["--config.mixing.rate=often"], "often"),
         (["--config.train.steps=1.5"], "1.5"),
         (["--confg=x"], "unknown setting --confg"),
@@ -116,9 +123,9 @@ def test_a_wrong_flag_is_named(arguments, sentence):
 
 
 def test_missing_flags_are_asked_for():
-    with pytest.raises(ValueError, match="--config=configs/NAME.py is missing"):
+    with pytest.raises(ValueError, match=r"--config=configs/NAME\.py is missing"):
         commandline.parse_flags(["train", "--workdir=w"])
-    with pytest.raises(ValueError, match="'nowhere.py' does not exist"):
+    with pytest.raises(ValueError, match=r"'nowhere\.py' does not exist"):
         commandline.parse_flags(["train", "--workdir=w", "--config=nowhere.py"])
     with pytest.raises(ValueError, match="--workdir=DIR is missing"):
         commandline.parse_flags(["train", f"--config={ROOT / 'configs' / 'tiny.py'}"])
@@ -131,3 +138,23 @@ def test_overrides_reach_the_settings():
     settings = resolve(config)
     assert (settings.mixing.rate, settings.eval.problems, settings.objective.scale_by_std) == (0.25, 7, False)
     assert flags == {"workdir": "w", "step": "best"}
+
+
+def test_none_is_a_value_where_a_setting_is_optional():
+    def parsed(*arguments):
+        argv = ["train", f"--config={ROOT / 'configs' / 'tiny.py'}", "--workdir=w", *arguments]
+        return resolve(commandline.parse_flags(argv)[0])
+
+    settings = parsed(
+        "--config.mixing.until=None",
+        "--config.objective.dual_clip=None",
+        "--config.eval.every=None",
+        "--config.eval.problems=None",
+        "--config.data.chat_template=None",
+    )
+    assert settings.mixing.until is settings.objective.dual_clip is settings.eval.every is None
+    assert parsed("--config.mixing.until=</answer>").mixing.until == "</answer>"
+    assert parsed("--config.eval.every=7").eval.every == 7
+    for leaf in ("mixing.k", "model.path", "optimizer.learning_rate", "objective.loss_on_mixed"):
+        with pytest.raises(ValueError, match=f"{leaf} is None; it needs a value"):
+            parsed(f"--config.{leaf}=None")

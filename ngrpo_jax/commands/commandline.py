@@ -24,10 +24,10 @@ DEBUG = "NGRPO_DEBUG"  # set in the environment: refusals show where they come f
 
 
 def run_command(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
-    """Runs a command's main. ValueError, OSError and ImportError say `error: …` and end with status 2."""
+    """Runs a command's main. What a user can mend says `error: …` in one sentence, and ends with status 2."""
     try:
         command(sys.argv if argv is None else argv)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if os.environ.get(DEBUG):
             traceback.print_exc()
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -56,12 +56,26 @@ def parse_flags(argv: Sequence[str], **extra: str | None) -> tuple[Any, dict[str
         absl_flags.DEFINE_string(name, default, name, flag_values=values)
     _check_flag_names(argv, extra)
     try:
-        rest = values(list(argv))
+        rest = values([argument for argument in argv if not _is_none(argument)])
     except absl_flags.Error as error:
         raise ValueError(f"{error}".splitlines()[0]) from error
+    for name in (argument.partition("=")[0] for argument in argv if _is_none(argument)):
+        _set_none(values.config, name.removeprefix("--config."))
     require(len(rest) == 1, f"unexpected argument {rest[-1]!r}; settings are given as --config.a.b=value.")
     require(values.workdir is not None, "--workdir=DIR is missing; it names the folder of the run.")
     return values.config, {name: getattr(values, name) for name in ("workdir", *extra)}
+
+
+def _is_none(argument: str) -> bool:
+    return argument.startswith("--config.") and argument.endswith("=None")
+
+
+def _set_none(config: Any, leaf: str) -> None:
+    """absl has no word for None. Whether the leaf may be None is for `settings.resolve` to say."""
+    *sections, name = leaf.split(".")
+    for section in sections:
+        config = config[section]
+    config[name] = None
 
 
 def _check_flag_names(argv: Sequence[str], extra: dict[str, str | None]) -> None:
@@ -84,9 +98,12 @@ def load_config(path: str) -> Any:
     require(spec is not None and spec.loader is not None, f"{path!r} is no Python file.")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    require(hasattr(module, "get_config"), f"{path!r} defines no get_config().")
-    return module.get_config()
+    try:
+        spec.loader.exec_module(module)
+        require(hasattr(module, "get_config"), "it defines no get_config().")
+        return module.get_config()
+    except Exception as error:  # a config is the user's own code: whatever it raises is theirs to read
+        raise ValueError(f"the config {path} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def leaves(config: Any, prefix: str = "") -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
 import operator
 import pathlib
 import tempfile
@@ -22,10 +23,13 @@ from ngrpo_jax.algo.neighbors import neighbor_table
 from ngrpo_jax.learner.supervised import train_supervised
 from ngrpo_jax.model import decoder, hf
 from ngrpo_jax.model.config import ModelConfig
-from ngrpo_jax.runtime import console, mesh
+from ngrpo_jax.runtime import console, mesh, preflight
 from ngrpo_jax.settings import WARM_START, Settings, WarmStartSettings
 from ngrpo_jax.tasks import arithmetic, prompts
 from ngrpo_jax.tasks.datasets import Problem, load_problems
+
+RECIPE = "warm_start.json"  # beside warm_start/: the settings that made it
+ESTIMATE_ERROR = 1.2  # the memory estimate may be a fifth too high
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +75,9 @@ def make_language(tokenizer: Any, config: ModelConfig, settings: Settings) -> La
     )
 
 
-def compose(settings: Settings, workdir: pathlib.Path) -> tuple[Source, ProblemSet, ProblemSet]:
+def compose(
+    settings: Settings, workdir: pathlib.Path, devices: jax.sharding.Mesh
+) -> tuple[Source, ProblemSet, ProblemSet]:
     """The model, the training problems and the held-out ones; no weights are read yet, for they take longest.
 
     With model.path "warm-start" and none made yet, the model is trained here, into WORKDIR/warm_start, and
@@ -86,6 +92,10 @@ def compose(settings: Settings, workdir: pathlib.Path) -> tuple[Source, ProblemS
         config = hf.read_config(directory) if made else warm_start_config(settings.warm_start, tokenizer)
         config = dataclasses.replace(config, dtype=settings.model.dtype)
         language = make_language(tokenizer, config, settings)
+        mesh.param_shardings(devices, parameter_shapes(config))  # refuses axes that do not divide the model
+        check_sizes(settings, config)
+        begun = (workdir / "checkpoints").exists()  # then the disk already holds what it has to
+        preflight.check_workdir(workdir, 0 if begun else preflight.checkpoint_bytes(config, kept=2))
         training = load_set(settings, tokenizer, "train")
         held_out = load_set(settings, tokenizer, "test")
         if not made:
@@ -118,18 +128,30 @@ def locate_model(settings: Settings, workdir: pathlib.Path) -> pathlib.Path:
     if settings.model.path != WARM_START:
         return pathlib.Path(hf.locate(settings.model.path, settings.model.revision))
     directory = workdir / "warm_start"
-    if not directory.exists():
-        if (workdir / "checkpoints").exists():
+    if directory.exists():
+        made_by = json.loads((workdir / RECIPE).read_text(encoding="utf-8"))
+        if made_by != recipe(settings):
             raise ValueError(
-                f"{workdir} has checkpoints but not the warm start that they began from; "
-                "use another --workdir."
+                f"{directory} was made by other settings of seed, data or warm_start, listed in "
+                f"{workdir / RECIPE}; use those, or another --workdir."
             )
-        if not settings.data.train.startswith("arithmetic"):
-            raise ValueError(
-                f"model.path is {WARM_START!r}, which learns worked solutions of arithmetic problems, but "
-                f"data.train is {settings.data.train!r}; use an arithmetic source or another model.path."
-            )
+    elif (workdir / "checkpoints").exists():
+        raise ValueError(
+            f"{workdir} has checkpoints but not the warm start that they began from; use another --workdir."
+        )
+    elif not settings.data.train.startswith("arithmetic"):
+        raise ValueError(
+            f"model.path is {WARM_START!r}, which learns worked solutions of arithmetic problems, but "
+            f"data.train is {settings.data.train!r}; use an arithmetic source or another model.path."
+        )
     return directory
+
+
+def recipe(settings: Settings) -> dict[str, Any]:
+    """Everything that a warm start depends on."""
+    data = dataclasses.asdict(settings.data)
+    del data["eval"]
+    return {"seed": settings.seed, "data": data, "warm_start": dataclasses.asdict(settings.warm_start)}
 
 
 def load_set(settings: Settings, tokenizer: Any, split: str) -> ProblemSet:
@@ -146,6 +168,46 @@ def load_set(settings: Settings, tokenizer: Any, split: str) -> ProblemSet:
 def parameter_shapes(config: ModelConfig) -> Any:
     """The learner's parameter tree as jax.ShapeDtypeStruct, float32."""
     return jax.eval_shape(lambda key: decoder.init(key, config), jax.random.key(0))
+
+
+def memory_parts(settings: Settings, config: ModelConfig) -> list[preflight.Part]:
+    """What one device holds in this run, by estimate."""
+    grid, rollout = settings.mesh, settings.rollout
+    shape = preflight.RunShape(
+        data=grid.data,
+        fsdp=grid.fsdp,
+        tensor=grid.tensor,
+        rollout_tensor=grid.tensor,
+        slots=rollout.slots,
+        cache_length=settings.data.max_prompt_tokens
+        + max(rollout.max_new_tokens, settings.eval.max_new_tokens),
+        prefill_rows=max(1, rollout.slots // min(rollout.group, settings.eval.samples)),
+        prompt_tokens=settings.data.max_prompt_tokens,
+        rows_per_device=settings.train.rows_per_device,
+        row_tokens=settings.row_tokens,
+        logprob_chunk=settings.train.logprob_chunk,
+        remat=settings.train.remat,
+        reference=settings.objective.kl_coef > 0,
+    )
+    return preflight.memory_estimate(config, shape)
+
+
+def check_sizes(settings: Settings, config: ModelConfig) -> None:
+    """Refuses a run longer than the model's positions, or too large for its devices by the estimate."""
+    longest = settings.data.max_prompt_tokens + max(
+        settings.rollout.max_new_tokens, settings.eval.max_new_tokens
+    )
+    if longest > config.max_positions:
+        raise ValueError(
+            f"the model has {config.max_positions} positions, but data.max_prompt_tokens with the larger of "
+            f"rollout.max_new_tokens and eval.max_new_tokens needs {longest}; lower one of them."
+        )
+    device = jax.local_devices()[0]
+    available = preflight.device_memory(device, sharers=jax.local_device_count())
+    allowed = None if available is None else int(ESTIMATE_ERROR * available)
+    problem = preflight.memory_problem(memory_parts(settings, config), allowed)
+    if problem:
+        raise ValueError(problem)
 
 
 def build_table(embedding_VD: jax.Array, language: Language) -> jax.Array:
@@ -187,6 +249,7 @@ def warm_start(
             progress=lambda done, loss: progress.update(done, f"loss {loss:.3f} nats/token"),
         )
     directory.parent.mkdir(parents=True, exist_ok=True)
+    (directory.parent / RECIPE).write_text(json.dumps(recipe(settings), indent=1) + "\n", encoding="utf-8")
     hf.save(str(directory), config, params, tokenizer_from=tokenizer_directory)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
 from typing import Any
 
@@ -17,6 +18,16 @@ from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.settings import Settings
 from ngrpo_jax.tasks.datasets import ProblemStream
 
+MAY_CHANGE = {
+    "train.steps",
+    "train.rows_per_device",
+    "train.remat",
+    "train.logprob_chunk",
+    "rollout.slots",
+    "rollout.chunk",
+    "eval.every",
+    "reward.workers",
+}
 BEST = "eval/mean_at_n"  # the metric that makes a checkpoint the best
 
 
@@ -70,7 +81,7 @@ def prepare(
         optimizer,
         temperature=settings.rollout.temperature,
         remat=settings.train.remat,
-        logprob_chunk=settings.train.logprob_chunk,
+        logprob_chunk=settings.train.logprob_chunk * settings.mesh.data * settings.mesh.fsdp,
         state_shardings=shardings,
         rows_sharding=mesh.rows_sharding(devices),
     )
@@ -103,12 +114,17 @@ def restore(
     shardings: update.TrainState,
     stream: ProblemStream,
 ) -> Position:
-    """The position that a checkpoint holds; ValueError where it is of a run with another seed."""
+    """The position that a checkpoint holds; ValueError where it is of a run with other settings."""
     host = checkpoints.read_host(step)
-    if host["seed"] != run.settings.seed:
+    there, here = host["settings"], lasting_settings(run.settings)
+    changed = [name for name in here if there.get(name) != here[name]]
+    if changed:
+        facts = "; ".join(f"{name} {there.get(name)}, not {here[name]}" for name in changed)
+        raise ValueError(f"the run in {run.workdir} was made with {facts}; use those or another --workdir.")
+    if step > run.settings.train.steps:
         raise ValueError(
-            f"the run in {run.workdir} was made with seed {host['seed']}, not {run.settings.seed}; "
-            "use that seed or another --workdir."
+            f"the run in {run.workdir} is at step {step} already; raise train.steps, which is "
+            f"{run.settings.train.steps}."
         )
     wanted = {"train": _abstract(abstract, shardings)}
     if host["table_age"] is not None:
@@ -121,6 +137,22 @@ def restore(
     return Position(
         step, restored["train"], restored.get("table_VC"), host["table_age"] or 0, stream, host["before"]
     )
+
+
+def lasting_settings(settings: Settings) -> dict[str, Any]:
+    """Leaf by leaf, the settings that may not change between the parts of a run; as JSON gives them back.
+
+    The rest says where and how fast a run goes, not what it computes.
+    """
+    values = json.loads(json.dumps(dataclasses.asdict(settings)))
+    leaves = {"seed": values.pop("seed")}
+    for section, entries in values.items():
+        leaves |= {f"{section}.{name}": value for name, value in entries.items()}
+    return {
+        name: value
+        for name, value in leaves.items()
+        if name not in MAY_CHANGE and not name.startswith(("mesh.", "checkpoint.", "warm_start.", "model."))
+    }
 
 
 def _abstract(shapes: Any, shardings: Any) -> Any:
@@ -139,7 +171,7 @@ def save(
     if position.table_VC is not None:
         arrays["table_VC"] = position.table_VC
     host = {
-        "seed": settings.seed,
+        "settings": lasting_settings(settings),
         "stream": position.stream.get_state(),
         "table_age": None if position.table_VC is None else position.table_age,
         "before": position.before,

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ngrpo_jax.commands import composition
 from ngrpo_jax.commands.run import Position, Run
 from ngrpo_jax.model import hf
 from ngrpo_jax.runtime import console, metrics, preflight
@@ -46,6 +47,10 @@ def announce(run: Run, position: Position) -> None:
         f"each step  {settings.rollout.prompts} prompts × {settings.rollout.group} responses, "
         f"{settings.rollout.prompts // settings.train.mini_batch_prompts} optimiser steps, "
         f"on {run.mesh.size} {jax.devices()[0].platform} device(s)"
+    )
+    needed, phase = preflight.peak(composition.memory_parts(settings, source.config))
+    print(
+        f"memory     about {console.format_bytes(needed)} on each device, by estimate (most in the {phase})"
     )
     print(f"steps      {position.step} of {settings.train.steps} done; workdir {run.workdir}", flush=True)
 

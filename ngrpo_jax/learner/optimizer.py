@@ -11,7 +11,8 @@ def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
     """The optimiser of the paper (METHOD section 5). Weight decay is decoupled and applies to every leaf."""
     rate: optax.ScalarOrSchedule = settings.learning_rate
     if settings.warmup_steps:
-        rate = optax.linear_schedule(0.0, settings.learning_rate, settings.warmup_steps)
+        first = settings.learning_rate / settings.warmup_steps
+        rate = optax.linear_schedule(first, settings.learning_rate, settings.warmup_steps - 1 or 1)
     return optax.chain(
         optax.clip_by_global_norm(settings.clip_norm),
         optax.adamw(rate, settings.b1, settings.b2, settings.eps, weight_decay=settings.weight_decay),

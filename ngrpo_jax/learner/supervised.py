@@ -39,7 +39,7 @@ def train_supervised(
       examples: pairs of non-empty id lists; drawn with replacement, by `seed`.
       settings: steps, batch and peak rate.
       seed: of initial parameters and of the draws.
-      progress: called every 25 steps and after the last with (steps done, mean cross-entropy in nats a token).
+      progress: called every 25 steps and after the last with (steps done, mean loss in nats a token).
 
     Returns:
       float32 parameters, stacked layout.

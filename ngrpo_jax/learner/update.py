@@ -151,7 +151,7 @@ def compile_programs(
 
     def apply(state, grads):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        figures = {"grad_norm": optax.global_norm(grads), "update_norm": optax.global_norm(updates)}
+        figures = {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, opt_state, state.step + 1), figures
 

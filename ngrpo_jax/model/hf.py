@@ -102,7 +102,7 @@ def save(
         _check_dtype(dtype)
     hf_weights.check_params(config, params)
     target = pathlib.Path(os.path.abspath(path))
-    _check_replaceable(target)
+    check_replaceable(target)
     copied = [] if tokenizer_from is None else _tokenizer_files(pathlib.Path(tokenizer_from))
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     replaced = target.with_name(f".{target.name}.replaced-{os.getpid()}")
@@ -178,8 +178,9 @@ def _check_dtype(dtype: str) -> None:
         raise ValueError(f"dtype must be one of {', '.join(known)}, not {dtype!r}")
 
 
-def _check_replaceable(target: pathlib.Path) -> None:
-    """ValueError unless `target` is absent, empty, or holds nothing but what an earlier `save` put there."""
+def check_replaceable(path: str | os.PathLike) -> None:
+    """ValueError unless `path` is absent, empty, or holds nothing but what an earlier `save` put there."""
+    target = pathlib.Path(path)
     if not target.exists():
         return
     if not target.is_dir():

@@ -21,6 +21,8 @@ from ngrpo_jax.model import cache as kv
 from ngrpo_jax.model import decoder
 from ngrpo_jax.model.config import ModelConfig
 
+Sharding = jax.sharding.Sharding | None
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
@@ -81,9 +83,12 @@ class Written(NamedTuple):
     valid_NB: jax.Array
 
 
-def empty_slots(config: ModelConfig, sampler: Sampler, count: int, cache_length: int) -> Slots:
-    """`count` slots in which nobody sits."""
-    return Slots(
+@functools.partial(jax.jit, static_argnames=("config", "sampler", "count", "cache_length", "sharding"))
+def empty_slots(
+    config: ModelConfig, sampler: Sampler, count: int, cache_length: int, sharding: Sharding = None
+) -> Slots:
+    """`count` slots in which nobody sits, made where they will live."""
+    slots = Slots(
         cache=kv.init(config, count, cache_length, config.dtype),
         hidden_BD=jnp.zeros((count, config.hidden_size), config.dtype),
         keys_B2=jnp.zeros((count, 2), jnp.uint32),
@@ -92,6 +97,12 @@ def empty_slots(config: ModelConfig, sampler: Sampler, count: int, cache_length:
         thinking_B=jnp.zeros(count, bool),
         active_B=jnp.zeros(count, bool),
     )
+    return _kept(slots, sharding)
+
+
+def _kept(slots: Slots, sharding: Sharding) -> Slots:
+    """Slots stay split as they began: left to itself, XLA may choose anew, and no buffer could be reused."""
+    return slots if sharding is None else jax.lax.with_sharding_constraint(slots, sharding)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -102,7 +113,7 @@ def prefill(
     return decoder.prefill(params, config, ids_BT, lengths_B, ids_BT.shape[1])
 
 
-@functools.partial(jax.jit, donate_argnames="slots")
+@functools.partial(jax.jit, static_argnames="sharding", donate_argnames="slots")
 def fill(
     slots: Slots,
     hidden_PD: jax.Array,
@@ -110,6 +121,7 @@ def fill(
     source_B: jax.Array,
     enters_B: jax.Array,
     keys_B2: jax.Array,
+    sharding: Sharding = None,
 ) -> Slots:
     """Seats new sequences: row b of the slots starts from row `source_B[b]` of a prefill where `enters_B[b]`.
 
@@ -128,7 +140,7 @@ def fill(
         values=tuple(map(layer, slots.cache.values, prefix.values)),
         lengths_B=seated(prefix.lengths_B[source_B], slots.cache.lengths_B),
     )
-    return Slots(
+    filled = Slots(
         cache=cache,
         hidden_BD=seated(hidden_PD[source_B], slots.hidden_BD),
         keys_B2=seated(keys_B2, slots.keys_B2),
@@ -137,9 +149,12 @@ def fill(
         thinking_B=slots.thinking_B | enters_B,
         active_B=slots.active_B | enters_B,
     )
+    return _kept(filled, sharding)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampler", "steps"), donate_argnames="slots")
+@functools.partial(
+    jax.jit, static_argnames=("config", "sampler", "steps", "sharding"), donate_argnames="slots"
+)
 def decode_chunk(
     params: Any,
     table_VC: jax.Array | None,
@@ -148,6 +163,7 @@ def decode_chunk(
     config: ModelConfig,
     sampler: Sampler,
     steps: int,
+    sharding: Sharding = None,
 ) -> tuple[Slots, Written]:
     """Writes `steps` tokens in every slot; rows that end on the way write nothing valid after it.
 
@@ -155,6 +171,7 @@ def decode_chunk(
       params: rollout layout (a tuple of layers).
       table_VC: neighbour table, or None where nothing is mixed.
       slots: donated; its buffers become the result's.
+      sharding: of the slots, over their leading dimension; None on one device.
     """
     head_DV = decoder.head(params, config).astype(config.dtype)
 
@@ -177,7 +194,8 @@ def decode_chunk(
         )
         return after, written
 
-    return jax.lax.scan(step, slots, None, length=steps)
+    slots, written = jax.lax.scan(step, slots, None, length=steps)
+    return _kept(slots, sharding), written
 
 
 def draw(

@@ -92,16 +92,14 @@ def generate(
     keys_B2 = _key_data(keys_B, seed, count)
     slots = _round_up(min(slots, count), 1 if sharding is None else len(sharding.device_set))
 
-    state = decode.empty_slots(config, sampler, slots, cache_length)
-    if sharding is not None:
-        state = jax.device_put(state, sharding)
+    state = decode.empty_slots(config, sampler, slots, cache_length, sharding)
     results = Trajectories.empty(count, max_new_tokens, sampler.candidates)
     seating = _Seating(prompts, samples, keys_B2, slots, cache_length)
     while seating.unfinished:
         for prefix, assignment in seating.refill(functools.partial(prefill_prompts, params, config)):
-            state = decode.fill(state, *prefix, *assignment)
+            state = decode.fill(state, *prefix, *assignment, sharding=sharding)
         state, written = decode.decode_chunk(
-            params, table_VC, state, config=config, sampler=sampler, steps=chunk
+            params, table_VC, state, config=config, sampler=sampler, steps=chunk, sharding=sharding
         )
         seating.release(_collect(results, seating.sequence_B, jax.device_get(written), sampler))
         if progress is not None:
