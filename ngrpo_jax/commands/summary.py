@@ -99,7 +99,7 @@ def finish(
         else None,
         "mix_cosine_min": min((row["rollout/mix_cosine_min"] for row in mixed), default=None),
         "sampler_trainer_gap_max": max(row["gap/max"] for row in rows),
-        "checkpoint": str(pathlib.Path(checkpoints.directory) / str(position.step)),
+        "checkpoint": str(run.workdir / "checkpoints" / str(position.step)),
         "export": str(export),
     }
     (run.workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
