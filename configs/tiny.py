@@ -3,8 +3,8 @@
     python -m ngrpo_jax.train --config=configs/tiny.py --workdir=runs/tiny
 
 A Qwen2 decoder of 1.2 million parameters with a character tokenizer is trained for a minute or two on worked
-solutions (`<think>` steps `</think>\\boxed{answer}`), with a penalty on confidence that leaves it unsure rather
-than wrong: right about two times in five. N-GRPO then teaches it from the reward alone.
+solutions (`<think>` steps `</think>\\boxed{answer}`), with a penalty on confidence that leaves it unsure, not
+wrong: right about two times in five. N-GRPO then teaches it from the reward alone.
 Hardware: two CPU cores. Time: four to five minutes.
 Expect: held-out Mean@8 from about 0.4 to 0.8.
 """
