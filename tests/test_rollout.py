@@ -132,21 +132,20 @@ def test_eight_devices_write_what_one_does():
 def test_mixing_ends_with_the_thinking_and_writes_the_anchor():
     """(11): mixed only before `until` is completed; the written token is the anchor, the first candidate."""
     params = _params(BASE)
-    written = _generate(params, BASE, mixing=Mixing(rate=1.0, k=3, until_ids=UNTIL), max_new_tokens=60)
-    endings = 0
-    for row in range(9):
-        tokens, mixed = written.response(row), written.mixed_BT[row]
-        ends = [
-            t for t in range(len(tokens)) if tokens[t] == 9 or (t and (tokens[t - 1], tokens[t]) == (14, 15))
-        ]
-        first = ends[0] if ends else len(tokens)
-        endings += bool(ends)
-        assert mixed[: min(first + 1, len(tokens))].all()
-        assert not mixed[first + 1 :].any()
-        np.testing.assert_array_equal(written.mixtures.ids[row, : len(tokens), 0], tokens)
-    free = _generate(params, BASE, mixing=Mixing(rate=1.0, k=3), max_new_tokens=60)
-    for row in range(9):
-        assert free.mixed_BT[row, : free.lengths_B[row]].all(), "no `until`: mixing never ends"
+    free = _generate(params, BASE, mixing=Mixing(rate=1.0, k=3), stop_ids=())
+    assert free.mixed_BT.all(), "no `until`: mixing never ends"
+    # One ending of a single token, one of two in a row, taken from what is about to be written.
+    until = (int(free.tokens_BT[0, 4]), tuple(int(t) for t in free.tokens_BT[3, 5:7]))
+    written = _generate(params, BASE, mixing=Mixing(rate=1.0, k=3, until_ids=until), stop_ids=())
+    endings = []
+    for tokens, mixed, ids in zip(written.tokens_BT, written.mixed_BT, written.mixtures.ids, strict=True):
+        ends = [t for t in range(24) if tokens[t] == until[0] or tuple(tokens[t - 1 : t + 1]) == until[1]]
+        first = ends[0] if ends else 24
+        endings.append(first)
+        assert mixed[: first + 1].all(), "the anchor that completes the ending is itself fed mixed"
+        assert not mixed[first + 1 :].any(), "mixing came back after its end"
+        np.testing.assert_array_equal(ids[:, 0], tokens)
+    assert endings[0] <= 4 and endings[3] <= 6
 
 
 def test_neighbor_mixture_weights_in_a_rollout():

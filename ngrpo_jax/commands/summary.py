@@ -122,6 +122,8 @@ def print_summary(summary: dict[str, Any], settings: Settings, workdir: pathlib.
             f"to their anchors: mean {summary['mix_cosine_mean']:.4f}, min {summary['mix_cosine_min']:.4f}"
         )
     print(f"time       {console.format_seconds(summary['seconds'])} for {summary['steps']} steps")
-    print(f"checkpoint {summary['checkpoint']} (best held out: step {summary['best_step']})")
+    best = summary["best_step"]
+    scored = f"best held out: step {best}" if best is not None else "none was evaluated on the way"
+    print(f"checkpoint {summary['checkpoint']} ({scored})")
     print(f"export     {summary['export']}  (a Hugging Face directory)")
     print(f"look       python -m ngrpo_jax.report --workdir={workdir}")
