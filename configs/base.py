@@ -90,7 +90,7 @@ def get_config() -> ml_collections.ConfigDict:
         row_tokens=placeholder(int),  # tokens of a packed row; None: the longest prompt + response
         rows_per_device=1,  # packed rows computed at once on each data shard
         remat="full",  # what the backward pass recomputes: none, dots, full
-        logprob_chunk=1024,  # tokens whose logits over the vocabulary exist at once
+        logprob_chunk=1024,  # tokens whose logits exist at once, on each data shard
     )
     config.mesh = _section(data=1, fsdp=1, tensor=1)  # must multiply to the number of devices
     config.checkpoint = _section(every=20)  # steps between two checkpoints; the last step has one always

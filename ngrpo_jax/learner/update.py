@@ -48,7 +48,7 @@ class Scored(NamedTuple):
 class Programs:
     """The compiled programs of a run; see `compile_programs`."""
 
-    score: Callable[[Params, Rows], tuple[jax.Array, jax.Array]]
+    score: Callable[[Params, Rows], jax.Array]
     zeros: Callable[[Params], Params]
     accumulate: Callable[..., tuple[Params, dict[str, jax.Array]]]
     apply: Callable[[TrainState, Params], tuple[TrainState, dict[str, jax.Array]]]
@@ -142,7 +142,7 @@ def compile_programs(
     whole = jax.sharding.NamedSharding(rows_sharding.mesh, jax.sharding.PartitionSpec())
 
     def score(params, rows):
-        return _logprobs(params, rows, **fixed)
+        return _logprobs(params, rows, **fixed)[0]  # XLA then leaves the entropy out
 
     def accumulate(total, params, rows, old_RT, ref_RT):
         loss = jax.value_and_grad(row_loss, has_aux=True)
@@ -172,8 +172,8 @@ def score(
 
     def one(rows: Rows) -> Scored:
         placed = programs.place(rows)
-        of_reference = None if reference is None else programs.score(reference, placed)[0]
-        return Scored(placed, programs.score(params, placed)[0], of_reference)
+        of_reference = None if reference is None else programs.score(reference, placed)
+        return Scored(placed, programs.score(params, placed), of_reference)
 
     return [[one(rows) for rows in batch] for batch in batches]
 
