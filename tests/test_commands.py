@@ -127,7 +127,7 @@ def test_a_finished_run_says_so_and_changes_nothing(finished, capsys):
 def test_evaluate_grades_and_stores_responses(finished, capsys):
     _run(evaluate, finished, "--step=latest")
     printed = capsys.readouterr().out
-    assert "Mean@2" in printed and "Pass@2" in printed
+    assert "Mean@2" in printed and "Pass@2" in printed and "best@2 (bootstrap" in printed
     rows = [json.loads(line) for line in (finished / "generations_12.jsonl").read_text().split("\n")[:-1]]
     assert len(rows) == 8 and {row["reward"] for row in rows} <= {0.0, 1.0}
     summary = json.loads((finished / "summary.json").read_text())
