@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ngrpo_jax.algo import nearness, tiles
 from ngrpo_jax.algo import neighbors as nb
 from ngrpo_jax.algo.neighbors import METRICS, neighbor_table
 
@@ -36,25 +37,29 @@ def _normal(size, width, seed=0):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("size, width, k, block", [(37, 19, 4, 8), (9, 5, 9, 50)])
-def test_neighbor_table_eq7_eq8(metric, size, width, k, block):
+@pytest.mark.parametrize(
+    "size, width, k, tile", [(37, 19, 4, 64), (9, 5, 9, 50), (200, 19, 4, 48), (333, 7, 6, 64)]
+)
+def test_neighbor_table_eq7_eq8(metric, size, width, k, tile):
+    """Searched row by row, and by tiles: five blocks, and six of which the longest step meets itself."""
     rows = _normal(size, width)
-    table = neighbor_table(rows, k, metric=metric, block=block)
+    table = neighbor_table(rows, k, metric=metric, tile=tile)
     assert table.shape == (size, k) and table.dtype == jnp.int32
     np.testing.assert_array_equal(table, _oracle(rows, k, metric))
 
 
-@pytest.mark.parametrize("block", [1, 1000])
-def test_block_size_changes_nothing(block):
-    rows = _normal(60, 8)
-    np.testing.assert_array_equal(neighbor_table(rows, 4, block=block), neighbor_table(rows, 4))
+@pytest.mark.parametrize("tile", [36, 40, 44, 52, 60, 72, 1000])
+def test_tile_size_changes_nothing(tile):
+    rows = _normal(300, 8)
+    np.testing.assert_array_equal(neighbor_table(rows, 4, tile=tile), _oracle(rows, 4, "cosine"))
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_rows_not_valid_are_never_neighbours_but_have_some(metric):
-    rows = _normal(30, 4)
-    valid = np.random.default_rng(1).random(30) < 0.4
-    table = np.asarray(neighbor_table(rows, 4, metric=metric, valid_V=valid, block=7))
+@pytest.mark.parametrize("size, tile", [(30, 64), (250, 48)])
+def test_rows_not_valid_are_never_neighbours_but_have_some(metric, size, tile):
+    rows = _normal(size, 4)
+    valid = np.random.default_rng(1).random(size) < 0.4
+    table = np.asarray(neighbor_table(rows, 4, metric=metric, valid_V=valid, tile=tile))
     np.testing.assert_array_equal(table, _oracle(rows, 4, metric, valid))
     assert valid[table[:, 1:]].all() and not valid[table[:, 0]].all()
 
@@ -67,21 +72,23 @@ def test_k_may_be_the_number_of_valid_rows():
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_identical_rows_lower_id_first_however_many(metric):
-    rows = np.tile(_normal(3, 17), (15, 1))  # each row fifteen times: far more twins than wanted
-    table = neighbor_table(rows, 5, metric=metric, block=16)
+@pytest.mark.parametrize("tile", [16, 48])
+def test_identical_rows_lower_id_first_however_many(metric, tile):
+    rows = np.tile(_normal(13, 17), (15, 1))  # each row fifteen times: far more twins than wanted
+    table = neighbor_table(rows, 5, metric=metric, tile=tile)
     twins = _oracle(rows, 5, metric)
     np.testing.assert_array_equal(table, twins)
     if metric != "dot":  # a longer row may have the larger product
-        assert (np.asarray(table)[:, 1:] % 3 == np.asarray(table)[:, :1] % 3).all()
+        assert (np.asarray(table)[:, 1:] % 13 == np.asarray(table)[:, :1] % 13).all()
 
 
 def _table_with_uneven_products(monkeypatch, error, rows, k, metric):
     """The table where the product adds an error [V] to its columns, as its tiles may by rounding."""
-    scores = nb._block_scores
-    monkeypatch.setattr(nb, "_block_scores", lambda *given: scores(*given) + error[None, :])
-    build = jax.jit(nb._table.__wrapped__, static_argnames=("k", "metric", "block"))
-    return build(jnp.asarray(rows), jnp.ones(len(rows), bool), k=k, metric=metric, block=16)
+    scores = nearness.tile_scores
+    monkeypatch.setattr(nearness, "tile_scores", lambda *given: scores(*given) + error[None, :])
+    valid = jnp.ones(len(rows), bool)
+    wanted = dict(count=k + 3, sure=k - 1, metric=metric, tile=64, mesh=None)
+    return nb.as_table(nb.nearest(jnp.asarray(rows), valid, **wanted).ids_RC, k)
 
 
 @pytest.mark.parametrize("metric", ["cosine", "l2"])
@@ -142,13 +149,40 @@ def test_k_one_is_the_row_itself():
 
 
 @pytest.mark.parametrize("metric", ["cosine", "l1"])
-def test_memory_grows_with_the_block_and_not_with_the_square(metric):
-    size, width, block = 512, 40, 8
-    rows = jnp.zeros((size, width))
-    compiled = nb._table.lower(rows, jnp.ones(size, bool), 3, metric, block).compile()
+def test_memory_grows_with_the_tile_and_not_with_the_square(metric):
+    size, width, tile = 4096, 40, 128
+    build = nb._compiled(count=6, sure=2, metric=metric, tile=tile, mesh=None)
+    compiled = build.lower(jnp.zeros((size, width)), jnp.ones(size, bool)).compile()
     scratch = compiled.memory_analysis().temp_size_in_bytes
-    assert scratch < 4 * (8 * size * width + 8 * size * block + 64 * size)
-    assert scratch < 4 * size * size
+    assert scratch < 4 * (8 * size * width + 4 * size * tile + 16 * tile * tile)
+    assert scratch < 4 * size * size / 4
+
+
+@pytest.mark.parametrize("tile, groups, size", [(48, 12, 200), (64, 16, 384)])
+def test_nominees_and_the_bound_on_the_rest_hold_every_row(tile, groups, size):
+    """Whatever is no nominee has a score of at most `rest`; nominees are distinct, valid and not the row."""
+    rows, valid = _normal(size, 6), np.random.default_rng(2).random(size) < 0.8
+    tiling = tiles.make_tiling(size, tile, 1)
+    assert tiling.groups == groups
+    padded = jnp.pad(jnp.asarray(rows), ((0, tiling.rows - size), (0, 0)))
+    mask = jnp.pad(jnp.asarray(valid), (0, tiling.rows - size))
+    parts = tiles.nominate(padded, mask, jnp.int32(0), tiling.blocks, 5, "dot", tiling)
+    found = jax.tree.map(np.asarray, tiles.merge(list(parts), tiling))
+    scores = rows @ rows.T
+    for i in range(size):
+        ids = found.ids_RC[i]
+        assert len(set(ids)) == 5 and valid[ids].all() and i not in ids
+        rest = [j for j in range(size) if valid[j] and j != i and j not in ids]
+        assert scores[i, rest].max() <= found.rest_R[i] + 1e-5
+    assert (found.rest_R[:size] <= np.sort(scores, axis=1)[:, -2] + 1e-3).all()
+
+
+def test_a_few_rows_searched_among_many_columns():
+    scores = np.random.default_rng(3).integers(0, 40, size=(5, 1900)).astype(np.float32)
+    top, places = nb._top(jnp.asarray(scores), 9)
+    expected = [sorted(range(1900), key=lambda j: (-row[j], j))[:9] for row in scores]
+    np.testing.assert_array_equal(places, expected)
+    np.testing.assert_array_equal(top, np.take_along_axis(scores, np.array(expected), 1))
 
 
 def test_first_identical_finds_every_twin_and_no_other():
@@ -156,14 +190,21 @@ def test_first_identical_finds_every_twin_and_no_other():
         np.float32([-1, 1]), size=(400, 6)
     )  # 64 different rows, signs alone
     expected = [next(j for j in range(400) if (rows[j] == rows[i]).all()) for i in range(400)]
-    np.testing.assert_array_equal(nb._first_identical(jnp.asarray(rows)), expected)
+    np.testing.assert_array_equal(nearness.first_identical(jnp.asarray(rows)), expected)
 
 
-def test_sharded_embedding_gives_the_same_table():
-    rows = _normal(64, 16)
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    sharded = jax.device_put(rows, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x")))
-    np.testing.assert_array_equal(neighbor_table(sharded, 3, block=16), neighbor_table(rows, 3))
+@pytest.mark.parametrize("metric", ["cosine", "l1"])
+@pytest.mark.parametrize("size, tile", [(64, 64), (500, 48), (520, 16)])
+@pytest.mark.parametrize("spec", [("x",), (None, ("x", "y")), (("y", "x"),)])
+def test_a_mesh_gives_the_same_table_from_any_sharding(metric, size, tile, spec):
+    rows, valid = np.tile(_normal(size // 2, 16), (2, 1)), np.arange(size) % 7 != 3
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    if size % 8 and spec == (("y", "x"),):
+        spec = ()
+    sharded = jax.device_put(rows, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)))
+    table = neighbor_table(sharded, 3, metric=metric, valid_V=valid, tile=tile, mesh=mesh)
+    np.testing.assert_array_equal(table, _oracle(rows, 3, metric, valid))
+    assert table.sharding.is_fully_replicated
 
 
 @pytest.mark.parametrize(

@@ -1,27 +1,59 @@
 """The neighbour table: for each row of an embedding matrix, its nearest other rows.
 
-Owns: what "near" means, and finding it in memory O(block · V). Must not know: tokenizers (which rows may
-be neighbours arrives as a mask), mixtures, or which of a model's matrices it is given.
+Owns the exact search: for all rows from nothing (`nearest`), and for a few given ones (`search`), divided over
+the devices of a mesh. Must not know: tokenizers (which rows may be neighbours arrives as a mask), mixtures,
+which of a model's matrices it is given, or that it may change.
 
-Exactness. A matrix product rounds differently from one tile to the next, so it only nominates: the few
-best of each row are scored again from their rows by one formula and then ordered by (score, lower id).
-Rows with the same bits share one nomination score, so that ties among them go to the lower id however
-many there are.
+Exactness. A matrix product rounds differently from one tile to the next, so it only nominates. The nominees
+are scored again from their rows by one formula and ordered by (score, lower id). A row is done when the score
+of the last wanted one is above everything that was not nominated, by more than rounding can do; the few other
+rows are searched alone, against all rows. There, rows with the same bits share one nomination score, so that
+ties among them go to the lower id however many there are.
 """
 
-import functools
+from __future__ import annotations
 
-import chex
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-METRICS = ("cosine", "l2", "l1", "dot")
+from ngrpo_jax.algo import nearness, tiles
+from ngrpo_jax.algo.nearness import METRICS
 
-# Nominated beyond the wanted ones, so that rounding at the boundary of the nominations drops no neighbour.
+# Nominated beyond the wanted ones: so that few rows fail for want of a gap, and so that rounding at the
+# boundary of the nominations drops no neighbour where a row is searched alone.
 _SPARE = 4
-# Dimensions that one pass over an L1 block adds: enough to be bound by arithmetic rather than by memory.
-_L1_WIDTH = 16
+_TILE = 2048  # rows of a tile: the products run at full speed and two tiles fit into a cache of 32 MiB
+_GROUP = 64  # neighbouring columns whose maximum stands for them in a search for a few rows
+_JUDGED = 2**19  # entries of the gathered nominees that are scored at once: two megabytes, within a cache
+AXIS = "rows"  # the one axis of the mesh that a search runs on
+
+
+class Nearest(NamedTuple):
+    """Of R rows: candidates, nearest first, of equals the lower id first; -inf and id 0 where there are no more.
+
+    `scores_RC` are those of `nearness.pair_scores`, `outside_R` bounds the closeness of all other valid rows.
+    """
+
+    ids_RC: jax.Array
+    scores_RC: jax.Array
+    outside_R: jax.Array
+
+
+class Field(NamedTuple):
+    """All rows that a search looks at, as `nearness.comparable_rows` gives them, whole on every device."""
+
+    rows_VD: jax.Array
+    valid_V: jax.Array
+    first_V: jax.Array  # lowest id among the rows with the same bits
+    length_V: jax.Array
+    longest: jax.Array  # of the valid rows
 
 
 def neighbor_table(
@@ -30,19 +62,41 @@ def neighbor_table(
     *,
     metric: str = "cosine",
     valid_V: jax.Array | np.ndarray | None = None,
-    block: int = 512,
+    tile: int = _TILE,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """The candidates of every row as an anchor, (7) of arXiv 2606.10768: int32 [V, k].
 
     Column 0 is the row itself, columns 1.. its k-1 nearest other valid rows, nearest first, of equally
     near ones the lower id first. `metric`: "cosine" (8), where a zero row has cosine 0 to every row, "l2",
     "l1" or "dot". `valid_V` bool [V] (default: all) says which rows may be neighbours; a row that may not
-    still has its own k-1 neighbours. `embedding_VD` of any float dtype is compared in float32, `block` rows
-    at a time: memory is O(block · V).
+    still has its own k-1 neighbours. `embedding_VD` of any float dtype is compared in float32.
+
+    Memory: the rows, one tile × tile block of scores and tile / 2 integers a row. `mesh` divides the work
+    (not the rows: each device holds a whole copy of them) over all its devices, whatever the sharding of
+    `embedding_VD`; the table is then replicated.
 
     Raises ValueError for an unknown metric, a k below 1 or above the number of valid rows, and for
     arguments that are not [V, D] and [V].
     """
+    valid_V = check(embedding_VD, k, metric, valid_V)
+    size = embedding_VD.shape[0]
+    if k == 1:
+        return jnp.arange(size, dtype=jnp.int32)[:, None]
+    count = min(k - 1 + _SPARE, size)
+    build = _compiled(count=count, sure=k - 1, metric=metric, tile=tile, mesh=mesh)
+    return as_table(build(jnp.asarray(embedding_VD), valid_V).ids_RC, k)
+
+
+@functools.partial(jax.jit, static_argnames="k")
+def as_table(ids_VC: jax.Array, k: int) -> jax.Array:
+    """int32 [V, k]: each row itself, then its first k-1 candidates."""
+    own_V1 = jnp.arange(ids_VC.shape[0], dtype=jnp.int32)[:, None]
+    return jnp.concatenate([own_V1, ids_VC[:, : k - 1]], axis=1)
+
+
+def check(embedding_VD: Any, k: int, metric: str, valid_V: Any) -> jax.Array:
+    """`valid_V` as an array, all True where it is None; ValueError where no table can be made."""
     if np.ndim(embedding_VD) != 2 or not np.size(embedding_VD):
         raise ValueError(
             f"embedding_VD must be a matrix [V, D], not an array of shape {np.shape(embedding_VD)}"
@@ -57,115 +111,212 @@ def neighbor_table(
     usable = int(np.sum(valid_V))
     if not 1 <= k <= usable:
         raise ValueError(f"k is {k}, but must be at least 1 and at most the number of valid rows, {usable}")
-    if k == 1:
-        return jnp.arange(size, dtype=jnp.int32)[:, None]
-    rows_VD = jnp.asarray(embedding_VD).astype(jnp.float32)
-    return _table(rows_VD, jnp.asarray(valid_V, bool), k, metric, max(1, min(block, size)))
+    return jnp.asarray(valid_V, bool)
 
 
-@functools.partial(jax.jit, static_argnames=("k", "metric", "block"))
-def _table(rows_VD: jax.Array, valid_V: jax.Array, k: int, metric: str, block: int) -> jax.Array:
-    size = rows_VD.shape[0]
-    first_V = _first_identical(rows_VD)
-    if metric == "cosine":
-        rows_VD = _unit_rows(rows_VD)
-    blocks = -(-size // block)
-    ids_NR = jnp.minimum(jnp.arange(blocks * block, dtype=jnp.int32), size - 1).reshape(blocks, block)
-    nearest = functools.partial(_nearest, rows_VD, valid_V, first_V, k=k, metric=metric)
-    return jax.lax.map(nearest, ids_NR).reshape(blocks * block, k)[:size]
+def divided(work: Callable, mesh: Mesh | None, *, whole: int, out: Any) -> Callable:
+    """`work(part, *arguments)` on every device of `mesh`, each with its number as `part`.
 
-
-def _nearest(
-    rows_VD: jax.Array, valid_V: jax.Array, first_V: jax.Array, ids_R: jax.Array, *, k: int, metric: str
-) -> jax.Array:
-    """The table's rows for the anchors `ids_R`: int32 [R, k]."""
-    count, size = ids_R.shape[0], rows_VD.shape[0]
-    queries_RD = rows_VD[ids_R]
-    scores_RV = _block_scores(queries_RD, rows_VD, metric)
-    chex.assert_shape(scores_RV, (count, size))
-    has_twins = jnp.any(first_V != jnp.arange(size, dtype=jnp.int32))
-    scores_RV = jax.lax.cond(has_twins, lambda s: jnp.take(s, first_V, axis=1), lambda s: s, scores_RV)
-    allowed_RV = valid_V[None, :] & (jnp.arange(size, dtype=jnp.int32)[None, :] != ids_R[:, None])
-    scores_RV = jnp.where(allowed_RV, scores_RV, -jnp.inf)
-
-    top_RC, found_RC = jax.lax.top_k(scores_RV, min(k - 1 + _SPARE, size))
-    exact_RC = _pair_scores(queries_RD[:, None, :], rows_VD[found_RC], metric)
-    exact_RC = jnp.where(jnp.isneginf(top_RC), -jnp.inf, exact_RC)  # nominated only for want of others
-    _, ordered_RC = jax.lax.sort((-exact_RC, found_RC.astype(jnp.int32)), dimension=1, num_keys=2)
-    return jnp.concatenate([ids_R[:, None], ordered_RC[:, : k - 1]], axis=1)
-
-
-def _block_scores(queries_RD: jax.Array, rows_VD: jax.Array, metric: str) -> jax.Array:
-    """Nearness of every query to every row, larger is nearer, up to a constant of the query: [R, V]."""
-    if metric == "l1":
-        return -_l1_distances(queries_RD, rows_VD)
-    products_RV = jax.lax.dot_general(
-        queries_RD, rows_VD, (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST
-    )
-    if metric == "l2":  # -|q - e|² = 2 q·e - |e|² - |q|²
-        return 2.0 * products_RV - jnp.sum(jnp.square(rows_VD), axis=1)[None, :]
-    return products_RV
-
-
-def _l1_distances(queries_RD: jax.Array, rows_VD: jax.Array) -> jax.Array:
-    """Σ_d |q_d - e_d| [R, V], a few dimensions a pass: no [R, V, D], which no matrix product can avoid."""
-    pad = -queries_RD.shape[1] % _L1_WIDTH
-    by_width = [
-        jnp.pad(x, ((0, 0), (0, pad))).T.reshape(-1, _L1_WIDTH, x.shape[0]) for x in (queries_RD, rows_VD)
-    ]
-
-    def add(total_RV: jax.Array, parts: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        queries_WR, rows_WV = parts
-        for d in range(_L1_WIDTH):
-            total_RV = total_RV + jnp.abs(queries_WR[d][:, None] - rows_WV[d][None, :])
-        return total_RV, None
-
-    zeros_RV = jnp.zeros((queries_RD.shape[0], rows_VD.shape[0]), jnp.float32)
-    return jax.lax.scan(add, zeros_RV, tuple(by_width))[0]
-
-
-def _pair_scores(a: jax.Array, b: jax.Array, metric: str) -> jax.Array:
-    """Nearness of vectors along the last axis, larger is nearer: equal vectors get equal scores."""
-    a = jnp.broadcast_to(a, b.shape)
-    if metric == "l1":
-        return -jnp.sum(jnp.abs(a - b), axis=-1)
-    if metric == "l2":
-        return -jnp.sum(jnp.square(a - b), axis=-1)
-    return jnp.sum(a * b, axis=-1)
-
-
-def _unit_rows(rows_VD: jax.Array) -> jax.Array:
-    """Rows of length 1; a zero row stays zero. The largest entry goes first, lest tiny squares vanish."""
-    largest_V1 = jnp.max(jnp.abs(rows_VD), axis=1, keepdims=True)
-    scaled_VD = rows_VD / jnp.where(largest_V1 > 0, largest_V1, 1.0)
-    norm_V1 = jnp.linalg.norm(scaled_VD, axis=1, keepdims=True)
-    return scaled_VD / jnp.where(norm_V1 > 0, norm_V1, 1.0)
-
-
-def _first_identical(rows_VD: jax.Array) -> jax.Array:
-    """int32 [V]: the lowest id of the rows with the same bits, the row's own where it has no twin.
-
-    Rows are compared by two 32-bit hashes. Integer sums do not depend on their order, so twins always
-    meet; that two different rows meet has a chance of V² / 2^65, about 1e-9 for V = 152k.
+    The first `whole` arguments go to every device entire, the others split by their leading dimension. `out`
+    is a tree like the result of P(AXIS), for what is put together by its leading dimension, or P(), for what
+    all devices agree on. Without a mesh, `work` runs as part 0 of 1.
     """
-    size, width = rows_VD.shape
-    bits_VD = jax.lax.bitcast_convert_type(rows_VD, jnp.uint32)
-    ids_V = jnp.arange(size, dtype=jnp.int32)
-    hashes = [
-        jnp.sum(_scramble(bits_VD, width, salt), axis=1, dtype=jnp.uint32)
-        for salt in (0x9E3779B9, 0x7F4A7C15)
-    ]
-    first, second, order_V = jax.lax.sort((*hashes, ids_V), num_keys=3)
-    differs_V = (first[1:] != first[:-1]) | (second[1:] != second[:-1])
-    starts_V = jnp.concatenate([jnp.ones(1, bool), differs_V])
-    start_of_run_V = jax.lax.cummax(jnp.where(starts_V, ids_V, 0))
-    return jnp.zeros(size, jnp.int32).at[order_V].set(order_V[start_of_run_V])
+    if mesh is None:
+        return lambda *arguments: work(jnp.int32(0), *arguments)
+    line = line_of(mesh)
+
+    def on_mesh(*arguments: Any) -> Any:
+        specs = tuple(P() if i < whole else P(AXIS) for i in range(len(arguments)))
+        body = lambda *given: work(jax.lax.axis_index(AXIS).astype(jnp.int32), *given)  # noqa: E731
+        return jax.shard_map(body, mesh=line, in_specs=specs, out_specs=out, check_vma=False)(*arguments)
+
+    return on_mesh
 
 
-def _scramble(bits_VD: jax.Array, width: int, salt: int) -> jax.Array:
-    """A murmur-style finaliser of each entry with its column, so that sums of them tell rows apart."""
-    columns_1D = (jnp.arange(1, width + 1, dtype=jnp.uint32) * jnp.uint32(salt))[None, :]
-    x = bits_VD ^ columns_1D
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
+def line_of(mesh: Mesh) -> Mesh:
+    """The same devices in the same order along one axis."""
+    return Mesh(mesh.devices.reshape(-1), (AXIS,))
+
+
+def replicate(tree: Any, mesh: Mesh | None) -> Any:
+    """Within a compiled program: whole copies on every device."""
+    if mesh is None:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(line_of(mesh), P()))
+
+
+@functools.cache
+def _compiled(*, count: int, sure: int, metric: str, tile: int, mesh: Mesh | None) -> Callable:
+    given = functools.partial(nearest, count=count, sure=sure, metric=metric, tile=tile, mesh=mesh)
+    return jax.jit(given)
+
+
+def nearest(
+    embedding_VD: jax.Array,
+    valid_V: jax.Array,
+    *,
+    count: int,
+    sure: int,
+    metric: str,
+    tile: int,
+    mesh: Mesh | None,
+) -> Nearest:
+    """`count` candidates of every row, of which the first `sure` are its nearest. Within a compiled program."""
+    size = embedding_VD.shape[0]
+    parts = 1 if mesh is None else mesh.size
+    if size >= 4 * tile and count <= tile // 4:
+        tiling = tiles.make_tiling(size, tile, parts)
+        build = functools.partial(_by_tiles, tiling=tiling)
+    else:
+        build = functools.partial(_one_by_one, chunk=-(-size // parts), batch=max(1, tile // 32))
+    build = functools.partial(build, count=count, sure=sure, metric=metric, parts=parts)
+    embedding_VD, valid_V = replicate((embedding_VD, valid_V), mesh)
+    found = divided(build, mesh, whole=2, out=Nearest(P(AXIS), P(AXIS), P(AXIS)))(embedding_VD, valid_V)
+    return replicate(Nearest(*(x[:size] for x in found)), mesh)
+
+
+def make_field(embedding_VD: jax.Array, valid_V: jax.Array, metric: str) -> Field:
+    """What a search over these rows needs to know of them."""
+    first_V = nearness.first_identical(embedding_VD.astype(jnp.float32))
+    rows_VD = nearness.comparable_rows(embedding_VD, metric)
+    length_V = nearness.lengths(rows_VD, metric)
+    return Field(rows_VD, valid_V, first_V, length_V, jnp.max(jnp.where(valid_V, length_V, 0.0)))
+
+
+def _one_by_one(part, embedding_VD, valid_V, *, count, sure, metric, parts, chunk, batch) -> Nearest:
+    """A part's rows, each searched alone: for matrices so small that nothing else pays."""
+    del parts, sure
+    field = make_field(embedding_VD, valid_V, metric)
+    empty = Nearest(
+        jnp.zeros((chunk, count), jnp.int32), jnp.zeros((chunk, count), jnp.float32), jnp.zeros(chunk)
+    )
+    everything = jnp.ones(chunk, bool)
+    return redo(field, part * chunk, everything, empty, metric, min(batch, chunk))
+
+
+def _by_tiles(part, embedding_VD, valid_V, *, count, sure, metric, parts, tiling) -> Nearest:
+    """A part's rows, nominated by tiles, judged, and searched alone where that leaves a doubt."""
+    field = make_field(embedding_VD, valid_V, metric)
+    own, padding = tiling.blocks // parts, tiling.rows - valid_V.shape[0]
+    padded_VD = jnp.pad(field.rows_VD, ((0, padding), (0, 0)))
+    padded_V = jnp.pad(valid_V, (0, padding))
+    of_rows, of_columns = tiles.nominate(padded_VD, padded_V, part * own, own, count, metric, tiling)
+    if parts > 1:  # of_columns is about everybody's rows: to each its own, one list from each other part
+
+        def deal(x: jax.Array) -> list[jax.Array]:
+            dealt = jax.lax.all_to_all(x.reshape(parts, -1, *x.shape[1:]), AXIS, 0, 0)
+            return [dealt[i] for i in range(parts)]
+
+        columns = [deal(x) for x in of_columns]
+        lists = [of_rows, *(tiles.Nominees(*each) for each in zip(*columns, strict=True))]
+    else:
+        lists = [of_rows, of_columns]
+    nominees = tiles.merge(lists, tiling)
+
+    chunk = own * tiling.tile
+    first = part * chunk
+    block = max(
+        b for b in range(1, tiling.tile + 1) if tiling.tile % b == 0 and b * count <= _block_rows(field)
+    )
+    by_block = jax.tree.map(lambda x: x.reshape(-1, block, *x.shape[1:]), nominees)
+    ids = (first + jnp.arange(chunk, dtype=jnp.int32)).reshape(-1, block)
+    found = jax.lax.map(lambda given: judge(field, given[0], given[1], metric), (ids, by_block))
+    found = jax.tree.map(lambda x: x.reshape(chunk, *x.shape[2:]), found)
+    rows = _within(field, first + jnp.arange(chunk, dtype=jnp.int32))
+    doubtful_R = ~certain(field, rows, found, sure, metric) & (first + jnp.arange(chunk) < valid_V.shape[0])
+    return redo(field, first, doubtful_R, found, metric, max(1, tiling.tile // 32))
+
+
+def _block_rows(field: Field) -> int:
+    return max(1, _JUDGED // field.rows_VD.shape[1])
+
+
+def _within(field: Field, ids_R: jax.Array) -> jax.Array:
+    """Row numbers, those of padding replaced by the last row's."""
+    return jnp.minimum(ids_R, field.rows_VD.shape[0] - 1)
+
+
+def judge(field: Field, ids_R: jax.Array, nominees: tiles.Nominees, metric: str) -> Nearest:
+    """Nominees of the rows `ids_R`, scored from their rows and put in order."""
+    ids_R = _within(field, ids_R)
+    there_RC = ~jnp.isneginf(nominees.scores_RC)
+    ids_RC, scores_RC = order(field, ids_R, nominees.ids_RC, there_RC, metric)
+    error_R = nearness.tile_error(field.length_V[ids_R], field.longest, field.rows_VD.shape[1], metric)
+    return Nearest(ids_RC, scores_RC, nearness.closeness_above(nominees.rest_R, error_R, metric))
+
+
+def order(
+    field: Field, ids_R: jax.Array, candidates_RC: jax.Array, there_RC: jax.Array, metric: str
+) -> tuple[jax.Array, jax.Array]:
+    """Candidates of the rows `ids_R` by (score, lower id), with their scores; -inf where `there_RC` is False."""
+    scores_RC = nearness.pair_scores(field.rows_VD[ids_R][:, None, :], field.rows_VD[candidates_RC], metric)
+    scores_RC = jnp.where(there_RC, scores_RC, -jnp.inf)
+    falling_RC, ordered_RC = jax.lax.sort((-scores_RC, candidates_RC), dimension=1, num_keys=2)
+    return ordered_RC, -falling_RC
+
+
+def certain(field: Field, ids_R: jax.Array, found: Nearest, sure: int, metric: str) -> jax.Array:
+    """bool [R]: no row outside the candidates can be among the `sure` nearest."""
+    least_R, error_R = nearness.pair_closeness(
+        found.scores_RC[:, sure - 1], field.length_V[ids_R], field.longest, field.rows_VD.shape[1], metric
+    )
+    return least_R - error_R > found.outside_R
+
+
+def redo(
+    field: Field, first: jax.Array, wanted_R: jax.Array, found: Nearest, metric: str, batch: int
+) -> Nearest:
+    """`found` of the rows from `first` on, with those that `wanted_R` marks searched alone, `batch` at once."""
+    batch = min(batch, wanted_R.shape[0])
+    count = found.ids_RC.shape[1]
+
+    def again(given: Nearest, places_B: jax.Array) -> Nearest:
+        new = search(field, _within(field, first + places_B), count, metric)
+        return Nearest(*(old.at[places_B].set(x) for old, x in zip(given, new, strict=True)))
+
+    return over_marked(wanted_R, batch, found, again)
+
+
+def over_marked(wanted_R: jax.Array, batch: int, start: Any, step: Callable[[Any, jax.Array], Any]) -> Any:
+    """`step(value, places_B)` over batches of the places that `wanted_R` marks; a batch is filled with others."""
+    size = wanted_R.shape[0]
+    places_R = jnp.argsort(~wanted_R, stable=True).astype(jnp.int32)
+    total = jnp.sum(wanted_R, dtype=jnp.int32)
+
+    def body(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        done, value = carry
+        places_B = jax.lax.dynamic_slice_in_dim(places_R, jnp.minimum(done, size - batch), batch)
+        return done + batch, step(value, places_B)
+
+    return jax.lax.while_loop(lambda carry: carry[0] < total, body, (jnp.int32(0), start))[1]
+
+
+def search(field: Field, ids_R: jax.Array, count: int, metric: str) -> Nearest:
+    """The `count` nearest of the rows `ids_R`, each compared with all rows."""
+    size = field.rows_VD.shape[0]
+    scores_RV = nearness.tile_scores(field.rows_VD[ids_R], field.rows_VD, metric)
+    everyone_V = jnp.arange(size, dtype=jnp.int32)
+    has_twins = jnp.any(field.first_V != everyone_V)
+    scores_RV = jax.lax.cond(has_twins, lambda s: jnp.take(s, field.first_V, axis=1), lambda s: s, scores_RV)
+    allowed_RV = field.valid_V[None, :] & (everyone_V[None, :] != ids_R[:, None])
+    top_RC, found_RC = _top(jnp.where(allowed_RV, scores_RV, -jnp.inf), count)
+    return judge(field, ids_R, tiles.Nominees(top_RC, found_RC, jnp.min(top_RC, axis=1)), metric)
+
+
+def _top(scores_RV: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The `count` best of each row and their places, of equals the lower place.
+
+    The best entries lie within as many groups of neighbours, those with the best maxima: of equal maxima
+    the lower group, because its places are lower. Only these groups are looked into.
+    """
+    rows, size = scores_RV.shape
+    groups = -(-size // _GROUP)
+    if groups <= 2 * count:
+        return jax.lax.top_k(scores_RV, count)
+    padded = jnp.pad(scores_RV, ((0, 0), (0, groups * _GROUP - size)), constant_values=-jnp.inf)
+    grouped_RGM = padded.reshape(rows, groups, _GROUP)
+    best_RC = jnp.sort(jax.lax.top_k(jnp.max(grouped_RGM, axis=2), count)[1], axis=1)
+    within_RM = jnp.take_along_axis(grouped_RGM, best_RC[:, :, None], axis=1).reshape(rows, -1)
+    places_RM = (best_RC[:, :, None] * _GROUP + jnp.arange(_GROUP)[None, None, :]).reshape(rows, -1)
+    top_RC, place_RC = jax.lax.top_k(within_RM, count)
+    return top_RC, jnp.take_along_axis(places_RM, place_RC, axis=1).astype(jnp.int32)
