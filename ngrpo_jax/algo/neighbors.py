@@ -1,8 +1,8 @@
 """The neighbour table: for each row of an embedding matrix, its nearest other rows.
 
-Owns the exact search: for all rows from nothing (`nearest`), and for a few given ones (`search`), divided over
-the devices of a mesh. Must not know: tokenizers (which rows may be neighbours arrives as a mask), mixtures,
-which of a model's matrices it is given, or that it may change.
+Owns the exact search: for all rows from nothing (`nearest`), and for a few given ones (`redo`), divided
+over the devices of a mesh. Must not know: tokenizers (which rows may be neighbours arrives as a mask),
+mixtures, which of a model's matrices it is given, or that it may change.
 
 Exactness. A matrix product rounds differently from one tile to the next, so it only nominates. The nominees
 are scored again from their rows by one formula and ordered by (score, lower id). A row is done when the score
@@ -26,19 +26,20 @@ from jax.sharding import PartitionSpec as P
 from ngrpo_jax.algo import nearness, tiles
 from ngrpo_jax.algo.nearness import METRICS
 
-# Nominated beyond the wanted ones: so that few rows fail for want of a gap, and so that rounding at the
-# boundary of the nominations drops no neighbour where a row is searched alone.
-_SPARE = 4
-_TILE = 2048  # rows of a tile: the products run at full speed and two tiles fit into a cache of 32 MiB
+# Nominated beyond the wanted ones, so that few rows fail for want of a gap: tokens that were hardly trained
+# have nearly equal rows, about twenty of them in real models, and other rows have them all in one breath.
+SPARE = 17
+TILE = 2048  # rows of a tile: the products run at full speed and two tiles fit into a cache of 32 MiB
 _GROUP = 64  # neighbouring columns whose maximum stands for them in a search for a few rows
 _JUDGED = 2**19  # entries of the gathered nominees that are scored at once: two megabytes, within a cache
 AXIS = "rows"  # the one axis of the mesh that a search runs on
 
 
 class Nearest(NamedTuple):
-    """Of R rows: candidates, nearest first, of equals the lower id first; -inf and id 0 where there are no more.
+    """Of R rows: candidates, nearest first, of equals the lower id first.
 
-    `scores_RC` are those of `nearness.pair_scores`, `outside_R` bounds the closeness of all other valid rows.
+    Where there are no more, the id is -1 and the score -inf. `scores_RC` are those of
+    `nearness.pair_scores`, `outside_R` bounds the closeness of all other valid rows.
     """
 
     ids_RC: jax.Array
@@ -62,7 +63,7 @@ def neighbor_table(
     *,
     metric: str = "cosine",
     valid_V: jax.Array | np.ndarray | None = None,
-    tile: int = _TILE,
+    tile: int = TILE,
     mesh: Mesh | None = None,
 ) -> jax.Array:
     """The candidates of every row as an anchor, (7) of arXiv 2606.10768: int32 [V, k].
@@ -83,7 +84,7 @@ def neighbor_table(
     size = embedding_VD.shape[0]
     if k == 1:
         return jnp.arange(size, dtype=jnp.int32)[:, None]
-    count = min(k - 1 + _SPARE, size)
+    count = min(k - 1 + SPARE, size)
     build = _compiled(count=count, sure=k - 1, metric=metric, tile=tile, mesh=mesh)
     return as_table(build(jnp.asarray(embedding_VD), valid_V).ids_RC, k)
 
@@ -118,8 +119,8 @@ def divided(work: Callable, mesh: Mesh | None, *, whole: int, out: Any) -> Calla
     """`work(part, *arguments)` on every device of `mesh`, each with its number as `part`.
 
     The first `whole` arguments go to every device entire, the others split by their leading dimension. `out`
-    is a tree like the result of P(AXIS), for what is put together by its leading dimension, or P(), for what
-    all devices agree on. Without a mesh, `work` runs as part 0 of 1.
+    is P(AXIS), for results that are put together by their leading dimension, or a tree with P() for what all
+    devices agree on. Without a mesh, `work` runs as part 0 of 1.
     """
     if mesh is None:
         return lambda *arguments: work(jnp.int32(0), *arguments)
@@ -161,7 +162,7 @@ def nearest(
     tile: int,
     mesh: Mesh | None,
 ) -> Nearest:
-    """`count` candidates of every row, of which the first `sure` are its nearest. Within a compiled program."""
+    """`count` candidates of every row, the first `sure` its nearest. Within a compiled program."""
     size = embedding_VD.shape[0]
     parts = 1 if mesh is None else mesh.size
     if size >= 4 * tile and count <= tile // 4:
@@ -171,13 +172,16 @@ def nearest(
         build = functools.partial(_one_by_one, chunk=-(-size // parts), batch=max(1, tile // 32))
     build = functools.partial(build, count=count, sure=sure, metric=metric, parts=parts)
     embedding_VD, valid_V = replicate((embedding_VD, valid_V), mesh)
-    found = divided(build, mesh, whole=2, out=Nearest(P(AXIS), P(AXIS), P(AXIS)))(embedding_VD, valid_V)
+    found = divided(build, mesh, whole=2, out=P(AXIS))(embedding_VD, valid_V)
     return replicate(Nearest(*(x[:size] for x in found)), mesh)
 
 
-def make_field(embedding_VD: jax.Array, valid_V: jax.Array, metric: str) -> Field:
-    """What a search over these rows needs to know of them."""
-    first_V = nearness.first_identical(embedding_VD.astype(jnp.float32))
+def make_field(
+    embedding_VD: jax.Array, valid_V: jax.Array, metric: str, first_V: jax.Array | None = None
+) -> Field:
+    """What a search over these rows needs to know of them; `first_V` is found where it is not given."""
+    if first_V is None:
+        first_V = nearness.first_identical(embedding_VD.astype(jnp.float32))
     rows_VD = nearness.comparable_rows(embedding_VD, metric)
     length_V = nearness.lengths(rows_VD, metric)
     return Field(rows_VD, valid_V, first_V, length_V, jnp.max(jnp.where(valid_V, length_V, 0.0)))
@@ -215,42 +219,42 @@ def _by_tiles(part, embedding_VD, valid_V, *, count, sure, metric, parts, tiling
 
     chunk = own * tiling.tile
     first = part * chunk
-    block = max(
-        b for b in range(1, tiling.tile + 1) if tiling.tile % b == 0 and b * count <= _block_rows(field)
-    )
+    most = judged_rows(field, count)
+    block = max(b for b in range(1, tiling.tile + 1) if tiling.tile % b == 0 and b <= most)
     by_block = jax.tree.map(lambda x: x.reshape(-1, block, *x.shape[1:]), nominees)
     ids = (first + jnp.arange(chunk, dtype=jnp.int32)).reshape(-1, block)
     found = jax.lax.map(lambda given: judge(field, given[0], given[1], metric), (ids, by_block))
     found = jax.tree.map(lambda x: x.reshape(chunk, *x.shape[2:]), found)
-    rows = _within(field, first + jnp.arange(chunk, dtype=jnp.int32))
+    rows = within(field, first + jnp.arange(chunk, dtype=jnp.int32))
     doubtful_R = ~certain(field, rows, found, sure, metric) & (first + jnp.arange(chunk) < valid_V.shape[0])
     return redo(field, first, doubtful_R, found, metric, max(1, tiling.tile // 32))
 
 
-def _block_rows(field: Field) -> int:
-    return max(1, _JUDGED // field.rows_VD.shape[1])
+def judged_rows(field: Field, count: int) -> int:
+    """How many rows with so many candidates each are scored at once."""
+    return max(1, _JUDGED // (count * field.rows_VD.shape[1]))
 
 
-def _within(field: Field, ids_R: jax.Array) -> jax.Array:
+def within(field: Field, ids_R: jax.Array) -> jax.Array:
     """Row numbers, those of padding replaced by the last row's."""
     return jnp.minimum(ids_R, field.rows_VD.shape[0] - 1)
 
 
 def judge(field: Field, ids_R: jax.Array, nominees: tiles.Nominees, metric: str) -> Nearest:
     """Nominees of the rows `ids_R`, scored from their rows and put in order."""
-    ids_R = _within(field, ids_R)
-    there_RC = ~jnp.isneginf(nominees.scores_RC)
-    ids_RC, scores_RC = order(field, ids_R, nominees.ids_RC, there_RC, metric)
+    ids_R = within(field, ids_R)
+    candidates_RC = jnp.where(jnp.isneginf(nominees.scores_RC), -1, nominees.ids_RC)
+    ids_RC, scores_RC = order(field, ids_R, candidates_RC, metric)
     error_R = nearness.tile_error(field.length_V[ids_R], field.longest, field.rows_VD.shape[1], metric)
     return Nearest(ids_RC, scores_RC, nearness.closeness_above(nominees.rest_R, error_R, metric))
 
 
 def order(
-    field: Field, ids_R: jax.Array, candidates_RC: jax.Array, there_RC: jax.Array, metric: str
+    field: Field, ids_R: jax.Array, candidates_RC: jax.Array, metric: str
 ) -> tuple[jax.Array, jax.Array]:
-    """Candidates of the rows `ids_R` by (score, lower id), with their scores; -inf where `there_RC` is False."""
+    """(ids, scores) of the rows' candidates by (score, lower id); id -1 is no candidate and scores -inf."""
     scores_RC = nearness.pair_scores(field.rows_VD[ids_R][:, None, :], field.rows_VD[candidates_RC], metric)
-    scores_RC = jnp.where(there_RC, scores_RC, -jnp.inf)
+    scores_RC = jnp.where(candidates_RC >= 0, scores_RC, -jnp.inf)
     falling_RC, ordered_RC = jax.lax.sort((-scores_RC, candidates_RC), dimension=1, num_keys=2)
     return ordered_RC, -falling_RC
 
@@ -266,19 +270,19 @@ def certain(field: Field, ids_R: jax.Array, found: Nearest, sure: int, metric: s
 def redo(
     field: Field, first: jax.Array, wanted_R: jax.Array, found: Nearest, metric: str, batch: int
 ) -> Nearest:
-    """`found` of the rows from `first` on, with those that `wanted_R` marks searched alone, `batch` at once."""
+    """`found`, of the rows from `first` on, with the marked ones searched alone, `batch` at once."""
     batch = min(batch, wanted_R.shape[0])
     count = found.ids_RC.shape[1]
 
     def again(given: Nearest, places_B: jax.Array) -> Nearest:
-        new = search(field, _within(field, first + places_B), count, metric)
+        new = search(field, within(field, first + places_B), count, metric)
         return Nearest(*(old.at[places_B].set(x) for old, x in zip(given, new, strict=True)))
 
     return over_marked(wanted_R, batch, found, again)
 
 
 def over_marked(wanted_R: jax.Array, batch: int, start: Any, step: Callable[[Any, jax.Array], Any]) -> Any:
-    """`step(value, places_B)` over batches of the places that `wanted_R` marks; a batch is filled with others."""
+    """`step(value, places_B)` over batches of the marked places; the last batch is filled with others."""
     size = wanted_R.shape[0]
     places_R = jnp.argsort(~wanted_R, stable=True).astype(jnp.int32)
     total = jnp.sum(wanted_R, dtype=jnp.int32)

@@ -1,13 +1,13 @@
 """Nominating the nearest rows of every row from half of the score matrix, a tile at a time.
 
-Owns the walk over tiles and what is remembered of each. Must not know how nominees are judged: it returns, for
-each row, its few best by rounded score and a bound on all that it did not return.
+Owns the walk over tiles and what is remembered of each. Must not know how nominees are judged: it returns,
+for each row, its few best by rounded score and a bound on all that it did not return.
 
 All four scores are symmetric, so a tile of pairs (i, j) serves the rows i and the rows j, and each pair of
 blocks is computed once. A row remembers, of every group of columns that are equal modulo `groups`, the best
-score with the column's number in the group packed into its low bits, and the best score that this forgot. That
-is two maxima an entry, whatever the number of neighbours; the packing and the forgetting cost no exactness,
-because both are in the bound. Memory: `groups` × 2 integers a row, and one tile.
+score with the column's number in the group packed into its low bits, and the best score that this forgot.
+That is two maxima an entry, whatever the number of neighbours; the packing and the forgetting cost no
+exactness, because both are in the bound. Memory: `groups` × 2 integers a row, and one tile.
 """
 
 import functools
@@ -23,7 +23,7 @@ Pair = tuple[jax.Array, jax.Array]  # of two blocks
 
 
 class Tiling(NamedTuple):
-    """`blocks` × `tile` rows (the last ones may be padding), `groups` memories a row; groups divide a tile."""
+    """`blocks` × `tile` rows, the last ones perhaps padding; `groups` memories a row, which divide a tile."""
 
     blocks: int
     tile: int
@@ -163,7 +163,7 @@ def _nominees(best_RG: Best, count: int, tiling: Tiling) -> Nominees:
 
 
 def _ordered(x: jax.Array) -> jax.Array:
-    """float32 -> int32 in the same order, so that maxima and packing need no care for signs and tiny numbers."""
+    """float32 -> int32 in the same order: maxima and packing need no care for signs and tiny numbers."""
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
     return bits ^ ((bits >> 31) & jnp.int32(0x7FFFFFFF))
 

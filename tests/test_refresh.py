@@ -1,0 +1,183 @@
+"""The maintained table against one built from nothing after every update; its bounds against float64."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ngrpo_jax.algo import refresh as rf
+from ngrpo_jax.algo.neighbors import METRICS, neighbor_table
+
+SIZE, WIDTH, K = 400, 12, 3
+
+
+def _rows(seed=0, size=SIZE):
+    """Clusters of unlike lengths, three identical rows, and a zero row that is not valid."""
+    random = np.random.default_rng(seed)
+    centres = random.normal(size=(40, WIDTH))
+    rows = centres[random.integers(0, 40, size)] + 0.4 * random.normal(size=(size, WIDTH))
+    rows *= np.exp(0.3 * random.normal(size=(size, 1)))
+    rows[[7, 90, 201]] = rows[7]
+    rows[31] = 0
+    return rows.astype(np.float32)
+
+
+def _valid(size=SIZE):
+    return np.arange(size) % 9 != 4
+
+
+def _closeness(rows, metric):
+    rows = np.asarray(rows, np.float64)
+    if metric == "cosine":
+        norms = np.linalg.norm(rows, axis=1, keepdims=True)
+        rows = rows / np.where(norms > 0, norms, 1)
+    if metric in ("cosine", "dot"):
+        return rows @ rows.T
+    differences = np.abs(rows[:, None] - rows[None])
+    return -differences.sum(-1) if metric == "l1" else -np.sqrt((differences**2).sum(-1))
+
+
+def _assert_exact(table, rows, valid, metric):
+    """Each entry's closeness is that of the float64 oracle at its place, within rounding."""
+    closeness = _closeness(rows, metric)
+    table = np.asarray(table)
+    assert (table[:, 0] == np.arange(len(rows))).all() and valid[table[:, 1:]].all()
+    found = np.take_along_axis(closeness, table[:, 1:], 1)
+    np.fill_diagonal(closeness, -np.inf)
+    closeness[:, ~valid] = -np.inf
+    np.testing.assert_allclose(found, -np.sort(-closeness, 1)[:, : K - 1], atol=2e-5, rtol=2e-6)
+
+
+def _walk(metric, step, updates=12, mesh=None, tile=48):
+    """Follows a random walk: yields (state, effort, rows) after every refresh."""
+    upkeep = rf.Upkeep(K, metric, mesh, tile=tile)
+    random, rows, valid = np.random.default_rng(1), _rows(), jnp.asarray(_valid())
+    state = rf.build(rows, valid, upkeep)
+    for _ in range(updates):
+        moved = rows + np.float32(step) * random.normal(size=rows.shape).astype(np.float32)
+        state = rf.follow(state, rows, moved, valid, upkeep)
+        rows = moved
+        state, effort = rf.refresh(state, rows, valid, upkeep)
+        yield state, effort, rows
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("step", [1e-5, 1e-3, 3e-2])
+def test_the_maintained_table_is_a_fresh_one_after_every_update(metric, step):
+    upkeep = rf.Upkeep(K, metric)
+    for state, _, rows in _walk(metric, step):
+        _assert_exact(rf.table(state, upkeep), rows, _valid(), metric)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_small_steps_cost_little_and_large_ones_a_full_build(metric):
+    efforts = [effort for _, effort, _ in _walk(metric, 1e-6)]
+    assert np.median([int(e.rescored) for e in efforts]) < SIZE / 10
+    assert np.median([int(e.searched) for e in efforts]) < SIZE / 20
+    assert not any(bool(e.full) for e in efforts)
+    assert all(bool(e.full) for _, e, _ in _walk(metric, 1.0, updates=3))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_every_bound_holds(metric):
+    """No closeness outside the candidates is above outside + moved; none has changed by more than moved."""
+    upkeep = rf.Upkeep(K, metric, spare=3, tile=48)
+    random, rows, valid = np.random.default_rng(4), _rows(), _valid()
+    state = rf.build(rows, valid, upkeep)
+    start = _closeness(rows, metric)
+    for _ in range(6):
+        steps = 10.0 ** random.uniform(-6, -2, size=(SIZE, 1))
+        moved = (rows + steps * random.normal(size=rows.shape)).astype(np.float32)
+        state, rows = rf.follow(state, rows, moved, jnp.asarray(valid), upkeep), moved
+        now, kept = _closeness(rows, metric), jax.tree.map(np.asarray, state.kept)
+        change = np.abs(now - start)[:, valid].max(1)
+        assert (change <= kept.moved_V).all()
+        assert np.median(kept.moved_V) <= 30 * np.median(change)  # a bound that says something
+        for i in range(SIZE):
+            others = [j for j in np.flatnonzero(valid) if j != i and j not in kept.ids_VC[i]]
+            assert now[i, others].max() <= kept.outside_V[i] + kept.moved_V[i]
+
+
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+def test_a_row_that_grows_out_of_nowhere_is_found(metric):
+    """A zero row, which turns farther than any other can, comes next to one that did not know it."""
+    upkeep, valid, rows = rf.Upkeep(K, metric), _valid(), _rows()
+    rows[33] = 0
+    state = rf.build(rows, valid, upkeep)
+    moved = rows.copy()
+    moved[33] = 3 * rows[100]
+    state = rf.follow(state, rows, moved, jnp.asarray(valid), upkeep)
+    state, effort = rf.refresh(state, moved, jnp.asarray(valid), upkeep)
+    _assert_exact(rf.table(state, upkeep), moved, valid, metric)
+    assert 33 in np.asarray(rf.table(state, upkeep))[100] and int(effort.searched) > 0
+
+
+def test_a_matrix_that_was_not_followed_is_built_anew():
+    upkeep, valid = rf.Upkeep(K), jnp.asarray(_valid())
+    state = rf.build(_rows(), valid, upkeep)
+    other = _rows(seed=5)
+    new, effort = rf.refresh(state, other, valid, upkeep)
+    assert bool(effort.full)
+    _assert_exact(rf.table(new, upkeep), other, _valid(), "cosine")
+    gap = rf.follow(state, other, other + np.float32(1e-6), valid, upkeep)  # started from another matrix
+    assert np.isinf(np.asarray(gap.kept.moved_V)).all()
+
+
+def test_nothing_is_done_where_nothing_moved():
+    upkeep, valid, rows = rf.Upkeep(K), jnp.asarray(_valid()), _rows()
+    state = rf.follow(rf.build(rows, valid, upkeep), rows, rows, valid, upkeep)
+    again, effort = rf.refresh(state, rows, valid, upkeep)
+    np.testing.assert_array_equal(again.kept.ids_VC, state.kept.ids_VC)
+    assert int(effort.rescored) < 20 and int(effort.searched) <= int(effort.rescored)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "l1"])
+def test_a_mesh_follows_to_the_same_table(metric):
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    alone = _walk(metric, 1e-3, updates=3)
+    upkeep = rf.Upkeep(K, metric)
+    for (a, work_a, rows), (b, work_b, _) in zip(alone, _walk(metric, 1e-3, 3, mesh, tile=16), strict=True):
+        np.testing.assert_array_equal(rf.table(a, upkeep), rf.table(b, upkeep))
+        _assert_exact(rf.table(b, upkeep), rows, _valid(), metric)
+        assert abs(int(work_a.rescored) - int(work_b.rescored)) < SIZE / 4
+
+
+def test_any_sharding_has_the_same_mark():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = _rows()
+    marks = {int(jax.jit(rf._mark)(rows))}
+    for spec in (("x",), (), (None,)):
+        placed = jax.device_put(rows, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)))
+        marks.add(int(jax.jit(rf._mark)(placed)))
+    swapped = rows.copy()
+    swapped[[1, 2]] = swapped[[2, 1]]
+    assert len(marks) == 1 and int(jax.jit(rf._mark)(swapped)) not in marks
+
+
+def test_shapes_are_those_of_a_state():
+    for k, size in ((3, SIZE), (1, 30), (3, 8)):
+        upkeep = rf.Upkeep(k)
+        state = rf.build(_rows(size=SIZE)[:size], None, upkeep)
+        described = jax.tree.map(lambda x: (x.shape, x.dtype), state)
+        assert described == jax.tree.map(lambda x: (x.shape, x.dtype), upkeep.shapes(size))
+        np.testing.assert_array_equal(rf.table(state, upkeep), neighbor_table(_rows()[:size], k))
+
+
+def test_fewer_valid_rows_than_candidates():
+    upkeep, valid, rows = rf.Upkeep(K), np.arange(SIZE) < 4, _rows()
+    state = rf.build(rows, valid, upkeep)
+    for _ in range(3):
+        moved = rows + np.float32(1e-2) * _rows(seed=8)
+        state = rf.follow(state, rows, moved, jnp.asarray(valid), upkeep)
+        rows = moved
+        state, _ = rf.refresh(state, rows, jnp.asarray(valid), upkeep)
+        _assert_exact(rf.table(state, upkeep), rows, valid, "cosine")
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match="number of valid rows"):
+        rf.build(_rows(), np.arange(SIZE) < 2, rf.Upkeep(K))
+    with pytest.raises(ValueError, match="metric 'cos'"):
+        rf.build(_rows(), None, dataclasses.replace(rf.Upkeep(K), metric="cos"))
