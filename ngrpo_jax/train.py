@@ -17,8 +17,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from ngrpo_jax.algo import refresh
 from ngrpo_jax.algo.objectives import group_advantages
 from ngrpo_jax.commands import commandline, composition, evaluation, summary
 from ngrpo_jax.commands.run import BEST, Position, Run, prepare, save
@@ -98,8 +100,8 @@ def train_step(
     problems = next(position.stream)
 
     with _timed(seconds, "rollout"):
-        table_VC, age = neighbor_table(run, position)
-        actor = evaluation.make_actor(run.source, run.mesh, position.state.params, table_VC)
+        table, age = neighbor_table(run, position)
+        actor = make_actor(run, position, table)
         prompts = [run.prompt_of[problem.id] for problem in problems]
         trajectories = evaluation.write_responses(
             actor,
@@ -117,6 +119,7 @@ def train_step(
     del actor  # the rollout's copy of the parameters must not outlive the rollout
 
     rewards_PG = rewards_B.reshape(len(problems), rollout.group)
+    before_VD = None if table is None else jnp.copy(position.state.params["embed"]["embedding"])
     state, learned = learn(run, position.state, prompts, trajectories, rewards_PG, seconds)
     if not np.isfinite(learned["learner/grad_norm"]):
         raise FloatingPointError(
@@ -138,7 +141,10 @@ def train_step(
         )
         for i in range(0, min(SAMPLES_A_STEP, len(problems)) * rollout.group, rollout.group)
     ]
-    position = Position(step, state, table_VC, age, position.stream, position.before)
+    if table is not None:  # the table stays what it was; its bounds take in what the update has moved
+        after_VD = state.params["embed"]["embedding"]
+        table = refresh.follow(table, before_VD, after_VD, *_table_options(run))
+    position = Position(step, state, table, age, position.stream, position.before)
     return position, row, samples
 
 
@@ -181,23 +187,37 @@ def reward_figures(rewards_PG: np.ndarray) -> dict[str, float]:
     }
 
 
-def neighbor_table(run: Run, position: Position) -> tuple[jax.Array | None, int]:
-    """The table that this rollout mixes by, and its age after it; built anew every `mixing.refresh_every`."""
+def neighbor_table(run: Run, position: Position) -> tuple[refresh.Maintained | None, int]:
+    """The table that this rollout mixes by, and its age after it; refreshed every `mixing.refresh_every`."""
     mixing = run.settings.mixing
     if not mixing.active:
         return None, 0
-    if position.table_VC is not None and position.table_age < mixing.refresh_every:
-        return position.table_VC, position.table_age + 1
-    table_VC = composition.build_table(position.state.params["embed"]["embedding"], run.source.language)
-    return jax.device_put(table_VC, mesh.replicated(run.mesh)), 1
+    if position.table is not None and position.table_age < mixing.refresh_every:
+        return position.table, position.table_age + 1
+    embedding_VD = position.state.params["embed"]["embedding"]
+    if position.table is None:
+        return refresh.build(embedding_VD, *_table_options(run)), 1
+    return refresh.refresh(position.table, embedding_VD, *_table_options(run))[0], 1
+
+
+def make_actor(run: Run, position: Position, table: refresh.Maintained | None) -> evaluation.Actor:
+    """Today's parameters ready to write, mixing by `table`."""
+    upkeep = _table_options(run)[1]
+    table_VC = None if table is None else refresh.table(table, upkeep)
+    return evaluation.make_actor(run.source, run.mesh, position.state.params, table_VC)
+
+
+def _table_options(run: Run) -> tuple[jax.Array, refresh.Upkeep]:
+    language = run.source.language
+    return jnp.asarray(language.usable_V), composition.table_upkeep(language, run.mesh)
 
 
 def evaluate(run: Run, position: Position, grader: Grader, label: str) -> dict[str, float]:
     """Held-out figures of the current parameters."""
     settings = run.settings
-    table_VC = neighbor_table(run, position)[0] if settings.eval.mixing else None
+    table = neighbor_table(run, position)[0] if settings.eval.mixing else None
     return evaluation.evaluate_set(
-        evaluation.make_actor(run.source, run.mesh, position.state.params, table_VC),
+        make_actor(run, position, table),
         run.held_out,
         settings,
         grader,

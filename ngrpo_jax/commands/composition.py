@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ngrpo_jax.algo import refresh
 from ngrpo_jax.algo.mixture import Mixing
 from ngrpo_jax.algo.neighbors import neighbor_table
 from ngrpo_jax.learner.supervised import train_supervised
@@ -210,10 +211,18 @@ def check_sizes(settings: Settings, config: ModelConfig) -> None:
         raise ValueError(problem)
 
 
-def build_table(embedding_VD: jax.Array, language: Language) -> jax.Array:
-    """The neighbour table of these parameters; special tokens and unused rows are nobody's neighbours."""
+def table_upkeep(language: Language, devices: jax.sharding.Mesh) -> refresh.Upkeep:
+    """How the neighbour table of these settings is kept, on all devices."""
     mixing = language.mixing
-    return neighbor_table(embedding_VD, mixing.k, metric=mixing.metric, valid_V=language.usable_V)
+    return refresh.Upkeep(mixing.k, mixing.metric, devices if devices.size > 1 else None)
+
+
+def build_table(embedding_VD: jax.Array, language: Language, devices: jax.sharding.Mesh) -> jax.Array:
+    """The neighbour table of these parameters; special tokens and unused rows are nobody's neighbours."""
+    upkeep = table_upkeep(language, devices)
+    return neighbor_table(
+        embedding_VD, upkeep.k, metric=upkeep.metric, valid_V=language.usable_V, mesh=upkeep.mesh
+    )
 
 
 def fingerprint(source: Source, params: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ngrpo_jax.algo import refresh
 from ngrpo_jax.commands import composition
 from ngrpo_jax.learner import update
 from ngrpo_jax.learner.optimizer import make_optimizer
@@ -52,7 +53,7 @@ class Position:
 
     step: int
     state: update.TrainState
-    table_VC: jax.Array | None
+    table: refresh.Maintained | None  # its bounds hold for the parameters of `state`
     table_age: int  # rollouts that the table has served
     stream: ProblemStream
     before: dict[str, float]  # held-out figures of the starting model
@@ -128,14 +129,14 @@ def restore(
         )
     wanted = {"train": _abstract(abstract, shardings)}
     if host["table_age"] is not None:
-        shape = (run.source.config.vocab_size, run.settings.mixing.k)
-        whole = mesh.replicated(run.mesh)
-        wanted["table_VC"] = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole)
+        upkeep = composition.table_upkeep(run.source.language, run.mesh)
+        shapes = upkeep.shapes(run.source.config.vocab_size)
+        wanted["table"] = _abstract(shapes, jax.tree.map(lambda _: mesh.replicated(run.mesh), shapes))
     restored, host = checkpoints.restore(step, wanted)
     stream.set_state(host["stream"])
     print(f"resumed from step {step} of {run.workdir}.")
     return Position(
-        step, restored["train"], restored.get("table_VC"), host["table_age"] or 0, stream, host["before"]
+        step, restored["train"], restored.get("table"), host["table_age"] or 0, stream, host["before"]
     )
 
 
@@ -168,12 +169,12 @@ def save(
 ) -> None:
     """Everything that the rest of the run depends on."""
     arrays: dict[str, Any] = {"train": position.state}
-    if position.table_VC is not None:
-        arrays["table_VC"] = position.table_VC
+    if position.table is not None:
+        arrays["table"] = position.table
     host = {
         "settings": lasting_settings(settings),
         "stream": position.stream.get_state(),
-        "table_age": None if position.table_VC is None else position.table_age,
+        "table_age": None if position.table is None else position.table_age,
         "before": position.before,
     }
     checkpoints.save(position.step, arrays, host, row)

@@ -1,0 +1,291 @@
+"""The neighbour table: against other libraries and a bare matrix product, and its certified refresh.
+
+    python benchmarks/neighbors.py [--model DIR] [--k 8] [--peer-python PATH] [--repeats 3]
+    python benchmarks/neighbors.py --refresh [--model DIR] [--updates 50] [--rates 1e-6,1e-4]
+
+Without --model: random rows in clusters, --size × --width. The first form runs every method in a process of
+its own, turn by turn, and prints medians; each table is compared with a float64 scan for --sample rows. Peers
+need the Python of an environment with faiss-cpu and scikit-learn.
+
+The second form makes real AdamW updates of the model (next-token loss of 4 × 64 random tokens; a random walk
+of the rows where there is no model), keeps a table through them, and builds one from nothing after each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+from ngrpo_jax.algo import refresh
+from ngrpo_jax.algo.nearness import tile_scores
+from ngrpo_jax.algo.neighbors import TILE, neighbor_table
+from ngrpo_jax.learner.optimizer import make_optimizer
+from ngrpo_jax.model import decoder, hf
+from ngrpo_jax.runtime import console
+from ngrpo_jax.settings import OptimizerSettings
+from ngrpo_jax.tasks import prompts
+
+PEER = pathlib.Path(__file__).parent / "peers" / "neighbors_peer.py"
+OWN, PRODUCT = "ngrpo_jax", "matrix product, all pairs"
+TIE = 1e-6  # cosines that differ by less count as equal
+REFRESH_K = 3
+
+
+def main() -> None:
+    """Measures and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", type=pathlib.Path, help="Hugging Face directory, float32 as stored")
+    parser.add_argument("--size", type=int, default=8192, help="rows, without --model")
+    parser.add_argument("--width", type=int, default=256, help="their width")
+    parser.add_argument("--k", type=int, default=8, help="with the row itself")
+    parser.add_argument("--peer-python", type=pathlib.Path)
+    parser.add_argument("--peers", default="faiss,sklearn")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2, help="of the peers")
+    parser.add_argument("--sample", type=int, default=2048, help="rows compared with float64")
+    parser.add_argument("--refresh", action="store_true")
+    parser.add_argument("--updates", type=int, default=50)
+    parser.add_argument("--rates", default="1e-6,1e-4")
+    parser.add_argument("--only", choices=(OWN, PRODUCT), help=argparse.SUPPRESS)
+    parser.add_argument("--rows", help=argparse.SUPPRESS)
+    parser.add_argument("--save", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.only:
+        measure(given)
+    elif given.refresh:
+        for rate in given.rates.split(","):
+            keep(given, float(rate))
+    else:
+        compare(given)
+
+
+def make_rows(given: argparse.Namespace) -> np.ndarray:
+    """The model's input embedding, or clusters of random rows."""
+    if given.model:
+        return np.asarray(hf.load(str(given.model))[1]["embed"]["embedding"], np.float32)
+    random = np.random.default_rng(0)
+    centres = random.normal(size=(max(1, given.size // 16), given.width))
+    rows = centres[random.integers(0, len(centres), given.size)]
+    return (rows + 0.7 * random.normal(size=rows.shape)).astype(np.float32)
+
+
+def compare(given: argparse.Namespace) -> None:
+    """Every method in turn, --repeats times; medians, memory, and rows that are not the nearest."""
+    rows = make_rows(given)
+    methods = [OWN, PRODUCT]
+    if given.peer_python and given.peer_python.exists():
+        methods += given.peers.split(",")
+    else:
+        print(f"no Python at --peer-python {given.peer_python}: peers are left out.")
+    with tempfile.TemporaryDirectory() as folder:
+        source = f"{folder}/rows.npy"
+        np.save(source, rows)
+        runs: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
+        for _ in range(given.repeats):
+            for method in methods:
+                runs[method].append(_start(given, method, source, f"{folder}/{method}.npy"))
+        wrong = {
+            method: wrong_rows(rows, np.load(f"{folder}/{method}.npy"), given.sample)
+            for method in methods
+            if method != PRODUCT
+        }
+    seconds = {method: statistics.median(run["seconds"] for run in runs[method]) for method in methods}
+    lines = [
+        (
+            runs[method][0]["version"],
+            seconds[method],
+            seconds[method] / seconds[OWN],
+            max(run["extra_mb"] for run in runs[method]),
+            wrong.get(method, "-"),
+        )
+        for method in methods
+    ]
+    print(f"{rows.shape[0]} × {rows.shape[1]} float32, k = {given.k} with the row itself, {_machine()}")
+    headers = ("", "seconds", "time / ours", "peak extra MB", f"wrong of {given.sample} rows")
+    print(console.table(lines, headers))
+
+
+def _start(given: argparse.Namespace, method: str, source: str, target: str) -> dict[str, Any]:
+    common = ["--rows", source, "--k", str(given.k), "--save", target]
+    if method in (OWN, PRODUCT):
+        command = [sys.executable, __file__, "--only", method, *common]
+    else:
+        command = [
+            *(str(given.peer_python), str(PEER), "--method", method, *common),
+            *("--threads", str(given.threads)),
+        ]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(given: argparse.Namespace) -> None:
+    """One of our own two methods in this process; prints one line of JSON. The first call compiles."""
+    rows_VD = jax.block_until_ready(jnp.asarray(np.load(given.rows)))
+    before = _peak_mb()
+    if given.only == OWN:
+        run, version = lambda: neighbor_table(rows_VD, given.k), f"this table (jax {jax.__version__})"
+    else:
+        whole = jax.jit(_all_products)
+        run, version = lambda: whole(rows_VD), PRODUCT
+    jax.block_until_ready(run())
+    start = time.perf_counter()
+    result = jax.block_until_ready(run())
+    seconds = time.perf_counter() - start
+    extra = _peak_mb() - before
+    np.save(given.save, np.asarray(result))
+    print(json.dumps({"seconds": seconds, "extra_mb": extra, "version": version}))
+
+
+def _all_products(rows_VD: jax.Array) -> jax.Array:
+    """The product of every row with every row, of which a maximum is all that is kept."""
+    tile = min(TILE, rows_VD.shape[0])
+    blocks = -(-rows_VD.shape[0] // tile)
+    padded = jnp.pad(rows_VD, ((0, blocks * tile - rows_VD.shape[0]), (0, 0))).reshape(blocks, tile, -1)
+
+    def row(a_TD: jax.Array) -> jax.Array:
+        return jnp.max(jax.lax.map(lambda b_TD: jnp.max(tile_scores(a_TD, b_TD, "dot")), padded))
+
+    return jax.lax.map(row, padded)
+
+
+def wrong_rows(rows: np.ndarray, table: np.ndarray, sample: int, valid: np.ndarray | None = None) -> int:
+    """Of `sample` rows, those whose neighbours have other cosines than the nearest ones, by float64."""
+    unit = rows.astype(np.float64)
+    unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-300)
+    chosen = np.random.default_rng(1).permutation(len(rows))[:sample]
+    wrong = 0
+    for some in np.array_split(chosen, -(-len(chosen) // 256)):
+        cosines = unit[some] @ unit.T
+        found = np.array([_others(table[i], i) for i in some])
+        ours = np.sort(np.take_along_axis(cosines, found, 1))[:, ::-1]
+        cosines[np.arange(len(some)), some] = -2
+        if valid is not None:
+            cosines[:, ~valid] = -2
+        count = found.shape[1]
+        best = np.sort(np.partition(cosines, len(rows) - count, axis=1)[:, -count:])[:, ::-1]
+        wrong += int((np.abs(ours - best) > TIE).any(axis=1).sum())
+    return wrong
+
+
+def _others(neighbors: np.ndarray, row: int) -> np.ndarray:
+    """A table's row without the row itself (which a twin may have pushed out of a peer's)."""
+    return np.delete(neighbors, np.flatnonzero(neighbors == row)[:1] if row in neighbors else -1)
+
+
+def keep(given: argparse.Namespace, rate: float) -> None:
+    """A table kept through updates of one learning rate, against one built from nothing after each."""
+    if given.model:
+        config, params = hf.load(str(given.model))
+        tokenizer = prompts.load_tokenizer(given.model)
+        valid_V = jnp.asarray(prompts.usable_rows(tokenizer, config.vocab_size))
+        walk = _updates(config, params, rate)
+    else:
+        rows_VD = jnp.asarray(make_rows(given))
+        valid_V, walk = jnp.ones(rows_VD.shape[0], bool), _random_walk(rows_VD, rate)
+    upkeep = refresh.Upkeep(REFRESH_K)
+    before_VD = next(walk)
+    state = jax.block_until_ready(refresh.build(before_VD, valid_V, upkeep))
+    state = _kept(state, before_VD, before_VD, valid_V, upkeep)[0]  # compiles
+    lines = []
+    for update in range(1, given.updates + 1):
+        after_VD = jax.block_until_ready(next(walk))
+        start = time.perf_counter()
+        state, effort = _kept(state, before_VD, after_VD, valid_V, upkeep)
+        seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        fresh = jax.block_until_ready(neighbor_table(after_VD, REFRESH_K, valid_V=valid_V))
+        built = time.perf_counter() - start
+        table = np.asarray(refresh.table(state, upkeep))
+        other = _unequal(np.asarray(after_VD), table, np.asarray(fresh))
+        lines.append((seconds, built, int(effort.rescored), int(effort.searched), other))
+        print(
+            f"rate {rate:g}, update {update}: {seconds:.2f} s of {built:.1f}, rescored {effort.rescored}, "
+            f"searched {effort.searched}, unequal rows {other}",
+            file=sys.stderr,
+            flush=True,
+        )
+        before_VD = after_VD
+    kept, built, rescored, searched, other = (np.array(column) for column in zip(*lines, strict=True))
+    print(f"\n{given.updates} updates at learning rate {rate:g}, k = {REFRESH_K}, {_machine()}")
+    print(
+        console.table(
+            [
+                ("seconds of a refresh, median", float(np.median(kept))),
+                ("seconds of a full build, median", float(np.median(built))),
+                ("refresh / full build, median", float(np.median(kept / built))),
+                ("rows scored again, median", int(np.median(rescored))),
+                ("rows searched anew, median", int(np.median(searched))),
+                ("rows searched anew, most", int(searched.max())),
+                ("updates after which both tables are equal", f"{int((other == 0).sum())} of {len(other)}"),
+            ],
+            ("", ""),
+        )
+    )
+
+
+def _kept(state, before_VD, after_VD, valid_V, upkeep):
+    state = refresh.follow(state, before_VD, after_VD, valid_V, upkeep)
+    return jax.block_until_ready(refresh.refresh(state, after_VD, valid_V, upkeep))
+
+
+def _unequal(rows: np.ndarray, ours: np.ndarray, fresh: np.ndarray) -> int:
+    """Rows whose neighbours have other cosines, place by place."""
+    places = np.flatnonzero((ours != fresh).any(axis=1))
+    unit = rows.astype(np.float64) / np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
+    cosines = [np.einsum("rd,rcd->rc", unit[places], unit[table[places]]) for table in (ours, fresh)]
+    return int((np.abs(cosines[0] - cosines[1]) > TIE).any(axis=1).sum())
+
+
+def _updates(config, params, rate: float) -> Iterator[jax.Array]:
+    """The input embedding, at first and after each AdamW step on a batch of random tokens."""
+    optimizer = make_optimizer(OptimizerSettings(rate, 0, 0.9, 0.999, 1e-8, 0.01, 1.0))
+    opt_state = jax.jit(optimizer.init)(params)
+
+    def loss(params, ids_BT):
+        logprobs = jax.nn.log_softmax(decoder.forward(params, config, ids_BT))
+        return -jnp.mean(jnp.take_along_axis(logprobs[:, :-1], ids_BT[:, 1:, None], axis=2))
+
+    @jax.jit
+    def step(params, opt_state, key):
+        ids_BT = jax.random.randint(key, (4, 64), 0, config.vocab_size)
+        changes, opt_state = optimizer.update(jax.grad(loss)(params, ids_BT), opt_state, params)
+        return jax.tree.map(jnp.add, params, changes), opt_state
+
+    for number in range(10**9):
+        yield params["embed"]["embedding"]
+        params, opt_state = step(params, opt_state, jax.random.key(number))
+
+
+def _random_walk(rows_VD: jax.Array, rate: float) -> Iterator[jax.Array]:
+    for number in range(10**9):
+        yield rows_VD
+        rows_VD = rows_VD + rate * jax.random.normal(jax.random.key(number), rows_VD.shape)
+
+
+def _peak_mb() -> float:
+    scale = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
+
+
+def _machine() -> str:
+    device = jax.devices()[0]
+    return f"{device.device_kind} × {jax.device_count()}, jax {jax.__version__}"
+
+
+if __name__ == "__main__":
+    main()
