@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-import resource
 import statistics
 import subprocess
 import sys
@@ -136,7 +135,7 @@ def _start(given: argparse.Namespace, method: str, source: str, target: str) -> 
 def measure(given: argparse.Namespace) -> None:
     """One of our own two methods in this process; prints one line of JSON. The first call compiles."""
     rows_VD = jax.block_until_ready(jnp.asarray(np.load(given.rows)))
-    before = _peak_mb()
+    before = _forget_peak()
     if given.only == OWN:
         run, version = lambda: neighbor_table(rows_VD, given.k), f"this table (jax {jax.__version__})"
     else:
@@ -146,7 +145,7 @@ def measure(given: argparse.Namespace) -> None:
     start = time.perf_counter()
     result = jax.block_until_ready(run())
     seconds = time.perf_counter() - start
-    extra = _peak_mb() - before
+    extra = _memory_mb("VmHWM") - before
     np.save(given.save, np.asarray(result))
     print(json.dumps({"seconds": seconds, "extra_mb": extra, "version": version}))
 
@@ -277,9 +276,16 @@ def _random_walk(rows_VD: jax.Array, rate: float) -> Iterator[jax.Array]:
         rows_VD = rows_VD + rate * jax.random.normal(jax.random.key(number), rows_VD.shape)
 
 
-def _peak_mb() -> float:
-    scale = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
+def _memory_mb(name: str) -> float:
+    """VmRSS (now) or VmHWM (at most, since `_forget_peak`) of this process; Linux alone."""
+    lines = pathlib.Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+
+
+def _forget_peak() -> float:
+    """Starts VmHWM anew; returns the memory in use."""
+    pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return _memory_mb("VmRSS")
 
 
 def _machine() -> str:

@@ -61,7 +61,7 @@ def get_config() -> ml_collections.ConfigDict:
         k=3,  # candidates, with the anchor
         metric="cosine",  # nearness of embedding rows: cosine, l2, l1, dot
         until=_optional("</think>"),  # mixing ends for good when the response has written this; None: never
-        refresh_every=1,  # rollouts between two builds of the neighbour table
+        refresh_every=1,  # rollouts between two refreshes of the neighbour table
     )
     config.objective = _section(
         algorithm="grpo",  # or "gspo"
