@@ -114,6 +114,23 @@ def test_a_row_that_grows_out_of_nowhere_is_found(metric):
     assert 33 in np.asarray(rf.table(state, upkeep))[100] and int(effort.searched) > 0
 
 
+@pytest.mark.parametrize("metric", ["l1", "l2"])
+@pytest.mark.parametrize("spare", [0, 2])
+def test_a_gap_that_two_steps_close_is_seen(metric, spare):
+    """On a line: the neighbours of row 0 at 1 and 1.1 change places by 0.026 a step each; all others are far."""
+    upkeep = rf.Upkeep(2, metric, spare=spare)
+    rows = np.array([[0.0], [1.0], [1.1], [30.0], [40.0], [60.0]], np.float32)
+    state = rf.build(rows, None, upkeep)
+    assert rf.table(state, upkeep)[0, 1] == 1
+    valid, step = jnp.ones(6, bool), np.array([[0], [0.026], [-0.026], [0], [0], [0]], np.float32)
+    for nearest in (1, 2):
+        state = rf.follow(state, rows, rows + step, valid, upkeep)
+        rows = rows + step
+        state, effort = rf.refresh(state, rows, valid, upkeep)
+        assert rf.table(state, upkeep)[0, 1] == nearest
+        assert (int(effort.rescored) > 0) == (nearest == 2)  # the first step is less than half of the gap
+
+
 def test_a_matrix_that_was_not_followed_is_built_anew():
     upkeep, valid = rf.Upkeep(K), jnp.asarray(_valid())
     state = rf.build(_rows(), valid, upkeep)
