@@ -66,7 +66,7 @@ def test_rows_not_valid_are_never_neighbours_but_have_some(metric, size, tile):
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_neighbours_that_share_one_memory_are_found_all_the_same(metric):
-    """The nearest rows are those with the same number modulo the memories of a row, which keep one of them."""
+    """The nearest rows have the same number modulo the memories of a row, which keep one of them."""
     size, tile = 400, 80
     centres = 5 * _normal(tile // 4, 12)
     rows = centres[np.arange(size) % (tile // 4)] + 0.1 * _normal(size, 12, seed=1)

@@ -115,9 +115,9 @@ def test_a_row_that_grows_out_of_nowhere_is_found(metric):
 
 
 @pytest.mark.parametrize("metric", ["l1", "l2"])
-@pytest.mark.parametrize("spare", [0, 2])
+@pytest.mark.parametrize("spare", [1, 3])
 def test_a_gap_that_two_steps_close_is_seen(metric, spare):
-    """On a line: the neighbours of row 0 at 1 and 1.1 change places by 0.026 a step each; all others are far."""
+    """On a line: the neighbours of row 0 at 1 and 1.1 change places, 0.026 a step each; the rest is far."""
     upkeep = rf.Upkeep(2, metric, spare=spare)
     rows = np.array([[0.0], [1.0], [1.1], [30.0], [40.0], [60.0]], np.float32)
     state = rf.build(rows, None, upkeep)
