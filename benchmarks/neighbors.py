@@ -31,6 +31,7 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from ngrpo_jax.algo import refresh
+from ngrpo_jax.algo.eligible import eligible_rows
 from ngrpo_jax.algo.nearness import tile_scores
 from ngrpo_jax.algo.neighbors import TILE, neighbor_table
 from ngrpo_jax.learner.optimizer import make_optimizer
@@ -191,23 +192,26 @@ def keep(given: argparse.Namespace, rate: float) -> None:
     if given.model:
         config, params = hf.load(str(given.model))
         tokenizer = prompts.load_tokenizer(given.model)
-        valid_V = jnp.asarray(prompts.usable_rows(tokenizer, config.vocab_size))
+        eligible = eligible_rows(
+            config.vocab_size, REFRESH_K, prompts.usable_rows(tokenizer, config.vocab_size)
+        )
         walk = _updates(config, params, rate)
     else:
         rows_VD = jnp.asarray(make_rows(given))
-        valid_V, walk = jnp.ones(rows_VD.shape[0], bool), _random_walk(rows_VD, rate)
+        eligible, walk = eligible_rows(rows_VD.shape[0], REFRESH_K), _random_walk(rows_VD, rate)
     upkeep = refresh.Upkeep(REFRESH_K)
     before_VD = next(walk)
-    state = jax.block_until_ready(refresh.build(before_VD, valid_V, upkeep))
-    state = _kept(state, before_VD, before_VD, valid_V, upkeep)[0]  # compiles
+    nothing = refresh.nothing(before_VD.shape[0], upkeep)
+    state, _ = refresh.refresh(nothing, before_VD, eligible, upkeep)
+    state = _kept(state, before_VD, before_VD, eligible, upkeep)[0]  # compiles
     lines = []
     for update in range(1, given.updates + 1):
         after_VD = jax.block_until_ready(next(walk))
         start = time.perf_counter()
-        state, effort = _kept(state, before_VD, after_VD, valid_V, upkeep)
+        state, effort = _kept(state, before_VD, after_VD, eligible, upkeep)
         seconds = time.perf_counter() - start
         start = time.perf_counter()
-        fresh = jax.block_until_ready(neighbor_table(after_VD, REFRESH_K, valid_V=valid_V))
+        fresh = jax.block_until_ready(neighbor_table(after_VD, REFRESH_K, valid_V=eligible.valid_V))
         built = time.perf_counter() - start
         table = np.asarray(refresh.table(state, upkeep))
         other = _unequal(np.asarray(after_VD), table, np.asarray(fresh))
@@ -237,9 +241,9 @@ def keep(given: argparse.Namespace, rate: float) -> None:
     )
 
 
-def _kept(state, before_VD, after_VD, valid_V, upkeep):
-    state = refresh.follow(state, before_VD, after_VD, valid_V, upkeep)
-    return jax.block_until_ready(refresh.refresh(state, after_VD, valid_V, upkeep))
+def _kept(state, before_VD, after_VD, eligible, upkeep):
+    state = refresh.follow(state, before_VD, after_VD, eligible, upkeep)
+    return jax.block_until_ready(refresh.refresh(state, after_VD, eligible, upkeep))
 
 
 def _unequal(rows: np.ndarray, ours: np.ndarray, fresh: np.ndarray) -> int:

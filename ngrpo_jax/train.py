@@ -17,17 +17,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ngrpo_jax.algo import refresh
-from ngrpo_jax.algo.objectives import group_advantages
-from ngrpo_jax.commands import commandline, composition, evaluation, summary
-from ngrpo_jax.commands.run import BEST, Position, Run, prepare, save
-from ngrpo_jax.learner import packing, update
+from ngrpo_jax.commands import commandline, composition, evaluation, summary, table
+from ngrpo_jax.commands.run import Position, Run, best_key, prepare, save
+from ngrpo_jax.learner import credit, packing, update
 from ngrpo_jax.model import hf
 from ngrpo_jax.rollout.trajectory import Trajectories
-from ngrpo_jax.runtime import mesh, metrics
+from ngrpo_jax.runtime import console, hardware, mesh, metrics, preflight
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.settings import resolve
 from ngrpo_jax.tasks.rewards import Grader
@@ -50,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
         parts = composition.compose(settings, workdir, devices)
         params = composition.load_params(parts[0], devices)
         facts = composition.fingerprint(parts[0], params)
-        with Checkpoints(workdir / "checkpoints", model=facts, best=BEST) as checkpoints:
+        with Checkpoints(workdir / "checkpoints", model=facts, best=best_key(settings)) as checkpoints:
             run, position = prepare(settings, workdir, parts, devices, params, checkpoints)
             del params  # donated
             workdir.mkdir(parents=True, exist_ok=True)
@@ -63,6 +60,7 @@ def train(run: Run, position: Position, grader: Grader, checkpoints: Checkpoints
     settings = run.settings
     resume = position.step or None
     summary.announce(run, position)
+    compile_rollouts(run, position)
     if not position.before:
         position = dataclasses.replace(position, before=evaluate(run, position, grader, "evaluation before"))
     began_at, clock = position.step, time.monotonic()
@@ -90,6 +88,15 @@ def train(run: Run, position: Position, grader: Grader, checkpoints: Checkpoints
     summary.finish(run, position, after, checkpoints, time.monotonic() - begun)
 
 
+def compile_rollouts(run: Run, position: Position) -> None:
+    """Compiles the rollouts of training and evaluation for all sizes, and says how long it took."""
+    settings = run.settings
+    actor = make_actor(run, position, None)
+    draws = (evaluation.training_draws(settings), evaluation.evaluation_draws(settings))
+    seconds = sum(evaluation.compile_ahead(actor, settings, one) for one in draws)
+    print(f"rollouts   compiled for every size in {console.format_seconds(seconds)}", flush=True)
+
+
 def train_step(
     run: Run, position: Position, grader: Grader
 ) -> tuple[Position, dict[str, float], list[dict[str, Any]]]:
@@ -99,9 +106,10 @@ def train_step(
     step = position.step + 1
     problems = next(position.stream)
 
+    with _timed(seconds, "table"):
+        served = table.serve(run, position)
     with _timed(seconds, "rollout"):
-        table, age = neighbor_table(run, position)
-        actor = make_actor(run, position, table)
+        actor = make_actor(run, position, served)
         prompts = [run.prompt_of[problem.id] for problem in problems]
         trajectories = evaluation.write_responses(
             actor,
@@ -111,6 +119,12 @@ def train_step(
             stream=step,
             draws=evaluation.training_draws(settings),
         )
+    sentence = evaluation.failures(trajectories, rollout.group, [problem.id for problem in problems])
+    if sentence:
+        raise FloatingPointError(
+            f"step {step}: {sentence}; the run in {run.workdir} goes on from its last checkpoint, with a "
+            "lower optimizer.learning_rate in a new --workdir if it happens again"
+        )
     with _timed(seconds, "reward"):
         texts = evaluation.response_texts(run.source.language, trajectories)
         golds = [problem.answer for problem in problems for _ in range(rollout.group)]
@@ -119,21 +133,25 @@ def train_step(
     del actor  # the rollout's copy of the parameters must not outlive the rollout
 
     rewards_PG = rewards_B.reshape(len(problems), rollout.group)
-    before_VD = None if table is None else jnp.copy(position.state.params["embed"]["embedding"])
+    before_VD = table.before_update(run, served, position.state.params)
     state, learned = learn(run, position.state, prompts, trajectories, rewards_PG, seconds)
     if not np.isfinite(learned["learner/grad_norm"]):
         raise FloatingPointError(
             f"the gradient of step {step} is not finite; the run in {run.workdir} goes on from its last "
             "checkpoint, with a lower optimizer.learning_rate in a new --workdir if it happens again"
         )
+    with _timed(seconds, "table"):
+        followed = table.after_update(run, served, before_VD, state.params)
     row = {
         **reward_figures(rewards_PG),
         **figures,
         **learned,
+        **({} if served is None else served.figures),
         **{f"time/{name}": value for name, value in seconds.items()},
         "time/step": sum(seconds.values()),
         "speed/rollout_tokens": int(trajectories.lengths_B.sum()) / seconds["rollout"],
         "speed/step_tokens": int(trajectories.lengths_B.sum()) / sum(seconds.values()),
+        **learner_speed(run, prompts, trajectories, seconds, jax.local_devices()[0]),
     }
     samples = [
         evaluation.sample_row(
@@ -141,10 +159,8 @@ def train_step(
         )
         for i in range(0, min(SAMPLES_A_STEP, len(problems)) * rollout.group, rollout.group)
     ]
-    if table is not None:  # the table stays what it was; its bounds take in what the update has moved
-        after_VD = state.params["embed"]["embedding"]
-        table = refresh.follow(table, before_VD, after_VD, *_table_options(run))
-    position = Position(step, state, table, age, position.stream, position.before)
+    age = 0 if served is None else served.age
+    position = Position(step, state, followed, age, position.stream, position.before)
     return position, row, samples
 
 
@@ -158,24 +174,62 @@ def learn(
 ) -> tuple[update.TrainState, dict[str, float]]:
     """Advantages, packed rows, old and reference log-probabilities, one optimiser step a mini-batch."""
     settings = run.settings
-    advantages_PG = group_advantages(rewards_PG, scale_by_std=settings.objective.scale_by_std)
+    earned = credit.assign(rewards_PG, trajectories, settings.objective, settings.rollout.max_new_tokens)
     batches = packing.mini_batches(
         [prompt for prompt in prompts for _ in range(settings.rollout.group)],
         trajectories,
-        np.asarray(advantages_PG).reshape(-1),
+        earned.advantages_PG.reshape(-1),
         settings.objective,
-        count=settings.rollout.prompts // settings.train.mini_batch_prompts,
+        count=settings.mini_batches,
         row_tokens=settings.row_tokens,
         rows=settings.train.rows_per_device * settings.mesh.data * settings.mesh.fsdp,
         max_new_tokens=settings.rollout.max_new_tokens,
+        counted_B=earned.counted_PG.reshape(-1),
+        share_prompts=settings.train.share_prompts,
     )
+    # The first optimiser step of a batch computes the old log-probabilities itself: they are its own.
+    old = "update" if settings.mini_batches == 1 else "learner"
+    if settings.objective.old_logprobs == "sampler":
+        old = "sampler"
     with _timed(seconds, "logprobs"):
-        scored = update.score(run.programs, state.params, run.reference, batches)
-        gap = update.sampler_gap(batches, scored)
+        scored = update.score(run.programs, state.params, run.reference, batches, old=old)
+        jax.block_until_ready(scored)
     with _timed(seconds, "update"):
         state, steps = update.update(run.programs, state, scored)
-        figures = update.figures(jax.device_get(steps))
-    return state, {**figures, **gap, "rows/fill": packing.fill(batches)}
+        figures = update.figures(jax.device_get(steps), gap_of_first=old == "sampler")
+    return state, {**figures, **earned.figures, "rows/fill": packing.fill(batches)}
+
+
+def learner_speed(
+    run: Run,
+    prompts: Sequence[Sequence[int]],
+    trajectories: Trajectories,
+    seconds: dict[str, float],
+    device: jax.Device,
+) -> dict[str, float]:
+    """Tokens a second of scoring and update, their model FLOP utilisation, and the device's peak memory.
+
+    Tokens are those of prompts and responses, each prompt once a response. The utilisation counts the
+    products that these need (a forward pass for each model scored, three for an update), over the peak of the
+    device's bfloat16 arithmetic; it is left out where that is unknown.
+    """
+    settings, config = run.settings, run.source.config
+    lengths = [
+        (len(prompt), int(trajectories.lengths_B[i * settings.rollout.group + j]))
+        for i, prompt in enumerate(prompts)
+        for j in range(settings.rollout.group)
+    ]
+    tokens = sum(prompt + response for prompt, response in lengths)
+    figures = {
+        "speed/logprob_tokens": tokens / seconds["logprobs"],
+        "speed/update_tokens": tokens / seconds["update"],
+    }
+    peak = hardware.peak_flops(device)
+    if peak is not None:
+        work = 3 * sum(preflight.forward_flops(config, *length) for length in lengths)
+        figures["speed/update_mfu"] = work / seconds["update"] / (peak * run.mesh.size)
+    held = hardware.peak_memory(device)
+    return figures if held is None else {**figures, "speed/peak_memory": float(held)}
 
 
 def reward_figures(rewards_PG: np.ndarray) -> dict[str, float]:
@@ -187,37 +241,20 @@ def reward_figures(rewards_PG: np.ndarray) -> dict[str, float]:
     }
 
 
-def neighbor_table(run: Run, position: Position) -> tuple[refresh.Maintained | None, int]:
-    """The table that this rollout mixes by, and its age after it; refreshed every `mixing.refresh_every`."""
-    mixing = run.settings.mixing
-    if not mixing.active:
-        return None, 0
-    if position.table is not None and position.table_age < mixing.refresh_every:
-        return position.table, position.table_age + 1
-    embedding_VD = position.state.params["embed"]["embedding"]
-    if position.table is None:
-        return refresh.build(embedding_VD, *_table_options(run)), 1
-    return refresh.refresh(position.table, embedding_VD, *_table_options(run))[0], 1
-
-
-def make_actor(run: Run, position: Position, table: refresh.Maintained | None) -> evaluation.Actor:
-    """Today's parameters ready to write, mixing by `table`."""
-    upkeep = _table_options(run)[1]
-    table_VC = None if table is None else refresh.table(table, upkeep)
-    return evaluation.make_actor(run.source, run.mesh, position.state.params, table_VC)
-
-
-def _table_options(run: Run) -> tuple[jax.Array, refresh.Upkeep]:
-    language = run.source.language
-    return jnp.asarray(language.usable_V), composition.table_upkeep(language, run.mesh)
+def make_actor(run: Run, position: Position, served: table.Serving | None) -> evaluation.Actor:
+    """Today's parameters ready to write, mixing by the table that serves."""
+    table_VC = None if served is None else served.table_VC
+    return evaluation.make_actor(
+        run.source, run.mesh, position.state.params, table_VC, run.settings.rollout.layout
+    )
 
 
 def evaluate(run: Run, position: Position, grader: Grader, label: str) -> dict[str, float]:
     """Held-out figures of the current parameters."""
     settings = run.settings
-    table = neighbor_table(run, position)[0] if settings.eval.mixing else None
+    served = table.serve(run, position) if settings.eval.mixing else None
     return evaluation.evaluate_set(
-        make_actor(run, position, table),
+        make_actor(run, position, served),
         run.held_out,
         settings,
         grader,
@@ -227,10 +264,10 @@ def evaluate(run: Run, position: Position, grader: Grader, label: str) -> dict[s
 
 @contextmanager
 def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Notes a phase's wall time in seconds; results must be on the host by its end."""
+    """Adds to a phase's wall time in seconds; results must be on the host by its end."""
     start = time.monotonic()
     yield
-    seconds[name] = time.monotonic() - start
+    seconds[name] = seconds.get(name, 0.0) + time.monotonic() - start
 
 
 if __name__ == "__main__":

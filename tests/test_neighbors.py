@@ -7,6 +7,7 @@ import pytest
 
 from ngrpo_jax.algo import nearness, tiles
 from ngrpo_jax.algo import neighbors as nb
+from ngrpo_jax.algo.eligible import Eligible, eligible_rows
 from ngrpo_jax.algo.neighbors import METRICS, neighbor_table
 
 
@@ -21,13 +22,14 @@ def _scores(rows, metric):
     return -(np.abs(differences) if metric == "l1" else differences**2).sum(-1)
 
 
-def _oracle(rows, k, metric, valid=None):
+def _oracle(rows, k, metric, valid=None, group=None):
     """Sort every pair by (score, lower id); bit-identical rows have bit-identical scores here."""
     scores = _scores(rows, metric)
     valid = np.ones(len(rows), bool) if valid is None else valid
+    group = np.arange(len(rows)) if group is None else group
     table = np.empty((len(rows), k), np.int32)
     for i in range(len(rows)):
-        others = [j for j in range(len(rows)) if j != i and valid[j]]
+        others = [j for j in range(len(rows)) if group[j] != group[i] and valid[j]]
         table[i] = [i, *sorted(others, key=lambda j: (-scores[i, j], j))[: k - 1]]
     return table
 
@@ -73,6 +75,22 @@ def test_neighbours_that_share_one_memory_are_found_all_the_same(metric):
     np.testing.assert_array_equal(neighbor_table(rows, 3, metric=metric, tile=tile), _oracle(rows, 3, metric))
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("size, tile, on_mesh", [(40, 64, False), (300, 48, False), (300, 32, True)])
+def test_rows_of_the_anchors_group_are_never_its_neighbours(metric, size, tile, on_mesh):
+    """Each row has near doubles, far apart in the matrix and next to it, that are of its group."""
+    rows = np.tile(np.repeat(_normal(size // 4, 6), 2, axis=0), (2, 1)) + 0.01 * _normal(size, 6, seed=1)
+    group = np.tile(np.repeat(np.arange(size // 4) * 7 - 3, 2), 2)
+    valid = np.random.default_rng(2).random(size) < 0.8
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,)) if on_mesh else None
+    options = dict(metric=metric, valid_V=valid, tile=tile, mesh=mesh)
+    table = np.asarray(neighbor_table(rows, 4, group_V=group, **options))
+    np.testing.assert_array_equal(table, _oracle(rows, 4, metric, valid, group))
+    assert (table != np.asarray(neighbor_table(rows, 4, **options))).any()
+    alone = neighbor_table(rows, 4, group_V=np.arange(size), **options)
+    np.testing.assert_array_equal(alone, neighbor_table(rows, 4, **options))
+
+
 def test_k_may_be_the_number_of_valid_rows():
     rows = _normal(12, 4)
     valid = np.arange(12) < 3
@@ -95,9 +113,9 @@ def _table_with_uneven_products(monkeypatch, error, rows, k, metric):
     """The table where the product adds an error [V] to its columns, as its tiles may by rounding."""
     scores = nearness.tile_scores
     monkeypatch.setattr(nearness, "tile_scores", lambda *given: scores(*given) + error[None, :])
-    valid = jnp.ones(len(rows), bool)
+    eligible = eligible_rows(len(rows), k)
     wanted = dict(count=k + 3, sure=k - 1, metric=metric, tile=64, mesh=None)
-    return nb.as_table(nb.nearest(jnp.asarray(rows), valid, **wanted).ids_RC, k)
+    return nb.as_table(nb.nearest(jnp.asarray(rows), eligible, **wanted).ids_RC, k)
 
 
 @pytest.mark.parametrize("metric", ["cosine", "l2"])
@@ -161,29 +179,33 @@ def test_k_one_is_the_row_itself():
 def test_memory_grows_with_the_tile_and_not_with_the_square(metric):
     size, width, tile = 4096, 40, 128
     build = nb._compiled(count=6, sure=2, metric=metric, tile=tile, mesh=None)
-    compiled = build.lower(jnp.zeros((size, width)), jnp.ones(size, bool)).compile()
+    compiled = build.lower(jnp.zeros((size, width)), eligible_rows(size, 3)).compile()
     scratch = compiled.memory_analysis().temp_size_in_bytes
     assert scratch < 4 * (8 * size * width + 4 * size * tile + 16 * tile * tile)
     assert scratch < 4 * size * size / 4
 
 
 @pytest.mark.parametrize("tile, groups, size", [(48, 12, 200), (64, 16, 384)])
-def test_nominees_and_the_bound_on_the_rest_hold_every_row(tile, groups, size):
-    """Whatever is no nominee has a score of at most `rest`; nominees are distinct, valid and not the row."""
+@pytest.mark.parametrize("spellings", [None, 30])
+def test_nominees_and_the_bound_on_the_rest_hold_every_row(tile, groups, size, spellings):
+    """Whatever is no nominee has a score of at most `rest`; nominees are distinct, eligible, not the row."""
     rows, valid = _normal(size, 6), np.random.default_rng(2).random(size) < 0.8
     tiling = tiles.make_tiling(size, tile, 1)
     assert tiling.groups == groups
     padded = jnp.pad(jnp.asarray(rows), ((0, tiling.rows - size), (0, 0)))
-    mask = jnp.pad(jnp.asarray(valid), (0, tiling.rows - size))
+    group = np.arange(size) if spellings is None else np.arange(size) % spellings
+    mask = Eligible(jnp.asarray(valid), None if spellings is None else jnp.asarray(group))
+    mask = jax.tree.map(lambda x: jnp.pad(x, (0, tiling.rows - size)), mask)
     parts = tiles.nominate(padded, mask, jnp.int32(0), tiling.blocks, 5, "dot", tiling)
     found = jax.tree.map(np.asarray, tiles.merge(list(parts), tiling))
     scores = rows @ rows.T
     for i in range(size):
         ids = found.ids_RC[i]
-        assert len(set(ids)) == 5 and valid[ids].all() and i not in ids
-        rest = [j for j in range(size) if valid[j] and j != i and j not in ids]
+        assert len(set(ids)) == 5 and valid[ids].all() and (group[ids] != group[i]).all()
+        allowed = valid & (group != group[i])
+        rest = np.setdiff1d(np.flatnonzero(allowed), ids)
         assert scores[i, rest].max() <= found.rest_R[i] + 1e-5
-    assert (found.rest_R[:size] <= np.sort(scores, axis=1)[:, -2] + 1e-3).all()
+        assert found.rest_R[i] <= scores[i, allowed].max() + 1e-3
 
 
 def test_a_few_rows_searched_among_many_columns():
@@ -224,6 +246,8 @@ def test_a_mesh_gives_the_same_table_from_any_sharding(metric, size, tile, spec)
         (dict(k=6), "number of valid rows, 5"),
         (dict(k=3, valid_V=np.array([1, 1, 0, 0, 0], bool)), "number of valid rows, 2"),
         (dict(k=2, valid_V=np.ones(4, bool)), "valid_V"),
+        (dict(k=2, group_V=np.ones(4, int)), "group_V must have shape"),
+        (dict(k=4, group_V=np.array([1, 1, 1, 0, 2])), "leaves its rows only 2 valid rows of others"),
         (dict(k=2, embedding_VD=np.ones(4, np.float32)), "embedding_VD"),
     ],
 )

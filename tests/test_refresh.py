@@ -1,13 +1,11 @@
 """The maintained table against one built from nothing after every update; its bounds against float64."""
 
-import dataclasses
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ngrpo_jax.algo import refresh as rf
+from ngrpo_jax.algo.eligible import Eligible, eligible_rows
 from ngrpo_jax.algo.neighbors import METRICS, neighbor_table
 
 SIZE, WIDTH, K = 400, 12, 3
@@ -28,6 +26,22 @@ def _valid(size=SIZE):
     return np.arange(size) % 9 != 4
 
 
+def _eligible(spelled=False):
+    """With `spelled`: every row is of a group with some of those that are like it."""
+    return Eligible(_valid(), _groups() if spelled else None)
+
+
+def _groups():
+    """Half of each cluster of `_rows` is one group, the other half another."""
+    random = np.random.default_rng(0)
+    random.normal(size=(40, WIDTH))
+    return (2 * random.integers(0, 40, SIZE) + np.arange(SIZE) % 2).astype(np.int32)
+
+
+def _build(rows, eligible, upkeep):
+    return rf.refresh(rf.nothing(len(rows), upkeep), rows, eligible, upkeep)[0]
+
+
 def _closeness(rows, metric):
     rows = np.asarray(rows, np.float64)
     if metric == "cosine":
@@ -39,78 +53,95 @@ def _closeness(rows, metric):
     return -differences.sum(-1) if metric == "l1" else -np.sqrt((differences**2).sum(-1))
 
 
-def _assert_exact(table, rows, valid, metric):
+def _assert_exact(table, rows, eligible, metric):
     """Each entry's closeness is that of the float64 oracle at its place, within rounding."""
     closeness = _closeness(rows, metric)
-    table = np.asarray(table)
-    assert (table[:, 0] == np.arange(len(rows))).all() and valid[table[:, 1:]].all()
+    table, allowed = np.asarray(table), np.asarray(eligible.pairs(np.arange(len(rows))))
+    assert (table[:, 0] == np.arange(len(rows))).all()
+    assert np.take_along_axis(allowed, table[:, 1:], 1).all()
     found = np.take_along_axis(closeness, table[:, 1:], 1)
-    np.fill_diagonal(closeness, -np.inf)
-    closeness[:, ~valid] = -np.inf
+    closeness[~allowed] = -np.inf
     np.testing.assert_allclose(found, -np.sort(-closeness, 1)[:, : K - 1], atol=2e-5, rtol=2e-6)
 
 
-def _walk(metric, step, updates=12, mesh=None, tile=48):
+def _walk(metric, step, updates=12, mesh=None, tile=48, eligible=None):
     """Follows a random walk: yields (state, effort, rows) after every refresh."""
     upkeep = rf.Upkeep(K, metric, mesh, tile=tile)
-    random, rows, valid = np.random.default_rng(1), _rows(), jnp.asarray(_valid())
-    state = rf.build(rows, valid, upkeep)
+    random, rows, eligible = np.random.default_rng(1), _rows(), eligible or _eligible()
+    state = _build(rows, eligible, upkeep)
     for _ in range(updates):
         moved = rows + np.float32(step) * random.normal(size=rows.shape).astype(np.float32)
-        state = rf.follow(state, rows, moved, valid, upkeep)
+        state = rf.follow(state, rows, moved, eligible, upkeep)
         rows = moved
-        state, effort = rf.refresh(state, rows, valid, upkeep)
+        state, effort = rf.refresh(state, rows, eligible, upkeep)
         yield state, effort, rows
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("step", [1e-5, 1e-3, 3e-2])
-def test_the_maintained_table_is_a_fresh_one_after_every_update(metric, step):
-    upkeep = rf.Upkeep(K, metric)
-    for state, _, rows in _walk(metric, step):
-        _assert_exact(rf.table(state, upkeep), rows, _valid(), metric)
+@pytest.mark.parametrize("step, spelled", [(1e-5, False), (1e-3, False), (3e-2, False), (1e-3, True)])
+def test_the_maintained_table_is_a_fresh_one_after_every_update(metric, step, spelled):
+    upkeep, eligible = rf.Upkeep(K, metric), _eligible(spelled)
+    for state, _, rows in _walk(metric, step, eligible=eligible):
+        _assert_exact(rf.table(state, upkeep), rows, eligible, metric)
+
+
+def test_groups_matter_to_these_rows():
+    """Without them, many rows have other neighbours."""
+    upkeep = rf.Upkeep(K)
+    apart, whole = (
+        np.asarray(rf.table(_build(_rows(), _eligible(spelled), upkeep), upkeep)) for spelled in (True, False)
+    )
+    assert (apart[:, 1] != whole[:, 1]).mean() > 0.2
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_small_steps_cost_little_and_large_ones_a_full_build(metric):
-    efforts = [effort for _, effort, _ in _walk(metric, 1e-6)]
+@pytest.mark.parametrize("spelled", [False, True])
+def test_small_steps_cost_little_and_large_ones_a_full_build(metric, spelled):
+    """With groups too: bounds over rows that are not eligible would fail wherever such a one is near."""
+    eligible = _eligible(spelled)
+    efforts = [effort for _, effort, _ in _walk(metric, 1e-6, eligible=eligible)]
+    upkeep = rf.Upkeep(K, metric, tile=48)
+    assert np.median([upkeep.cost(e, SIZE) for e in efforts]) < 0.2
     assert np.median([int(e.rescored) for e in efforts]) < SIZE / 10
     assert np.median([int(e.searched) for e in efforts]) < SIZE / 20
     assert not any(bool(e.full) for e in efforts)
-    assert all(bool(e.full) for _, e, _ in _walk(metric, 1.0, updates=3))
+    large = [effort for _, effort, _ in _walk(metric, 1.0, updates=3, eligible=eligible)]
+    assert all(bool(e.full) and upkeep.cost(e, SIZE) >= 1 for e in large)
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_every_bound_holds(metric):
+@pytest.mark.parametrize("spelled", [False, True])
+def test_every_bound_holds(metric, spelled):
     """No closeness outside the candidates is above outside + moved; none has changed by more than moved."""
     upkeep = rf.Upkeep(K, metric, spare=3, tile=48)
-    random, rows, valid = np.random.default_rng(4), _rows(), _valid()
-    state = rf.build(rows, valid, upkeep)
+    random, rows, valid, eligible = np.random.default_rng(4), _rows(), _valid(), _eligible(spelled)
+    allowed = np.asarray(eligible.pairs(np.arange(SIZE)))
+    state = _build(rows, eligible, upkeep)
     start = _closeness(rows, metric)
     for _ in range(6):
         steps = 10.0 ** random.uniform(-6, -2, size=(SIZE, 1))
         moved = (rows + steps * random.normal(size=rows.shape)).astype(np.float32)
-        state, rows = rf.follow(state, rows, moved, jnp.asarray(valid), upkeep), moved
+        state, rows = rf.follow(state, rows, moved, eligible, upkeep), moved
         now, kept = _closeness(rows, metric), jax.tree.map(np.asarray, state.kept)
         change = np.abs(now - start)[:, valid].max(1)
         assert (change <= kept.moved_V).all()
         assert np.median(kept.moved_V) <= 30 * np.median(change)  # a bound that says something
         for i in range(SIZE):
-            others = [j for j in np.flatnonzero(valid) if j != i and j not in kept.ids_VC[i]]
+            others = np.setdiff1d(np.flatnonzero(allowed[i]), kept.ids_VC[i])
             assert now[i, others].max() <= kept.outside_V[i] + kept.moved_V[i]
 
 
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 def test_a_row_that_grows_out_of_nowhere_is_found(metric):
     """A zero row, which turns farther than any other can, comes next to one that did not know it."""
-    upkeep, valid, rows = rf.Upkeep(K, metric), _valid(), _rows()
+    upkeep, eligible, rows = rf.Upkeep(K, metric), _eligible(), _rows()
     rows[33] = 0
-    state = rf.build(rows, valid, upkeep)
+    state = _build(rows, eligible, upkeep)
     moved = rows.copy()
     moved[33] = 3 * rows[100]
-    state = rf.follow(state, rows, moved, jnp.asarray(valid), upkeep)
-    state, effort = rf.refresh(state, moved, jnp.asarray(valid), upkeep)
-    _assert_exact(rf.table(state, upkeep), moved, valid, metric)
+    state = rf.follow(state, rows, moved, eligible, upkeep)
+    state, effort = rf.refresh(state, moved, eligible, upkeep)
+    _assert_exact(rf.table(state, upkeep), moved, eligible, metric)
     assert 33 in np.asarray(rf.table(state, upkeep))[100] and int(effort.searched) > 0
 
 
@@ -120,32 +151,37 @@ def test_a_gap_that_two_steps_close_is_seen(metric, spare):
     """On a line: the neighbours of row 0 at 1 and 1.1 change places, 0.026 a step each; the rest is far."""
     upkeep = rf.Upkeep(2, metric, spare=spare)
     rows = np.array([[0.0], [1.0], [1.1], [30.0], [40.0], [60.0]], np.float32)
-    state = rf.build(rows, None, upkeep)
+    eligible = eligible_rows(6, 2)
+    state = _build(rows, eligible, upkeep)
     assert rf.table(state, upkeep)[0, 1] == 1
-    valid, step = jnp.ones(6, bool), np.array([[0], [0.026], [-0.026], [0], [0], [0]], np.float32)
+    step = np.array([[0], [0.026], [-0.026], [0], [0], [0]], np.float32)
     for nearest in (1, 2):
-        state = rf.follow(state, rows, rows + step, valid, upkeep)
+        state = rf.follow(state, rows, rows + step, eligible, upkeep)
         rows = rows + step
-        state, effort = rf.refresh(state, rows, valid, upkeep)
+        state, effort = rf.refresh(state, rows, eligible, upkeep)
         assert rf.table(state, upkeep)[0, 1] == nearest
         assert (int(effort.rescored) > 0) == (nearest == 2)  # the first step is less than half of the gap
 
 
 def test_a_matrix_that_was_not_followed_is_built_anew():
-    upkeep, valid = rf.Upkeep(K), jnp.asarray(_valid())
-    state = rf.build(_rows(), valid, upkeep)
+    upkeep, eligible = rf.Upkeep(K), _eligible()
+    state = _build(_rows(), eligible, upkeep)
     other = _rows(seed=5)
-    new, effort = rf.refresh(state, other, valid, upkeep)
-    assert bool(effort.full)
-    _assert_exact(rf.table(new, upkeep), other, _valid(), "cosine")
-    gap = rf.follow(state, other, other + np.float32(1e-6), valid, upkeep)  # started from another matrix
+    new, effort = rf.refresh(state, other, eligible, upkeep)
+    assert bool(effort.full) and upkeep.cost(effort, SIZE) == 1.0
+    _assert_exact(rf.table(new, upkeep), other, eligible, "cosine")
+    later = other + np.float32(1e-6)
+    gap = rf.follow(state, other, later, eligible, upkeep)  # started from another matrix
     assert np.isinf(np.asarray(gap.kept.moved_V)).all()
+    found, effort = rf.refresh(gap, later, eligible, upkeep)
+    assert bool(effort.full)
+    _assert_exact(rf.table(found, upkeep), later, eligible, "cosine")
 
 
 def test_nothing_is_done_where_nothing_moved():
-    upkeep, valid, rows = rf.Upkeep(K), jnp.asarray(_valid()), _rows()
-    state = rf.follow(rf.build(rows, valid, upkeep), rows, rows, valid, upkeep)
-    again, effort = rf.refresh(state, rows, valid, upkeep)
+    upkeep, eligible, rows = rf.Upkeep(K), _eligible(), _rows()
+    state = rf.follow(_build(rows, eligible, upkeep), rows, rows, eligible, upkeep)
+    again, effort = rf.refresh(state, rows, eligible, upkeep)
     np.testing.assert_array_equal(again.kept.ids_VC, state.kept.ids_VC)
     assert int(effort.rescored) < 20 and int(effort.searched) <= int(effort.rescored)
 
@@ -153,11 +189,12 @@ def test_nothing_is_done_where_nothing_moved():
 @pytest.mark.parametrize("metric", ["cosine", "l1"])
 def test_a_mesh_follows_to_the_same_table(metric):
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    alone = _walk(metric, 1e-3, updates=3)
-    upkeep = rf.Upkeep(K, metric)
-    for (a, work_a, rows), (b, work_b, _) in zip(alone, _walk(metric, 1e-3, 3, mesh, tile=16), strict=True):
+    upkeep, eligible = rf.Upkeep(K, metric), _eligible(spelled=True)
+    alone = _walk(metric, 1e-3, updates=3, eligible=eligible)
+    split = _walk(metric, 1e-3, updates=3, mesh=mesh, tile=16, eligible=eligible)
+    for (a, work_a, rows), (b, work_b, _) in zip(alone, split, strict=True):
         np.testing.assert_array_equal(rf.table(a, upkeep), rf.table(b, upkeep))
-        _assert_exact(rf.table(b, upkeep), rows, _valid(), metric)
+        _assert_exact(rf.table(b, upkeep), rows, eligible, metric)
         assert abs(int(work_a.rescored) - int(work_b.rescored)) < SIZE / 4
 
 
@@ -176,25 +213,18 @@ def test_any_sharding_has_the_same_mark():
 def test_shapes_are_those_of_a_state():
     for k, size in ((3, SIZE), (1, 30), (3, 8)):
         upkeep = rf.Upkeep(k)
-        state = rf.build(_rows(size=SIZE)[:size], None, upkeep)
+        state = _build(_rows(size=SIZE)[:size], eligible_rows(size, k), upkeep)
         described = jax.tree.map(lambda x: (x.shape, x.dtype), state)
         assert described == jax.tree.map(lambda x: (x.shape, x.dtype), upkeep.shapes(size))
         np.testing.assert_array_equal(rf.table(state, upkeep), neighbor_table(_rows()[:size], k))
 
 
 def test_fewer_valid_rows_than_candidates():
-    upkeep, valid, rows = rf.Upkeep(K), np.arange(SIZE) < 4, _rows()
-    state = rf.build(rows, valid, upkeep)
+    upkeep, eligible, rows = rf.Upkeep(K), eligible_rows(SIZE, K, np.arange(SIZE) < 4), _rows()
+    state = _build(rows, eligible, upkeep)
     for _ in range(3):
         moved = rows + np.float32(1e-2) * _rows(seed=8)
-        state = rf.follow(state, rows, moved, jnp.asarray(valid), upkeep)
+        state = rf.follow(state, rows, moved, eligible, upkeep)
         rows = moved
-        state, _ = rf.refresh(state, rows, jnp.asarray(valid), upkeep)
-        _assert_exact(rf.table(state, upkeep), rows, valid, "cosine")
-
-
-def test_bad_arguments_are_named():
-    with pytest.raises(ValueError, match="number of valid rows"):
-        rf.build(_rows(), np.arange(SIZE) < 2, rf.Upkeep(K))
-    with pytest.raises(ValueError, match="metric 'cos'"):
-        rf.build(_rows(), None, dataclasses.replace(rf.Upkeep(K), metric="cos"))
+        state, _ = rf.refresh(state, rows, eligible, upkeep)
+        _assert_exact(rf.table(state, upkeep), rows, eligible, "cosine")

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from ngrpo_jax.algo.logprobs import token_logprobs
-from ngrpo_jax.algo.mixture import Mixing
+from ngrpo_jax.algo.mixture import Mixing, Mixture, Noise
 from ngrpo_jax.algo.neighbors import neighbor_table
 from ngrpo_jax.learner import packing
-from ngrpo_jax.model import decoder
+from ngrpo_jax.model import columns, decoder
 from ngrpo_jax.model.config import ModelConfig, RopeScaling
 from ngrpo_jax.rollout import decode, engine
+from ngrpo_jax.runtime import mesh as meshes
 
 BASE = ModelConfig(
     architecture="qwen2",
@@ -58,7 +59,7 @@ def _generate(params, config, prompts=PROMPTS, **changes):
 def _same(a, b):
     for name, x, y in zip(a._fields, a, b, strict=True):
         if name == "mixtures":
-            np.testing.assert_array_equal(x.ids, y.ids)
+            jax.tree.map(np.testing.assert_array_equal, x._replace(weights=None), y._replace(weights=None))
             np.testing.assert_allclose(x.weights, y.weights, atol=1e-5)
         elif name == "logprobs_BT":
             np.testing.assert_allclose(x, y, atol=1e-4)
@@ -87,19 +88,94 @@ def test_rollout_logprobs_equal_replayed_ones(name):
     assert gap.max() <= 1e-4
 
 
-def test_rate_zero_is_a_plain_rollout_token_for_token():
+STRATEGIES = {
+    "l2": Mixing(k=3, metric="l2"),
+    "l1": Mixing(k=3, metric="l1"),
+    "dot": Mixing(k=3, metric="dot"),
+    "release": Mixing(k=2, table="head", weights="probs", token="sampled"),
+    "soft": Mixing("soft", k=5),
+    "gumbel": Mixing("gumbel", k=5),
+    "noise": Mixing("noise"),
+}
+
+
+def _replayed_logprobs(params, config, prompt, written, index):
+    """Log-probabilities of one response by the model, from the prompt and the recorded mixtures alone."""
+    count, before = int(written.lengths_B[index]), len(prompt)
+    mixtures = written.mixtures
+    padding = ((0, 0), (before, 0), (0, 0))
+    ids, weights = (np.pad(leaf[index : index + 1, : count - 1], padding) for leaf in mixtures[:2])
+    ids[0, :before] = np.array(prompt)[:, None]
+    weights[0, :before, 0] = 1.0
+    noise = None
+    if mixtures.noise is not None:
+        parts = (leaf[index : index + 1, : count - 1] for leaf in mixtures.noise)
+        noise = Noise(*(np.pad(leaf, padding[: leaf.ndim]) for leaf in parts))
+    logits = decoder.forward(params, config, jax.tree.map(jnp.asarray, Mixture(ids, weights, noise)))
+    logprobs = jax.nn.log_softmax(logits[0, before - 1 :] / 0.9)
+    return np.asarray(logprobs)[np.arange(count), written.response(index)]
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_each_strategy_replays_exactly(name):
+    """Rollout log-probabilities equal replayed ones to 1e-4 at ρ = 0.5, and mixing ends with the thinking."""
+    config = CONFIGS["qwen2_untied"]
+    params = _params(config)
+    mixing = dataclasses.replace(STRATEGIES[name], rate=0.5, until_ids=UNTIL)
+    written = _generate(params, config, mixing=mixing, slots=4, chunk=8)
+    assert written.mixed_BT.sum() > 20, "nothing was mixed: the comparison would be empty"
+    assert written.mixtures.ids.shape == (9, 24, mixing.candidates)
+    for index in range(9):
+        replayed = _replayed_logprobs(params, config, PROMPTS[index // 3], written, index)
+        np.testing.assert_allclose(
+            replayed, written.logprobs_BT[index, : written.lengths_B[index]], atol=1e-4
+        )
+    ordinary = ~written.mixed_BT
+    if mixing.noisy:
+        np.testing.assert_array_equal(written.mixtures.noise.scale[ordinary], 0)
+        assert (written.mixtures.noise.scale[written.mixed_BT] == np.float32(0.33)).all()
+    np.testing.assert_array_equal(written.mixtures.weights[ordinary, 0], 1)
+    for tokens, mixed in zip(written.tokens_BT, written.mixed_BT, strict=True):
+        ends = [t for t in range(24) if tokens[t] == 9 or tuple(tokens[t - 1 : t + 1]) == (14, 15)]
+        assert not ends or not mixed[ends[0] + 1 :].any()
+
+
+def test_the_head_table_is_of_the_heads_rows():
+    config = CONFIGS["qwen2_untied"]
+    params = _params(config)
+    written = _generate(params, config, mixing=Mixing(rate=1.0, k=3, table="head"), samples=1)
+    of_head = np.asarray(neighbor_table(params["head"]["kernel"].T, 3))
+    of_embedding = np.asarray(neighbor_table(params["embed"]["embedding"], 3))
+    assert (of_head != of_embedding).any()
+    mixed = written.mixed_BT
+    np.testing.assert_array_equal(written.mixtures.ids[mixed], of_head[written.tokens_BT[mixed]])
+
+
+def test_tokens_kept_out_are_written_by_ordinary_steps():
+    params = _params(BASE)
+    everything = Mixing(rate=1.0, k=3)
+    anchors = set(_generate(params, BASE, mixing=everything, stop_ids=()).tokens_BT[:, 0].tolist())
+    some = tuple(sorted(anchors))[:1]
+    written = _generate(params, BASE, mixing=dataclasses.replace(everything, keep_out_ids=some), stop_ids=())
+    assert not written.mixed_BT.all() and written.mixed_BT.any()
+    assert not np.isin(written.tokens_BT[written.mixed_BT], some).any()
+
+
+@pytest.mark.parametrize("strategy", ["neighbor", "soft", "gumbel", "noise"])
+def test_rate_zero_is_a_plain_rollout_token_for_token(strategy):
     params = _params(BASE)
     plain = _generate(params, BASE)
-    mixed = _generate(params, BASE, mixing=Mixing(rate=0.0, k=3, until_ids=UNTIL))
+    mixed = _generate(params, BASE, mixing=Mixing(strategy, rate=0.0, k=3, until_ids=UNTIL))
     np.testing.assert_array_equal(plain.tokens_BT, mixed.tokens_BT)
     np.testing.assert_array_equal(plain.lengths_B, mixed.lengths_B)
     assert not mixed.mixed_BT.any()
     assert len({tuple(row) for row in plain.tokens_BT}) > 5, "all samples alike: the test would prove nothing"
 
 
-def test_slots_chunk_and_order_do_not_change_a_trajectory():
+@pytest.mark.parametrize("strategy", ["neighbor", "noise"])
+def test_slots_chunk_and_order_do_not_change_a_trajectory(strategy):
     params = _params(BASE)
-    mixing = Mixing(rate=0.3, k=3, until_ids=UNTIL)
+    mixing = Mixing(strategy, rate=0.3, k=3, until_ids=UNTIL)
     whole = _generate(params, BASE, mixing=mixing)
     for slots, chunk in ((4, 8), (16, 32), (2, 5)):
         _same(whole, _generate(params, BASE, mixing=mixing, slots=slots, chunk=chunk))
@@ -127,6 +203,27 @@ def test_eight_devices_write_what_one_does():
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     placed, table_VC = jax.device_put((params, table_VC), whole)
     _same(one, _generate(placed, BASE, mixing=mixing, table_VC=table_VC, sharding=rows, slots=8, chunk=8))
+
+
+@pytest.mark.parametrize("layout", ["tensor", "replicated"])
+def test_tensor_parallel_rollouts_mix_and_write_what_one_device_does(layout):
+    """Heads and vocabulary over two devices, or whole copies; slots over what is left; refills on the way."""
+    config = dataclasses.replace(BASE, vocab_size=98, tie_embeddings=False)
+    params = _params(config)
+    mixing = Mixing(rate=0.3, k=3, until_ids=UNTIL)
+    table_VC = neighbor_table(params["embed"]["embedding"], 3)
+    one = _generate(params, config, mixing=mixing, table_VC=table_VC)
+    mesh = meshes.make_mesh(2, 2, 2)
+    laid_out = columns.lay_out(params, config)
+    placed = jax.device_put(laid_out, meshes.param_shardings(mesh, laid_out, layout=layout))
+    table_VC = jax.device_put(table_VC, meshes.replicated(mesh))
+    sharding = meshes.slots_sharding(mesh, layout)
+    placement = decode.Placement.of(sharding, placed)
+    assert (placement.heads, placement.shards) == {"tensor": ("tensor", 4), "replicated": (None, 8)}[layout]
+    stats = engine.Stats()
+    options = dict(mixing=mixing, table_VC=table_VC, sharding=sharding, slots=4, chunk=8, stats=stats)
+    _same(one, _generate(placed, config, **options))
+    assert one.mixed_BT.any() and (stats.waiting_steps > 0 or layout == "replicated")
 
 
 def test_mixing_ends_with_the_thinking_and_writes_the_anchor():
@@ -192,15 +289,82 @@ def test_top_k_one_draws_the_argmax():
     np.testing.assert_array_equal(_generate(params, BASE, top_k=1, samples=1).tokens_BT, greedy.tokens_BT)
 
 
-def test_nothing_compiles_after_the_first_rollout():
-    params = engine.lay_out(_params(BASE), BASE)
+def _compilations():
+    """A list that grows by a name for each program that XLA compiles from now on."""
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **facts: (
+            compiled.append(facts) if name.endswith("backend_compile_duration") else None
+        )
+    )
+    return compiled
+
+
+def test_nothing_compiles_after_compile_ahead():
+    """All cache sizes, prompt lengths and refills are there, whatever the lengths turn out to be."""
+    params = columns.lay_out(_params(BASE), BASE)
     mixing = Mixing(rate=0.3, k=3, until_ids=UNTIL)
     table_VC = neighbor_table(params["embed"]["embedding"], 3)
-    options = dict(mixing=mixing, table_VC=table_VC, slots=4, chunk=8, cache_length=64)
-    _generate(params, BASE, **options)
-    counts = [f._cache_size() for f in (decode.prefill, decode.fill, decode.decode_chunk)]
-    _generate(params, BASE, [[5, 6], [4] * 9, [8, 8, 8], [3]], seed=9, **options)
-    assert counts == [f._cache_size() for f in (decode.prefill, decode.fill, decode.decode_chunk)]
+    options = dict(samples=2, max_new_tokens=150, temperature=0.9, mixing=mixing, table_VC=table_VC)
+    options |= dict(stop_ids=STOP, slots=4, chunk=8, max_prompt_tokens=70)
+    assert engine.compile_ahead(params, BASE, **options) > 0
+    keys = jax.random.key_data(jax.random.split(jax.random.key(0), 8))
+    compiled = _compilations()
+    rng = np.random.default_rng(0)
+    sizes = set()
+    for lengths in ((2, 3, 9, 1), (60, 8, 70, 33), (5, 5, 5, 5)):
+        prompts = [rng.integers(3, 97, size=n).tolist() for n in lengths]
+        bounds = rng.integers(1, 151, size=8)
+        engine.generate(params, BASE, prompts, keys_B=keys, lengths_B=bounds, **options)
+        sizes.add(max(lengths))
+    assert len(sizes) == 3
+    assert not compiled
+    jax.jit(lambda x: x + 3)(jnp.ones(3))
+    assert compiled, "the listener heard nothing: the test would prove nothing"
+
+
+def test_each_response_can_have_a_bound_of_its_own():
+    params = _params(BASE)
+    bounds = np.array([1, 5, 24, 7, 2, 9, 16, 3, 11])
+    free = _generate(params, BASE, stop_ids=())
+    stats = engine.Stats()
+    written = _generate(params, BASE, stop_ids=(), lengths_B=bounds, slots=4, chunk=4, stats=stats)
+    np.testing.assert_array_equal(written.lengths_B, bounds)
+    for row, bound in enumerate(bounds):
+        np.testing.assert_array_equal(written.tokens_BT[row, :bound], free.tokens_BT[row, :bound])
+    assert stats.tokens == bounds.sum() and stats.done == stats.sequences == 9
+    assert 0 < stats.waiting_steps < stats.steps
+    assert stats.occupancy == stats.tokens / (stats.steps * 4) and 0 < stats.waiting_occupancy <= 1
+
+
+def test_reading_flags_a_chunk_late_changes_nothing():
+    params = _params(BASE)
+    stop_ids = tuple(range(0, 97, 9))
+    now = _generate(params, BASE, stop_ids=stop_ids, samples=6, slots=4, chunk=4, lookahead=0)
+    late = _generate(params, BASE, stop_ids=stop_ids, samples=6, slots=4, chunk=4, lookahead=1)
+    _same(now, late)
+
+
+def test_logits_that_are_no_numbers_end_their_sequence_and_no_other():
+    """A poisoned row of the embedding: who writes that token has NaN logits from the next step on."""
+    params = _params(BASE)
+    clean = _generate(params, BASE, stop_ids=())
+    token = int(clean.tokens_BT[0, 5])
+    poisoned = jax.tree.map(lambda x: x, params)
+    untied = dataclasses.replace(BASE, tie_embeddings=False)
+    head = params["embed"]["embedding"].T
+    poisoned["embed"] = {"embedding": params["embed"]["embedding"].at[token].set(jnp.nan)}
+    poisoned["head"] = {"kernel": head}
+    prompts = [[t for t in prompt if t != token] for prompt in PROMPTS]
+    clean = _generate(params | {"head": {"kernel": head}}, untied, prompts, stop_ids=())
+    written = _generate(poisoned, untied, prompts, stop_ids=(), slots=4, chunk=4)
+    assert written.failed_B.any() and not written.failed_B.all()
+    for row in range(9):
+        places = np.flatnonzero(clean.tokens_BT[row] == token)
+        length = places[0] + 1 if len(places) and places[0] < 23 else 24
+        assert written.failed_B[row] == (length < 24) and written.lengths_B[row] == length
+        np.testing.assert_array_equal(written.tokens_BT[row, :length], clean.tokens_BT[row, :length])
+        assert np.isfinite(written.logprobs_BT[row]).all() and not written.stopped_B[row]
 
 
 @pytest.mark.parametrize(
@@ -212,7 +376,9 @@ def test_nothing_compiles_after_the_first_rollout():
         (dict(temperature=-1.0), "temperature -1.0"),
         (dict(top_p=0.0), "top_p 0.0"),
         (dict(stop_ids=(97,)), "stop id 97"),
-        (dict(cache_length=20), "cache of 20"),
+        (dict(max_prompt_tokens=10), "prompt 2 has 11 tokens, but the cache has room for 10"),
+        (dict(prompts=[[97]]), "prompt 0 holds a token outside the vocabulary"),
+        (dict(lengths_B=np.full(9, 25)), "lengths_B must hold a number from 1 to max_new_tokens = 24"),
         (dict(temperature=0.0, mixing=Mixing()), "temperature is 0 with mixing on"),
         (dict(mixing=Mixing(), table_VC=np.zeros((96, 3), np.int32)), r"shape \(96, 3\)"),
         (dict(keys_B=np.zeros((4, 2), np.uint32)), "one key for each of the 9"),

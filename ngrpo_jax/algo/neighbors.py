@@ -1,7 +1,7 @@
 """The neighbour table: for each row of an embedding matrix, its nearest other rows.
 
 Owns the exact search: for all rows from nothing (`nearest`), and for a few given ones (`redo`), divided
-over the devices of a mesh. Must not know: tokenizers (which rows may be neighbours arrives as a mask),
+over the devices of a mesh. Must not know: tokenizers (which rows may be neighbours arrives as masks),
 mixtures, which of a model's matrices it is given, or that it may change.
 
 Exactness. A matrix product rounds differently from one tile to the next, so it only nominates. The nominees
@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ngrpo_jax.algo import nearness, tiles
+from ngrpo_jax.algo.eligible import Eligible, eligible_rows
 from ngrpo_jax.algo.nearness import METRICS
 
 # Nominated beyond the wanted ones, so that few rows fail for want of a gap: tokens that were hardly trained
@@ -39,7 +40,7 @@ class Nearest(NamedTuple):
     """Of R rows: candidates, nearest first, of equals the lower id first.
 
     Where there are no more, the id is -1 and the score -inf. `scores_RC` are those of
-    `nearness.pair_scores`, `outside_R` bounds the closeness of all other valid rows.
+    `nearness.pair_scores`, `outside_R` bounds the closeness of all other eligible rows.
     """
 
     ids_RC: jax.Array
@@ -51,7 +52,7 @@ class Field(NamedTuple):
     """All rows that a search looks at, as `nearness.comparable_rows` gives them, whole on every device."""
 
     rows_VD: jax.Array
-    valid_V: jax.Array
+    eligible: Eligible
     first_V: jax.Array  # lowest id among the rows with the same bits
     length_V: jax.Array
     longest: jax.Array  # of the valid rows
@@ -63,6 +64,7 @@ def neighbor_table(
     *,
     metric: str = "cosine",
     valid_V: jax.Array | np.ndarray | None = None,
+    group_V: jax.Array | np.ndarray | None = None,
     tile: int = TILE,
     mesh: Mesh | None = None,
 ) -> jax.Array:
@@ -71,22 +73,29 @@ def neighbor_table(
     Column 0 is the row itself, columns 1.. its k-1 nearest other valid rows, nearest first, of equally
     near ones the lower id first. `metric`: "cosine" (8), where a zero row has cosine 0 to every row, "l2",
     "l1" or "dot". `valid_V` bool [V] (default: all) says which rows may be neighbours; a row that may not
-    still has its own k-1 neighbours. `embedding_VD` of any float dtype is compared in float32.
+    still has its own k-1 neighbours. `group_V` integer [V]: rows whose group equals the anchor's are never
+    its neighbours (the row itself stays column 0). `embedding_VD` of any float dtype is compared in float32.
 
     Memory: the rows, one tile × tile block of scores and tile / 2 integers a row. `mesh` divides the work
     (not the rows: each device holds a whole copy of them) over all its devices, whatever the sharding of
     `embedding_VD`; the table is then replicated.
 
-    Raises ValueError for an unknown metric, a k below 1 or above the number of valid rows, and for
-    arguments that are not [V, D] and [V].
+    Raises ValueError for an unknown metric, a k below 1 or above the number of valid rows (of other groups,
+    where there are groups), and for arguments that are not [V, D] and [V].
     """
-    valid_V = check(embedding_VD, k, metric, valid_V)
+    if np.ndim(embedding_VD) != 2 or not np.size(embedding_VD):
+        raise ValueError(
+            f"embedding_VD must be a matrix [V, D], not an array of shape {np.shape(embedding_VD)}"
+        )
+    if metric not in METRICS:
+        raise ValueError(f"metric {metric!r} is unknown: use one of {', '.join(METRICS)}")
     size = embedding_VD.shape[0]
+    eligible = eligible_rows(size, k, valid_V, group_V)
     if k == 1:
         return jnp.arange(size, dtype=jnp.int32)[:, None]
     count = min(k - 1 + SPARE, size)
     build = _compiled(count=count, sure=k - 1, metric=metric, tile=tile, mesh=mesh)
-    return as_table(build(jnp.asarray(embedding_VD), valid_V).ids_RC, k)
+    return as_table(build(jnp.asarray(embedding_VD), eligible).ids_RC, k)
 
 
 @functools.partial(jax.jit, static_argnames="k")
@@ -96,23 +105,9 @@ def as_table(ids_VC: jax.Array, k: int) -> jax.Array:
     return jnp.concatenate([own_V1, ids_VC[:, : k - 1]], axis=1)
 
 
-def check(embedding_VD: Any, k: int, metric: str, valid_V: Any) -> jax.Array:
-    """`valid_V` as an array, all True where it is None; ValueError where no table can be made."""
-    if np.ndim(embedding_VD) != 2 or not np.size(embedding_VD):
-        raise ValueError(
-            f"embedding_VD must be a matrix [V, D], not an array of shape {np.shape(embedding_VD)}"
-        )
-    size = embedding_VD.shape[0]
-    if metric not in METRICS:
-        raise ValueError(f"metric {metric!r} is unknown: use one of {', '.join(METRICS)}")
-    if valid_V is None:
-        valid_V = np.ones(size, bool)
-    if np.shape(valid_V) != (size,):
-        raise ValueError(f"valid_V must have shape ({size},), one entry a row, not {np.shape(valid_V)}")
-    usable = int(np.sum(valid_V))
-    if not 1 <= k <= usable:
-        raise ValueError(f"k is {k}, but must be at least 1 and at most the number of valid rows, {usable}")
-    return jnp.asarray(valid_V, bool)
+def by_tiles(size: int, count: int, tile: int) -> bool:
+    """Whether all rows are searched by tiles, at half of the products; or each alone, being few."""
+    return size >= 4 * tile and count <= tile // 4
 
 
 def divided(work: Callable, mesh: Mesh | None, *, whole: int, out: Any) -> Callable:
@@ -154,7 +149,7 @@ def _compiled(*, count: int, sure: int, metric: str, tile: int, mesh: Mesh | Non
 
 def nearest(
     embedding_VD: jax.Array,
-    valid_V: jax.Array,
+    eligible: Eligible,
     *,
     count: int,
     sure: int,
@@ -165,32 +160,33 @@ def nearest(
     """`count` candidates of every row, the first `sure` its nearest. Within a compiled program."""
     size = embedding_VD.shape[0]
     parts = 1 if mesh is None else mesh.size
-    if size >= 4 * tile and count <= tile // 4:
+    if by_tiles(size, count, tile):
         tiling = tiles.make_tiling(size, tile, parts)
         build = functools.partial(_by_tiles, tiling=tiling)
     else:
         build = functools.partial(_one_by_one, chunk=-(-size // parts), batch=max(1, tile // 32))
     build = functools.partial(build, count=count, sure=sure, metric=metric, parts=parts)
-    embedding_VD, valid_V = replicate((embedding_VD, valid_V), mesh)
-    found = divided(build, mesh, whole=2, out=P(AXIS))(embedding_VD, valid_V)
+    embedding_VD, eligible = replicate((embedding_VD, eligible), mesh)
+    found = divided(build, mesh, whole=2, out=P(AXIS))(embedding_VD, eligible)
     return replicate(Nearest(*(x[:size] for x in found)), mesh)
 
 
 def make_field(
-    embedding_VD: jax.Array, valid_V: jax.Array, metric: str, first_V: jax.Array | None = None
+    embedding_VD: jax.Array, eligible: Eligible, metric: str, first_V: jax.Array | None = None
 ) -> Field:
     """What a search over these rows needs to know of them; `first_V` is found where it is not given."""
     if first_V is None:
         first_V = nearness.first_identical(embedding_VD.astype(jnp.float32))
     rows_VD = nearness.comparable_rows(embedding_VD, metric)
     length_V = nearness.lengths(rows_VD, metric)
-    return Field(rows_VD, valid_V, first_V, length_V, jnp.max(jnp.where(valid_V, length_V, 0.0)))
+    longest = jnp.max(jnp.where(eligible.valid_V, length_V, 0.0))
+    return Field(rows_VD, eligible, first_V, length_V, longest)
 
 
-def _one_by_one(part, embedding_VD, valid_V, *, count, sure, metric, parts, chunk, batch) -> Nearest:
+def _one_by_one(part, embedding_VD, eligible, *, count, sure, metric, parts, chunk, batch) -> Nearest:
     """A part's rows, each searched alone: for matrices so small that nothing else pays."""
     del parts, sure
-    field = make_field(embedding_VD, valid_V, metric)
+    field = make_field(embedding_VD, eligible, metric)
     empty = Nearest(
         jnp.zeros((chunk, count), jnp.int32), jnp.zeros((chunk, count), jnp.float32), jnp.zeros(chunk)
     )
@@ -198,13 +194,14 @@ def _one_by_one(part, embedding_VD, valid_V, *, count, sure, metric, parts, chun
     return redo(field, part * chunk, everything, empty, metric, min(batch, chunk))
 
 
-def _by_tiles(part, embedding_VD, valid_V, *, count, sure, metric, parts, tiling) -> Nearest:
+def _by_tiles(part, embedding_VD, eligible, *, count, sure, metric, parts, tiling) -> Nearest:
     """A part's rows, nominated by tiles, judged, and searched alone where that leaves a doubt."""
-    field = make_field(embedding_VD, valid_V, metric)
-    own, padding = tiling.blocks // parts, tiling.rows - valid_V.shape[0]
+    field = make_field(embedding_VD, eligible, metric)
+    size = embedding_VD.shape[0]
+    own, padding = tiling.blocks // parts, tiling.rows - size
     padded_VD = jnp.pad(field.rows_VD, ((0, padding), (0, 0)))
-    padded_V = jnp.pad(valid_V, (0, padding))
-    of_rows, of_columns = tiles.nominate(padded_VD, padded_V, part * own, own, count, metric, tiling)
+    padded = jax.tree.map(lambda x: jnp.pad(x, (0, padding)), eligible)
+    of_rows, of_columns = tiles.nominate(padded_VD, padded, part * own, own, count, metric, tiling)
     if parts > 1:  # of_columns is about everybody's rows: to each its own, one list from each other part
 
         def deal(x: jax.Array) -> list[jax.Array]:
@@ -226,7 +223,7 @@ def _by_tiles(part, embedding_VD, valid_V, *, count, sure, metric, parts, tiling
     found = jax.lax.map(lambda given: judge(field, given[0], given[1], metric), (ids, by_block))
     found = jax.tree.map(lambda x: x.reshape(chunk, *x.shape[2:]), found)
     rows = within(field, first + jnp.arange(chunk, dtype=jnp.int32))
-    doubtful_R = ~certain(field, rows, found, sure, metric) & (first + jnp.arange(chunk) < valid_V.shape[0])
+    doubtful_R = ~certain(field, rows, found, sure, metric) & (first + jnp.arange(chunk) < size)
     return redo(field, first, doubtful_R, found, metric, max(1, tiling.tile // 32))
 
 
@@ -297,13 +294,10 @@ def over_marked(wanted_R: jax.Array, batch: int, start: Any, step: Callable[[Any
 
 def search(field: Field, ids_R: jax.Array, count: int, metric: str) -> Nearest:
     """The `count` nearest of the rows `ids_R`, each compared with all rows."""
-    size = field.rows_VD.shape[0]
     scores_RV = nearness.tile_scores(field.rows_VD[ids_R], field.rows_VD, metric)
-    everyone_V = jnp.arange(size, dtype=jnp.int32)
-    has_twins = jnp.any(field.first_V != everyone_V)
+    has_twins = jnp.any(field.first_V != jnp.arange(field.first_V.shape[0], dtype=jnp.int32))
     scores_RV = jax.lax.cond(has_twins, lambda s: jnp.take(s, field.first_V, axis=1), lambda s: s, scores_RV)
-    allowed_RV = field.valid_V[None, :] & (everyone_V[None, :] != ids_R[:, None])
-    top_RC, found_RC = _top(jnp.where(allowed_RV, scores_RV, -jnp.inf), count)
+    top_RC, found_RC = _top(jnp.where(field.eligible.pairs(ids_R), scores_RV, -jnp.inf), count)
     return judge(field, ids_R, tiles.Nominees(top_RC, found_RC, jnp.min(top_RC, axis=1)), metric)
 
 

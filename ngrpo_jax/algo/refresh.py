@@ -7,7 +7,8 @@ again; if the last wanted one is still above the bound for the others, that is a
 searched anew. So the table is always the exact one. docs/method.md derives the bounds.
 
 The state holds no copy of the matrix: `follow` is shown the matrix before and after each change. A mark of
-the matrix that it stands for keeps this honest: from any other matrix `refresh` builds everything anew.
+the matrix that it stands for keeps this honest: from any other matrix `refresh` builds everything anew. Which
+rows may be whose neighbours is fixed as long as a state lives: all bounds are about eligible rows alone.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ngrpo_jax.algo import nearness, neighbors
+from ngrpo_jax.algo.eligible import Eligible
 from ngrpo_jax.algo.nearness import UNIT
 from ngrpo_jax.algo.neighbors import AXIS, Field, Nearest
 
@@ -35,7 +37,7 @@ class Kept(NamedTuple):
     """What is kept of each row: 4 (C + 3) bytes.
 
     ids_VC      candidates, nearest first; -1 where there are no more
-    outside_V   bounds the closeness of all other valid rows, as it was before `moved_V`
+    outside_V   bounds the closeness of all other eligible rows, as it was before `moved_V`
     margin_V    the first k-1 candidates and their order stand while `moved_V` is below
     moved_V     how much any closeness of this row may have changed
     """
@@ -82,93 +84,99 @@ class Upkeep:
 
     def shapes(self, size: int) -> Maintained:
         """The state of a matrix of `size` rows as jax.ShapeDtypeStruct."""
-        array = jax.ShapeDtypeStruct
-        return jax.eval_shape(
-            lambda *given: Maintained(Kept(*given[:4]), given[4]),
-            array((size, self.count(size)), jnp.int32),
-            *[array((size,), jnp.float32)] * 3,
-            array((), jnp.uint32),
-        )
+        return jax.eval_shape(lambda: _nothing(size, self))
+
+    def cost(self, effort: Effort, size: int) -> float:
+        """Scores that a refresh has computed, as a share of those that building all anew computes."""
+        count = self.count(size)
+        whole = size * (size / 2 if neighbors.by_tiles(size, count, self.tile) else size)
+        again = int(effort.rescored) * count
+        return (again + (whole if effort.full else int(effort.searched) * size)) / whole
 
 
-def build(embedding_VD: jax.Array | np.ndarray, valid_V: jax.Array | None, upkeep: Upkeep) -> Maintained:
-    """The state from nothing. Arguments and errors as `neighbors.neighbor_table`."""
-    valid_V = neighbors.check(embedding_VD, upkeep.k, upkeep.metric, valid_V)
-    return _build(jnp.asarray(embedding_VD), valid_V, upkeep)
+def nothing(size: int, upkeep: Upkeep, sharding: NamedSharding | None = None) -> Maintained:
+    """The state of no matrix, from which `refresh` builds everything; its parts lie where `sharding` says."""
+    return jax.jit(lambda: _nothing(size, upkeep), out_shardings=sharding)()
+
+
+def _nothing(size: int, upkeep: Upkeep) -> Maintained:
+    unknown_V = jnp.full(size, jnp.inf)
+    nobody_VC = jnp.full((size, upkeep.count(size)), -1, jnp.int32)
+    return Maintained(Kept(nobody_VC, unknown_V, -unknown_V, unknown_V), jnp.uint32(0))
 
 
 def table(state: Maintained, upkeep: Upkeep) -> jax.Array:
-    """The neighbour table [V, k], exact after `build` and `refresh`."""
+    """The neighbour table [V, k], exact after `refresh`."""
     return neighbors.as_table(state.kept.ids_VC, upkeep.k)
 
 
 @functools.partial(jax.jit, static_argnames="upkeep")
 def follow(
-    state: Maintained, before_VD: jax.Array, after_VD: jax.Array, valid_V: jax.Array, upkeep: Upkeep
+    state: Maintained, before_VD: jax.Array, after_VD: jax.Array, eligible: Eligible, upkeep: Upkeep
 ) -> Maintained:
     """The same table with bounds that hold for `after_VD`, where it was about `before_VD`.
 
     Two passes over the matrices, in whatever sharding they have.
     """
     known = state.mark == _mark(before_VD)
-    change_V = _change(before_VD.astype(jnp.float32), after_VD.astype(jnp.float32), valid_V, upkeep.metric)
+    change_V = _change(
+        before_VD.astype(jnp.float32), after_VD.astype(jnp.float32), eligible.valid_V, upkeep.metric
+    )
     moved_V = _above(jnp.where(known, state.kept.moved_V, jnp.inf) + change_V)
-    return Maintained(state.kept._replace(moved_V=moved_V), _mark(after_VD))
+    return neighbors.replicate(Maintained(state.kept._replace(moved_V=moved_V), _mark(after_VD)), upkeep.mesh)
 
 
 @functools.partial(jax.jit, static_argnames="upkeep")
 def refresh(
-    state: Maintained, embedding_VD: jax.Array, valid_V: jax.Array, upkeep: Upkeep
+    state: Maintained, embedding_VD: jax.Array, eligible: Eligible, upkeep: Upkeep
 ) -> tuple[Maintained, Effort]:
     """The state with the exact table of `embedding_VD`, for which `follow` has prepared it."""
     size = embedding_VD.shape[0]
     mark = _mark(embedding_VD)
     known = state.mark == mark
-    embedding_VD, valid_V, kept = neighbors.replicate((embedding_VD, valid_V, state.kept), upkeep.mesh)
-    kept = kept._replace(moved_V=jnp.where(known, kept.moved_V, jnp.inf))
-    suspect_V = ~(kept.moved_V < kept.margin_V)
-    kept, failed_V = _rescore(kept, suspect_V, embedding_VD, valid_V, upkeep)
+    embedding_VD, eligible, kept = neighbors.replicate((embedding_VD, eligible, state.kept), upkeep.mesh)
+    suspect_V = known & ~(kept.moved_V < kept.margin_V)
+    kept, failed_V = _rescore(kept, suspect_V, embedding_VD, eligible, upkeep)
+    failed_V = failed_V | ~known  # what is kept is about another matrix: nothing of it is of use
     failures = jnp.sum(failed_V, dtype=jnp.int32)
     full = failures > int(_FULL_BUILD * size)
     kept = jax.lax.switch(
         jnp.where(full, 2, jnp.minimum(failures, 1)),
         [
             lambda: kept,
-            lambda: _search(kept, failed_V, embedding_VD, valid_V, upkeep),
-            lambda: _build(embedding_VD, valid_V, upkeep).kept,
+            lambda: _search(kept, failed_V, embedding_VD, eligible, upkeep),
+            lambda: _build(embedding_VD, eligible, upkeep),
         ],
     )
     effort = Effort(jnp.sum(suspect_V, dtype=jnp.int32), jnp.where(full, size, failures), full)
     return neighbors.replicate((Maintained(kept, mark), effort), upkeep.mesh)
 
 
-@functools.partial(jax.jit, static_argnames="upkeep")
-def _build(embedding_VD: jax.Array, valid_V: jax.Array, upkeep: Upkeep) -> Maintained:
+def _build(embedding_VD: jax.Array, eligible: Eligible, upkeep: Upkeep) -> Kept:
+    """Everything from nothing."""
     size = embedding_VD.shape[0]
-    mark = _mark(embedding_VD)
-    embedding_VD, valid_V = neighbors.replicate((embedding_VD, valid_V), upkeep.mesh)
     found = neighbors.nearest(
         embedding_VD,
-        valid_V,
+        eligible,
         count=upkeep.count(size),
         sure=upkeep.sure,
         metric=upkeep.metric,
         tile=upkeep.tile,
         mesh=upkeep.mesh,
     )
-    field = neighbors.make_field(embedding_VD, valid_V, upkeep.metric, jnp.arange(size))
+    field = neighbors.make_field(embedding_VD, eligible, upkeep.metric, jnp.arange(size))
     margin_V = _margin(field, jnp.arange(size), found, upkeep)
-    return Maintained(Kept(found.ids_RC, found.outside_R, margin_V, jnp.zeros(size)), mark)
+    return Kept(found.ids_RC, found.outside_R, margin_V, jnp.zeros(size))
 
 
 def _rescore(
-    kept: Kept, suspect_V: jax.Array, embedding_VD: jax.Array, valid_V: jax.Array, upkeep: Upkeep
+    kept: Kept, suspect_V: jax.Array, embedding_VD: jax.Array, eligible: Eligible, upkeep: Upkeep
 ) -> tuple[Kept, jax.Array]:
     """Scores the candidates of suspect rows again; bool [V] says where that was not enough."""
 
-    def work(part, embedding_VD, valid_V, marked_R, kept):
+    def work(part, embedding_VD, eligible, marked_R, kept):
         field = neighbors.make_field(
-            embedding_VD, valid_V, upkeep.metric, jnp.arange(valid_V.shape[0], dtype=jnp.int32)
+            embedding_VD, eligible, upkeep.metric, jnp.arange(embedding_VD.shape[0], dtype=jnp.int32)
         )
         first = part * marked_R.shape[0]
 
@@ -185,16 +193,16 @@ def _rescore(
         batch = min(neighbors.judged_rows(field, kept.ids_VC.shape[1]), marked_R.shape[0])
         return neighbors.over_marked(marked_R, batch, (kept, jnp.zeros_like(marked_R)), again)
 
-    return _by_rows(work, upkeep, embedding_VD, valid_V, suspect_V, kept)
+    return _by_rows(work, upkeep, embedding_VD, eligible, suspect_V, kept)
 
 
 def _search(
-    kept: Kept, failed_V: jax.Array, embedding_VD: jax.Array, valid_V: jax.Array, upkeep: Upkeep
+    kept: Kept, failed_V: jax.Array, embedding_VD: jax.Array, eligible: Eligible, upkeep: Upkeep
 ) -> Kept:
     """Searches the failed rows anew."""
 
-    def work(part, embedding_VD, valid_V, marked_R, kept):
-        field = neighbors.make_field(embedding_VD, valid_V, upkeep.metric)
+    def work(part, embedding_VD, eligible, marked_R, kept):
+        field = neighbors.make_field(embedding_VD, eligible, upkeep.metric)
         first = part * marked_R.shape[0]
 
         def again(kept: Kept, places_B: jax.Array) -> Kept:
@@ -205,18 +213,18 @@ def _search(
         batch = min(max(1, upkeep.tile // 32), marked_R.shape[0])
         return neighbors.over_marked(marked_R, batch, kept, again)
 
-    return _by_rows(work, upkeep, embedding_VD, valid_V, failed_V, kept)
+    return _by_rows(work, upkeep, embedding_VD, eligible, failed_V, kept)
 
 
-def _by_rows(work, upkeep: Upkeep, embedding_VD, valid_V, marked_V, kept: Kept):
+def _by_rows(work, upkeep: Upkeep, embedding_VD, eligible, marked_V, kept: Kept):
     """`work` on each device's share of the rows of `marked_V` and `kept`."""
-    size = valid_V.shape[0]
+    size = embedding_VD.shape[0]
     parts = 1 if upkeep.mesh is None else upkeep.mesh.size
     marked_V, kept = jax.tree.map(
         lambda x: jnp.pad(x, ((0, -size % parts),) + ((0, 0),) * (x.ndim - 1)), (marked_V, kept)
     )
     run = neighbors.divided(work, upkeep.mesh, whole=2, out=P(AXIS))
-    return jax.tree.map(lambda x: x[:size], run(embedding_VD, valid_V, marked_V, kept))
+    return jax.tree.map(lambda x: x[:size], run(embedding_VD, eligible, marked_V, kept))
 
 
 def _put(kept: Kept, places_B: jax.Array, found: Nearest, margin_B: jax.Array) -> Kept:

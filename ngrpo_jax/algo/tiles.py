@@ -11,15 +11,17 @@ exactness, because both are in the bound. Memory: `groups` × 2 integers a row, 
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from ngrpo_jax.algo.eligible import Eligible
 from ngrpo_jax.algo.nearness import tile_scores
 
 Best = tuple[jax.Array, jax.Array]  # of every group: its best packed score, and the best one forgotten
 Pair = tuple[jax.Array, jax.Array]  # of two blocks
+Masks = tuple[Eligible, Eligible]
 
 
 class Tiling(NamedTuple):
@@ -44,7 +46,7 @@ class Nominees(NamedTuple):
 
     scores_RC: jax.Array
     ids_RC: jax.Array
-    rest_R: jax.Array  # at least the score of every valid row that is no nominee
+    rest_R: jax.Array  # at least the score of every eligible row that is no nominee
 
 
 def make_tiling(size: int, tile: int, devices: int) -> Tiling:
@@ -56,7 +58,7 @@ def make_tiling(size: int, tile: int, devices: int) -> Tiling:
 
 def nominate(
     rows_VD: jax.Array,
-    valid_V: jax.Array,
+    eligible: Eligible,
     first: jax.Array,
     own: int,
     count: int,
@@ -69,14 +71,16 @@ def nominate(
     may be dealt to devices.
 
     Args:
-      rows_VD: padded to `tiling.rows`; valid_V: False for padding as well.
+      rows_VD, eligible: padded to `tiling.rows`; padding is not valid.
 
     Returns:
       nominees of the own blocks' rows among the rows they met, and of all rows among the own blocks' rows.
     """
     blocks, tile, groups = tiling
     never = jnp.full((tile, groups), _NEVER)
-    block_of = functools.partial(_block, tile=tile)
+
+    def block_of(x: Any, index: jax.Array) -> Any:
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index * tile, tile), x)
 
     def meet(met: tuple[Best, Best], here: jax.Array, step: jax.Array) -> tuple[Best, Best]:
         there = (here + step) % blocks
@@ -84,15 +88,15 @@ def nominate(
         column = tuple(jax.lax.dynamic_index_in_dim(x, there, keepdims=False) for x in by_column)
 
         # All that is sliced comes in as an operand: sliced inside, the loops below would not vectorise.
-        def work(by_row: Best, column: Best, rows: Pair, masks: Pair) -> tuple[Best, Best]:
-            scores_TT = tile_scores(*rows, metric)
-            by_row = _remember(by_row, scores_TT, masks[1], there, tiling, axis=1)
-            return by_row, _remember(column, scores_TT, masks[0], here, tiling, axis=0)
+        def work(by_row: Best, column: Best, rows: Pair, masks: Masks) -> tuple[Best, Best]:
+            scores_TT = _between_groups(tile_scores(*rows, metric), *masks)
+            by_row = _remember(by_row, scores_TT, masks[1].valid_V, there, tiling, axis=1)
+            return by_row, _remember(column, scores_TT, masks[0].valid_V, here, tiling, axis=0)
 
         # With an even number of blocks, both ends of the longest step would meet; one of them is enough.
         low_works = jnp.minimum(here, there) % 2 == 0
         wanted = (2 * step != blocks) | ((here < there) == low_works)
-        pair = [(block_of(x, here), block_of(x, there)) for x in (rows_VD, valid_V)]
+        pair = [(block_of(x, here), block_of(x, there)) for x in (rows_VD, eligible)]
         by_row, column = jax.lax.cond(wanted, work, lambda *given: given[:2], by_row, column, *pair)
         by_column = tuple(
             jax.lax.dynamic_update_index_in_dim(x, new, there, 0)
@@ -101,9 +105,10 @@ def nominate(
         return by_row, by_column
 
     def walk(by_column: Best, here: jax.Array) -> tuple[Best, Nominees]:
-        a_TD = block_of(rows_VD, here)
+        a_TD, mask = block_of((rows_VD, eligible), here)
         scores_TT = jnp.where(jnp.eye(tile, dtype=bool), -jnp.inf, tile_scores(a_TD, a_TD, metric))
-        by_row = _remember((never, never), scores_TT, block_of(valid_V, here), here, tiling, axis=1)
+        scores_TT = _between_groups(scores_TT, mask, mask)
+        by_row = _remember((never, never), scores_TT, mask.valid_V, here, tiling, axis=1)
         by_row, by_column = jax.lax.fori_loop(
             1, blocks // 2 + 1, lambda step, met: meet(met, here, step), (by_row, by_column)
         )
@@ -127,8 +132,11 @@ def merge(parts: list[Nominees], tiling: Tiling) -> Nominees:
     return Nominees(top_RC, jnp.take_along_axis(ids_RC, place_RC, axis=1), rest_R)
 
 
-def _block(x: jax.Array, index: jax.Array, tile: int) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(x, index * tile, tile)
+def _between_groups(scores_TT: jax.Array, a: Eligible, b: Eligible) -> jax.Array:
+    """-inf where two rows are of one group: neither serves the other, nor counts in its bound."""
+    if a.group_V is None:
+        return scores_TT
+    return jnp.where(a.group_V[:, None] != b.group_V[None, :], scores_TT, -jnp.inf)
 
 
 def _remember(

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from ngrpo_jax.algo import refresh
 from ngrpo_jax.commands import composition
 from ngrpo_jax.learner import update
+from ngrpo_jax.learner.loss import Computation
 from ngrpo_jax.learner.optimizer import make_optimizer
+from ngrpo_jax.model import attention
 from ngrpo_jax.runtime import mesh
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.settings import Settings
@@ -24,12 +26,22 @@ MAY_CHANGE = {
     "train.rows_per_device",
     "train.remat",
     "train.logprob_chunk",
+    "train.attention",
+    "train.unroll",
+    "train.share_prompts",
+    "train.offload",
     "rollout.slots",
     "rollout.chunk",
+    "rollout.layout",
     "eval.every",
+    "eval.sets",
     "reward.workers",
 }
-BEST = "eval/mean_at_n"  # the metric that makes a checkpoint the best
+
+
+def best_key(settings: Settings) -> str:
+    """The metric of a step's row that makes its checkpoint the best."""
+    return f"eval/{settings.checkpoint.best_metric}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,27 +89,44 @@ def prepare(
     abstract = jax.eval_shape(lambda params: update.init_state(params, optimizer), params)
     shardings = mesh.state_shardings(devices, abstract)
     programs = update.compile_programs(
-        source.config,
+        computation(settings, source, devices),
         settings.objective,
         optimizer,
-        temperature=settings.rollout.temperature,
-        remat=settings.train.remat,
-        logprob_chunk=settings.train.logprob_chunk * settings.mesh.data * settings.mesh.fsdp,
         state_shardings=shardings,
         rows_sharding=mesh.rows_sharding(devices),
+        offload=settings.train.offload,
     )
     reference = None
     if settings.objective.kl_coef > 0:
         # A copy, even where the dtype is the same: the learner donates its own parameters at every step.
-        reference = jax.tree.map(lambda leaf: jnp.array(leaf, source.config.dtype, copy=True), params)
+        copy = jax.tree.map(lambda leaf: jnp.array(leaf, source.config.dtype, copy=True), params)
+        reference = programs.reference.store(copy)
     stream = ProblemStream(training.problems, batch=settings.rollout.prompts, seed=settings.seed)
     prompt_of = {p.id: ids for p, ids in zip(training.problems, training.prompts, strict=True)}
     run = Run(settings, workdir, source, training, held_out, devices, programs, reference, prompt_of)
     step = checkpoints.latest_step()
     if step is None:
         state = _initial_state(params, optimizer, shardings)
-        return run, Position(0, state, None, 0, stream, {})
-    return run, restore(run, checkpoints, step, abstract, shardings, stream)
+        position = Position(0, state, None, 0, stream, {})
+    else:
+        position = restore(run, checkpoints, step, abstract, shardings, stream)
+    state = position.state._replace(opt_state=programs.optimizer.store(position.state.opt_state))
+    return run, dataclasses.replace(position, state=state)
+
+
+def computation(settings: Settings, source: composition.Source, devices: jax.sharding.Mesh) -> Computation:
+    """How the learner computes log-probabilities in this run."""
+    train = settings.train
+    name = composition.attention_name(settings)
+    return Computation(
+        source.config,
+        settings.rollout.temperature,
+        remat=train.remat,
+        logprob_chunk=train.logprob_chunk * settings.mesh.data * settings.mesh.fsdp,
+        attend=attention.make(name, devices),
+        unroll=train.unroll,
+        table=mesh.lookup_sharding(devices),
+    )
 
 
 def _initial_state(params: Any, optimizer: Any, shardings: update.TrainState) -> update.TrainState:
@@ -129,7 +158,7 @@ def restore(
         )
     wanted = {"train": _abstract(abstract, shardings)}
     if host["table_age"] is not None:
-        upkeep = composition.table_upkeep(run.source.language, run.mesh)
+        upkeep = composition.table_upkeep(run.source, run.mesh)
         shapes = upkeep.shapes(run.source.config.vocab_size)
         wanted["table"] = _abstract(shapes, jax.tree.map(lambda _: mesh.replicated(run.mesh), shapes))
     restored, host = checkpoints.restore(step, wanted)
@@ -177,21 +206,27 @@ def save(
         "table_age": None if position.table is None else position.table_age,
         "before": position.before,
     }
-    checkpoints.save(position.step, arrays, host, row)
+    scores = None if row is None else {name: row[name] for name in row if name.startswith("eval/")}
+    checkpoints.save(position.step, arrays, host, scores)
 
 
 def open_checkpoint(
-    source: composition.Source, workdir: pathlib.Path, devices: jax.sharding.Mesh, which: str
+    source: composition.Source,
+    workdir: pathlib.Path,
+    devices: jax.sharding.Mesh,
+    which: str,
+    best: str,
 ) -> tuple[int, Any]:
     """(step, float32 parameters on the mesh) of a workdir's checkpoint.
 
     Args:
       which: "latest", "best" (or the latest where none was evaluated), "start" (the starting model), a step.
         A workdir without checkpoints gives the starting model for "best", and ValueError for the others.
+      best: the metric of "best", from `best_key`.
     """
     if which == "start":
         return 0, composition.load_params(source, devices)
-    with Checkpoints(workdir / "checkpoints", model=None, best=BEST) as checkpoints:
+    with Checkpoints(workdir / "checkpoints", model=None, best=best) as checkpoints:
         steps = checkpoints.steps()
         if not steps and which == "best":
             return 0, composition.load_params(source, devices)

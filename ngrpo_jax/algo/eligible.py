@@ -1,0 +1,56 @@
+"""Which rows of a matrix may be whose neighbours.
+
+Owns the two masks and the refusal of such as leave some row without enough neighbours. Must not know what
+makes a row valid or two rows one group (tokenizers), nor how neighbours are found.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Eligible(NamedTuple):
+    """Row j may be a neighbour of row i ≠ j where j is valid and not of i's group.
+
+    valid_V  bool
+    group_V  int32, or None: every row is a group of its own
+    """
+
+    valid_V: Any
+    group_V: Any = None
+
+    def pairs(self, ids_R: jax.Array) -> jax.Array:
+        """bool [R, V]: which rows may be neighbours of the rows `ids_R`."""
+        everyone_V = jnp.arange(self.valid_V.shape[0], dtype=jnp.int32)
+        allowed_RV = self.valid_V[None, :] & (everyone_V[None, :] != ids_R[:, None])
+        if self.group_V is None:
+            return allowed_RV
+        return allowed_RV & (self.group_V[None, :] != self.group_V[ids_R][:, None])
+
+
+def eligible_rows(size: int, k: int, valid_V: Any = None, group_V: Any = None) -> Eligible:
+    """The masks of `size` rows as NumPy arrays, the same on every host; None: all are valid, or no groups.
+
+    Raises ValueError where a mask is not [size], or leaves some row fewer than k - 1 others.
+    """
+    valid_V = np.ones(size, bool) if valid_V is None else np.asarray(valid_V)
+    if valid_V.shape != (size,):
+        raise ValueError(f"valid_V must have shape ({size},), one entry a row, not {valid_V.shape}")
+    valid_V = valid_V.astype(bool)
+    usable = int(valid_V.sum())
+    if not 1 <= k <= usable:
+        raise ValueError(f"k is {k}, but must be at least 1 and at most the number of valid rows, {usable}")
+    if group_V is None:
+        return Eligible(valid_V)
+    group_V = np.asarray(group_V)
+    if group_V.shape != (size,):
+        raise ValueError(f"group_V must have shape ({size},), one entry a row, not {group_V.shape}")
+    _, number_V = np.unique(group_V, return_inverse=True)
+    left = usable - int(np.bincount(number_V, weights=valid_V).max())
+    if left < k - 1:
+        raise ValueError(
+            f"k is {k}, but the largest group of group_V leaves its rows only {left} valid rows of others"
+        )
+    return Eligible(valid_V, number_V.astype(np.int32))

@@ -1,0 +1,119 @@
+"""The table of a run: exact resume with its bounds, whose rows it follows, and what runs need none."""
+
+import dataclasses
+import shutil
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_commands import _run, _timeless
+from test_rollout import CONFIGS, _params
+
+from ngrpo_jax import train
+from ngrpo_jax.algo.eligible import eligible_rows
+from ngrpo_jax.algo.mixture import Mixing
+from ngrpo_jax.algo.neighbors import neighbor_table
+from ngrpo_jax.commands import run as runs
+from ngrpo_jax.commands import table
+from ngrpo_jax.runtime import mesh
+
+
+def test_a_resumed_run_has_the_same_table_and_bounds_bit_by_bit(tmp_path, monkeypatch, capsys):
+    """Stopped between two refreshes, when the bounds have moved and the table is older than its matrix."""
+    whole, resumed, saved = tmp_path / "whole", tmp_path / "resumed", {}
+
+    def saves_in(workdir):
+        def save(position, settings, checkpoints, row):
+            runs.save(position, settings, checkpoints, row)
+            saved[workdir, position.step] = jax.device_get(position.table), position.table_age
+            if workdir == whole and position.step == 2:
+                checkpoints.wait()
+                shutil.copytree(whole, resumed)
+
+        return save
+
+    changes = dict(train__steps=5, checkpoint__every=2, eval__every=50, mixing__refresh_every=3)
+    spelled = dict(mixing__distinct_spelling=True, optimizer__learning_rate=1e-4)
+    for workdir in (whole, resumed):
+        monkeypatch.setattr(train, "save", saves_in(workdir))
+        _run(train, workdir, **changes, **spelled)
+    assert "resumed from step 2" in capsys.readouterr().out
+    state, age = saved[whole, 2]
+    assert age == 2 and 0 < state.kept.moved_V.max() < np.inf
+    for step, expected_age in ((4, 1), (5, 2)):
+        (ours, our_age), (theirs, their_age) = saved[resumed, step], saved[whole, step]
+        assert our_age == their_age == expected_age
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    rows = _timeless(resumed / "metrics.jsonl")
+    assert rows == _timeless(whole / "metrics.jsonl")
+    costs = [row.get("table/cost") for row in rows]
+    assert costs[0] == 1.0 and [cost is None for cost in costs] == [False, True, True, False, True]
+    assert costs[3] < 1.0, "everything was built anew: equality says nothing of the bounds"
+
+
+def _fake_run(config, params, strategy="neighbor", source="embedding", refresh_every=1, devices=None):
+    """As much of a run as the table asks for, and its start."""
+    mixing = Mixing(strategy=strategy, k=3, table=source)
+    settings = types.SimpleNamespace(
+        mixing=types.SimpleNamespace(active=True, refresh_every=refresh_every, table=source)
+    )
+    language = types.SimpleNamespace(mixing=mixing, eligible=eligible_rows(config.vocab_size, 3))
+    of_model = types.SimpleNamespace(config=config, language=language)
+    devices = devices or mesh.make_mesh(1, 1, 1, jax.devices()[:1])
+    run = types.SimpleNamespace(settings=settings, source=of_model, mesh=devices)
+    return run, _position(params, None, 0)
+
+
+def _position(params, state, age):
+    return runs.Position(0, types.SimpleNamespace(params=params), state, age, None, {})
+
+
+@pytest.mark.parametrize("source", ["embedding", "head"])
+@pytest.mark.parametrize("grid", [(1, 1, 1), (1, 4, 2)])
+def test_a_run_keeps_the_table_of_the_matrix_that_its_settings_name(source, grid):
+    """On one device and split over eight; the update donates the parameters, as the learner does."""
+    config = dataclasses.replace(CONFIGS["qwen2_untied"], vocab_size=96)
+    devices = mesh.make_mesh(*grid, jax.devices()[: np.prod(grid)])
+    params = _params(config)
+    params = jax.device_put(params, mesh.param_shardings(devices, params))
+    run, position = _fake_run(config, params, source=source, devices=devices)
+    update = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1e-3 * jnp.sin(1e3 * x), tree), donate_argnums=0)
+    costs = []
+    for _ in range(3):
+        served = table.serve(run, position)
+        costs.append(served.figures["table/cost"])
+        rows = params["embed"]["embedding"] if source == "embedding" else params["head"]["kernel"].T
+        np.testing.assert_array_equal(served.table_VC, neighbor_table(np.asarray(rows), 3))
+        before = table.before_update(run, served, params)
+        params = update(params)
+        state = table.after_update(run, served, before, params)
+        position = _position(params, state, served.age)
+    assert costs[0] == 1.0 and max(costs[1:]) < 1.0
+
+
+def test_between_refreshes_the_table_is_the_old_one_and_its_bounds_go_on():
+    config = CONFIGS["qwen2_tied"]
+    params = _params(config)
+    run, position = _fake_run(config, params, refresh_every=2)
+    ages, tables = [], []
+    for _ in range(4):
+        served = table.serve(run, position)
+        ages.append((served.age, bool(served.figures)))
+        tables.append(np.asarray(served.table_VC))
+        before = table.before_update(run, served, params)
+        params = jax.tree.map(lambda x: x + 0.3 * jnp.sin(1e3 * x), params)
+        position = _position(params, table.after_update(run, served, before, params), served.age)
+    assert ages == [(1, True), (2, False), (1, True), (2, False)]
+    assert (tables[0] == tables[1]).all() and (tables[2] == tables[3]).all()
+    assert (tables[1] != tables[2]).any()
+
+
+@pytest.mark.parametrize("strategy", ["soft", "gumbel", "noise"])
+def test_strategies_without_a_table_keep_and_copy_nothing(strategy):
+    config = CONFIGS["qwen2_tied"]
+    run, position = _fake_run(config, {}, strategy=strategy)
+    served = table.serve(run, position)
+    assert served is None
+    assert table.before_update(run, served, {}) is None and table.after_update(run, served, None, {}) is None
