@@ -12,11 +12,12 @@ from test_commands import _run, _timeless
 from test_rollout import CONFIGS, _params
 
 from ngrpo_jax import train
+from ngrpo_jax.algo import refresh
 from ngrpo_jax.algo.eligible import eligible_rows
 from ngrpo_jax.algo.mixture import Mixing
 from ngrpo_jax.algo.neighbors import neighbor_table
+from ngrpo_jax.commands import composition, table
 from ngrpo_jax.commands import run as runs
-from ngrpo_jax.commands import table
 from ngrpo_jax.runtime import mesh
 
 
@@ -77,20 +78,25 @@ def test_a_run_keeps_the_table_of_the_matrix_that_its_settings_name(source, grid
     config = dataclasses.replace(CONFIGS["qwen2_untied"], vocab_size=96)
     devices = mesh.make_mesh(*grid, jax.devices()[: np.prod(grid)])
     params = _params(config)
-    params = jax.device_put(params, mesh.param_shardings(devices, params))
+    placed = mesh.param_shardings(devices, params)
+    params = jax.device_put(params, placed)
     run, position = _fake_run(config, params, source=source, devices=devices)
-    update = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1e-3 * jnp.sin(1e3 * x), tree), donate_argnums=0)
-    costs = []
+    moved = lambda tree: jax.tree.map(lambda x: x + 1e-3 * jnp.sin(1e3 * x), tree)  # noqa: E731
+    update, costs = jax.jit(moved, donate_argnums=0, out_shardings=placed), []
+    upkeep = composition.table_upkeep(run.source, devices)
+    programs = [refresh._program(work, upkeep) for work in (refresh._refresh, refresh._follow)]
+    before = [program._cache_size() for program in programs]
     for _ in range(3):
         served = table.serve(run, position)
         costs.append(served.figures["table/cost"])
         rows = params["embed"]["embedding"] if source == "embedding" else params["head"]["kernel"].T
         np.testing.assert_array_equal(served.table_VC, neighbor_table(np.asarray(rows), 3))
-        before = table.before_update(run, served, params)
+        rows_VD = table.before_update(run, served, params)
         params = update(params)
-        state = table.after_update(run, served, before, params)
+        state = table.after_update(run, served, rows_VD, params)
         position = _position(params, state, served.age)
     assert costs[0] == 1.0 and max(costs[1:]) < 1.0
+    assert [program._cache_size() for program in programs] <= [count + 1 for count in before]
 
 
 def test_between_refreshes_the_table_is_the_old_one_and_its_bounds_go_on():

@@ -115,9 +115,9 @@ def divided(work: Callable, mesh: Mesh | None, *, whole: int, out: Any) -> Calla
 
     The first `whole` arguments go to every device entire, the others split by their leading dimension. `out`
     is P(AXIS), for results that are put together by their leading dimension, or a tree with P() for what all
-    devices agree on. Without a mesh, `work` runs as part 0 of 1.
+    devices agree on. Without a mesh, or on one device, `work` runs as part 0 of 1.
     """
-    if mesh is None:
+    if mesh is None or mesh.size == 1:
         return lambda *arguments: work(jnp.int32(0), *arguments)
     line = line_of(mesh)
 
@@ -136,7 +136,7 @@ def line_of(mesh: Mesh) -> Mesh:
 
 def replicate(tree: Any, mesh: Mesh | None) -> Any:
     """Within a compiled program: whole copies on every device."""
-    if mesh is None:
+    if mesh is None or mesh.size == 1:
         return tree
     return jax.lax.with_sharding_constraint(tree, NamedSharding(line_of(mesh), P()))
 

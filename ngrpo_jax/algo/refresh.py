@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -94,13 +95,13 @@ class Upkeep:
         return (again + (whole if effort.full else int(effort.searched) * size)) / whole
 
 
-def nothing(size: int, upkeep: Upkeep, sharding: NamedSharding | None = None) -> Maintained:
-    """The state of no matrix, from which `refresh` builds everything; its parts lie where `sharding` says."""
-    return jax.jit(lambda: _nothing(size, upkeep), out_shardings=sharding)()
+def nothing(size: int, upkeep: Upkeep) -> Maintained:
+    """The state of no matrix, from which `refresh` builds everything."""
+    return jax.jit(lambda: _nothing(size, upkeep), out_shardings=_everywhere(upkeep))()
 
 
 def _nothing(size: int, upkeep: Upkeep) -> Maintained:
-    unknown_V = jnp.full(size, jnp.inf)
+    unknown_V = jnp.full(size, jnp.inf, jnp.float32)
     nobody_VC = jnp.full((size, upkeep.count(size)), -1, jnp.int32)
     return Maintained(Kept(nobody_VC, unknown_V, -unknown_V, unknown_V), jnp.uint32(0))
 
@@ -110,7 +111,6 @@ def table(state: Maintained, upkeep: Upkeep) -> jax.Array:
     return neighbors.as_table(state.kept.ids_VC, upkeep.k)
 
 
-@functools.partial(jax.jit, static_argnames="upkeep")
 def follow(
     state: Maintained, before_VD: jax.Array, after_VD: jax.Array, eligible: Eligible, upkeep: Upkeep
 ) -> Maintained:
@@ -118,19 +118,40 @@ def follow(
 
     Two passes over the matrices, in whatever sharding they have.
     """
+    return _program(_follow, upkeep)(state, before_VD, after_VD, eligible)
+
+
+def _follow(
+    state: Maintained, before_VD: jax.Array, after_VD: jax.Array, eligible: Eligible, upkeep: Upkeep
+) -> Maintained:
     known = state.mark == _mark(before_VD)
     change_V = _change(
         before_VD.astype(jnp.float32), after_VD.astype(jnp.float32), eligible.valid_V, upkeep.metric
     )
     moved_V = _above(jnp.where(known, state.kept.moved_V, jnp.inf) + change_V)
-    return neighbors.replicate(Maintained(state.kept._replace(moved_V=moved_V), _mark(after_VD)), upkeep.mesh)
+    return Maintained(state.kept._replace(moved_V=moved_V), _mark(after_VD))
 
 
-@functools.partial(jax.jit, static_argnames="upkeep")
 def refresh(
     state: Maintained, embedding_VD: jax.Array, eligible: Eligible, upkeep: Upkeep
 ) -> tuple[Maintained, Effort]:
     """The state with the exact table of `embedding_VD`, for which `follow` has prepared it."""
+    return _program(_refresh, upkeep)(state, embedding_VD, eligible)
+
+
+@functools.cache
+def _program(work: Callable, upkeep: Upkeep) -> Callable:
+    """`work` compiled. States always lie the same way, or every program would be compiled for each way."""
+    return jax.jit(functools.partial(work, upkeep=upkeep), out_shardings=_everywhere(upkeep))
+
+
+def _everywhere(upkeep: Upkeep) -> NamedSharding | None:
+    return None if upkeep.mesh is None else NamedSharding(upkeep.mesh, P())
+
+
+def _refresh(
+    state: Maintained, embedding_VD: jax.Array, eligible: Eligible, upkeep: Upkeep
+) -> tuple[Maintained, Effort]:
     size = embedding_VD.shape[0]
     mark = _mark(embedding_VD)
     known = state.mark == mark
@@ -149,7 +170,7 @@ def refresh(
         ],
     )
     effort = Effort(jnp.sum(suspect_V, dtype=jnp.int32), jnp.where(full, size, failures), full)
-    return neighbors.replicate((Maintained(kept, mark), effort), upkeep.mesh)
+    return Maintained(kept, mark), effort
 
 
 def _build(embedding_VD: jax.Array, eligible: Eligible, upkeep: Upkeep) -> Kept:

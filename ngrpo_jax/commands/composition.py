@@ -320,7 +320,7 @@ def check_evaluation(settings: Settings, config: ModelConfig) -> None:
 def table_upkeep(source: Source, devices: jax.sharding.Mesh) -> refresh.Upkeep:
     """How the neighbour table of these settings is made and kept: on all devices."""
     mixing = source.language.mixing
-    return refresh.Upkeep(mixing.k, mixing.metric, devices if devices.size > 1 else None)
+    return refresh.Upkeep(mixing.k, mixing.metric, devices)
 
 
 def build_table(params: Any, source: Source, devices: jax.sharding.Mesh) -> jax.Array | None:
@@ -337,7 +337,7 @@ def build_table(params: Any, source: Source, devices: jax.sharding.Mesh) -> jax.
         metric=mixing.metric,
         valid_V=language.usable_V,
         group_V=language.spelling_V,
-        mesh=table_upkeep(source, devices).mesh,
+        mesh=devices,
     )
 
 

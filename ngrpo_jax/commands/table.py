@@ -15,7 +15,6 @@ from ngrpo_jax.algo import refresh
 from ngrpo_jax.commands import composition
 from ngrpo_jax.commands.run import Position, Run
 from ngrpo_jax.model import decoder
-from ngrpo_jax.runtime import mesh
 
 
 class Serving(NamedTuple):
@@ -38,7 +37,7 @@ def serve(run: Run, position: Position) -> Serving | None:
     rows_VD = _rows(run, position.state.params)
     size = rows_VD.shape[0]
     if state is None:
-        state = refresh.nothing(size, upkeep, mesh.replicated(run.mesh))
+        state = refresh.nothing(size, upkeep)
     state, effort = refresh.refresh(state, rows_VD, run.source.language.eligible, upkeep)
     figures = {
         "table/cost": upkeep.cost(effort, size),
@@ -57,7 +56,7 @@ def after_update(
     run: Run, served: Serving | None, before_VD: jax.Array | None, params: Any
 ) -> refresh.Maintained | None:
     """The same table with bounds that take in what the update from `before_VD` to `params` has moved."""
-    if served is None:
+    if served is None or before_VD is None:
         return None
     upkeep = composition.table_upkeep(run.source, run.mesh)
     rows_VD = _rows(run, params)
