@@ -8,7 +8,7 @@ computed here from the counts of the whole optimiser step, so that neither packi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,24 +44,40 @@ class Rows(NamedTuple):
     behaviour_RT: Array
 
 
+Gather = Callable[[Any], list[Any]]  # what every host says (by its number), given what this one says
+
+
+def one_host(value: Any) -> list[Any]:
+    """The `Gather` of a run on one host."""
+    return [value]
+
+
 def token_weights(
-    lengths_B: np.ndarray, mixed_BT: np.ndarray, *, aggregate: str, loss_on_mixed: bool, max_new_tokens: int
+    lengths_B: np.ndarray,
+    mixed_BT: np.ndarray,
+    *,
+    aggregate: str,
+    loss_on_mixed: bool,
+    max_new_tokens: int,
+    gather: Gather = one_host,
 ) -> np.ndarray:
     """Each response token's share of an optimiser step's loss, float32 [B, T].
 
     Args:
-      lengths_B: response lengths of all sequences of the step.
+      lengths_B: response lengths of this host's sequences of the step.
       mixed_BT: positions whose input was mixed.
       aggregate: "sequence": mean over each response, then over responses (13); "token": mean over all
         tokens; "constant": sum over tokens, divided by responses × max_new_tokens.
       loss_on_mixed: false gives mixed positions weight 0 and leaves the other weights as they are.
+      gather: asks the other hosts of the step for their counts.
     """
-    count, length = mixed_BT.shape
+    length = mixed_BT.shape[1]
+    count, tokens = map(sum, zip(*gather([len(lengths_B), int(lengths_B.sum())]), strict=True))
     real_BT = np.arange(length) < lengths_B[:, None]
     share_B = {
         "sequence": 1.0 / (count * lengths_B),
-        "token": np.full(count, 1.0 / lengths_B.sum()),
-        "constant": np.full(count, 1.0 / (count * max_new_tokens)),
+        "token": np.full(len(lengths_B), 1.0 / tokens),
+        "constant": np.full(len(lengths_B), 1.0 / (count * max_new_tokens)),
     }[aggregate]
     weight_BT = np.where(real_BT, share_B[:, None], 0.0)
     if not loss_on_mixed:
@@ -173,16 +189,21 @@ def mini_batches(
     row_tokens: int,
     rows: int,
     max_new_tokens: int,
+    gather: Gather = one_host,
 ) -> list[list[Rows]]:
     """A rollout batch as `count` mini-batches (optimiser steps), each a list of microbatches of `rows` rows.
 
+    Every host has its share of each mini-batch, and as many microbatches of it as the others: those that it
+    has no rows for are empty.
+
     Args:
-      prompts: one a sequence, in the order of the trajectories.
+      prompts: one a sequence, in the order of the trajectories; all are this host's.
       objective: how tokens are weighted (`aggregate`, `loss_on_mixed`).
       count: divides the number of sequences.
       row_tokens: T of the rows.
-      rows: rows of a microbatch, over all devices.
+      rows: rows of a microbatch, over all devices of this host.
       max_new_tokens: the constant of aggregate "constant".
+      gather: asks the other hosts.
     """
     size = len(prompts) // count
     batches = []
@@ -194,6 +215,7 @@ def mini_batches(
             aggregate=objective.aggregate,
             loss_on_mixed=objective.loss_on_mixed,
             max_new_tokens=max_new_tokens,
+            gather=gather,
         )
         packed = pack(
             prompts[start : start + size],
@@ -203,7 +225,10 @@ def mini_batches(
             row_tokens=row_tokens,
             rows_multiple=rows,
         )
-        batches.append([take(packed, first, rows) for first in range(0, len(packed.targets_RT), rows)])
+        batch = [take(packed, first, rows) for first in range(0, len(packed.targets_RT), rows)]
+        longest = max(gather(len(batch)))
+        candidates = packed.inputs.ids.shape[-1]
+        batches.append(batch + [empty_rows(rows, row_tokens, candidates)] * (longest - len(batch)))
     return batches
 
 
@@ -214,7 +239,9 @@ def take(rows: Rows, start: int, count: int) -> Rows:
     return Rows(inputs, *(leaf[cut] for leaf in rows[1:]))
 
 
-def fill(batches: Sequence[Sequence[Rows]]) -> float:
-    """Share of the computed positions that hold a token."""
+def fill(batches: Sequence[Sequence[Rows]], gather: Gather = one_host) -> float:
+    """Share of the computed positions that hold a token, over all hosts."""
     rows = [part.segment_ids_RT for batch in batches for part in batch]
-    return sum(int((ids > 0).sum()) for ids in rows) / sum(ids.size for ids in rows)
+    counts = gather([sum(int((ids > 0).sum()) for ids in rows), sum(ids.size for ids in rows)])
+    filled, computed = map(sum, zip(*counts, strict=True))
+    return filled / computed

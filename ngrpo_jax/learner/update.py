@@ -9,6 +9,7 @@ learner does not know where rows came from, nor what is done with the metrics.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import optax
 
 from ngrpo_jax.algo.logprobs import token_logprobs
 from ngrpo_jax.algo.objectives import policy_loss
-from ngrpo_jax.learner.packing import Rows
+from ngrpo_jax.learner.packing import Gather, Rows, one_host
 from ngrpo_jax.model import decoder
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.settings import ObjectiveSettings
@@ -161,8 +162,19 @@ def compile_programs(
         zeros=jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), out_shardings=of_params),
         accumulate=jax.jit(accumulate, donate_argnums=0, out_shardings=(of_params, whole)),
         apply=jax.jit(apply, donate_argnums=0, out_shardings=(state_shardings, whole)),
-        place=lambda rows: jax.device_put(rows, rows_sharding),
+        place=functools.partial(_place, sharding=rows_sharding),
     )
+
+
+def _place(rows: Rows, *, sharding: Sharding) -> Rows:
+    """This host's rows as its part of the rows of all hosts."""
+    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), rows)
+
+
+def _own_rows(array_RT: jax.Array) -> np.ndarray:
+    """This host's part of an array over rows, in the order in which `_place` took it."""
+    starts = {shard.index[0].start or 0: shard.data for shard in array_RT.addressable_shards}
+    return np.concatenate([np.asarray(starts[start]) for start in sorted(starts)])
 
 
 def score(
@@ -234,20 +246,21 @@ def figures(steps: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {f"learner/{name}": join(name) for name in steps[0] if name != "weight"}
 
 
-def sampler_gap(batches: Sequence[Sequence[Rows]], scored: Sequence[Sequence[Scored]]) -> dict[str, float]:
-    """How far the trainer's log-probabilities are from the sampler's, over all response tokens.
+def sampler_gap(
+    batches: Sequence[Sequence[Rows]], scored: Sequence[Sequence[Scored]], gather: Gather = one_host
+) -> dict[str, float]:
+    """How far the trainer's log-probabilities are from the sampler's, over all response tokens of all hosts.
 
     Returns:
       gap/mean and gap/max of |Δ log π|, gap/kl: the k3 estimate of KL(sampler ‖ trainer); nats a token.
     """
     pairs = [
-        (rows, np.asarray(jax.device_get(item.old_RT), np.float64))
+        (rows, _own_rows(item.old_RT).astype(np.float64))
         for batch, items in zip(batches, scored, strict=True)
         for rows, item in zip(batch, items, strict=True)
     ]
     delta = np.concatenate([(old_RT - rows.behaviour_RT)[rows.response_RT] for rows, old_RT in pairs])
-    return {
-        "gap/mean": float(np.abs(delta).mean()),
-        "gap/max": float(np.abs(delta).max()),
-        "gap/kl": float((np.exp(delta) - delta - 1.0).mean()),
-    }
+    sums = [delta.size, float(np.abs(delta).sum()), float((np.exp(delta) - delta - 1.0).sum())]
+    *of_hosts, largest = zip(*gather([*sums, float(np.abs(delta).max())]), strict=True)
+    count, gap, kl = map(sum, of_hosts)
+    return {"gap/mean": gap / count, "gap/max": max(largest), "gap/kl": kl / count}
