@@ -91,6 +91,8 @@ def get_config() -> ml_collections.ConfigDict:
         rows_per_device=1,  # packed rows computed at once on each data shard
         remat="full",  # what the backward pass recomputes: none, dots, full
         logprob_chunk=1024,  # tokens whose logits exist at once, on each data shard
+        profile_from=placeholder(int),  # first step that is traced into WORKDIR/profile; None: no trace
+        profile_steps=1,  # steps that are traced
     )
     config.mesh = _section(data=1, fsdp=1, tensor=1)  # must multiply to the number of devices
     config.checkpoint = _section(every=20)  # steps between two checkpoints; the last step has one always

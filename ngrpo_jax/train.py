@@ -9,6 +9,7 @@ A workdir that holds a checkpoint is resumed from it; one that is finished says 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 import time
@@ -25,9 +26,9 @@ from ngrpo_jax.commands.run import BEST, Position, Run, prepare, save
 from ngrpo_jax.learner import packing, update
 from ngrpo_jax.model import hf
 from ngrpo_jax.rollout.trajectory import Trajectories
-from ngrpo_jax.runtime import mesh, metrics
+from ngrpo_jax.runtime import distributed, mesh, metrics
 from ngrpo_jax.runtime.checkpoints import Checkpoints
-from ngrpo_jax.settings import resolve
+from ngrpo_jax.settings import TrainSettings, resolve
 from ngrpo_jax.tasks.rewards import Grader
 
 SAMPLES_A_STEP = 2  # responses of each step that go to samples.jsonl
@@ -35,9 +36,12 @@ SAMPLES_A_STEP = 2  # responses of each step that go to samples.jsonl
 
 def main(argv: Sequence[str]) -> None:
     """Parses flags, checks everything, trains."""
-    config, flags = commandline.parse_flags(argv)
+    config, flags = commandline.parse_flags(argv, preflight=False)
     settings = resolve(config)
     workdir = pathlib.Path(flags["workdir"])
+    here = distributed.initialize()
+    composition.check_hosts(settings, here.count)
+    distributed.check_shared(workdir)
     if summary.already_finished(settings, workdir):
         return
     devices = mesh.make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
@@ -52,13 +56,15 @@ def main(argv: Sequence[str]) -> None:
             run, position = prepare(settings, workdir, parts, devices, params, checkpoints)
             del params  # donated
             workdir.mkdir(parents=True, exist_ok=True)
-            (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=1), encoding="utf-8")
-            train(run, position, grader, checkpoints, begun)
+            if here.primary:
+                (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=1), encoding="utf-8")
+            with commandline.last_words():
+                train(run, position, grader, checkpoints, begun)
 
 
 def train(run: Run, position: Position, grader: Grader, checkpoints: Checkpoints, begun: float) -> None:
     """Steps until `train.steps`, then evaluates, exports and sums up."""
-    settings = run.settings
+    settings, here = run.settings, distributed.place()
     resume = position.step or None
     summary.announce(run, position)
     if not position.before:
@@ -66,11 +72,13 @@ def train(run: Run, position: Position, grader: Grader, checkpoints: Checkpoints
     began_at, clock = position.step, time.monotonic()
     after: dict[str, float] = {}
     with (
-        metrics.MetricsWriter(run.workdir, resume_step=resume) as writer,
-        metrics.JsonLines(run.workdir / "samples.jsonl", resume_step=resume) as samples,
+        metrics.MetricsWriter(run.workdir, resume_step=resume, primary=here.primary) as writer,
+        metrics.JsonLines(run.workdir / "samples.jsonl", resume_step=resume, primary=here.primary) as samples,
+        distributed.Signals() as signals,
     ):
         while position.step < settings.train.steps:
-            position, row, rows = train_step(run, position, grader)
+            with profiled(settings.train, position.step + 1, run.workdir):
+                position, row, rows = train_step(run, position, grader)
             last = position.step == settings.train.steps
             # Only the schedule decides what a step's row holds, so that a run that stopped here and was
             # resumed has the rows of one that never stopped.
@@ -79,10 +87,14 @@ def train(run: Run, position: Position, grader: Grader, checkpoints: Checkpoints
             row |= {f"eval/{name}": value for name, value in after.items()}
             writer.write(position.step, row)
             samples.write(rows)
-            if last or scheduled or position.step % settings.checkpoint.every == 0:
+            stop = max(distributed.exchange("signals", signals.received))
+            if last or scheduled or position.step % settings.checkpoint.every == 0 or stop:
                 save(position, settings, checkpoints, row if scheduled else None)
             pace = (time.monotonic() - clock) / (position.step - began_at)
-            print(summary.step_line(position.step, row, settings.train.steps, pace), flush=True)
+            if here.primary:
+                print(summary.step_line(position.step, row, settings.train.steps, pace), flush=True)
+            if stop and not last:
+                raise commandline.Stopped(stop, position.step)
     checkpoints.wait()
     after = after or evaluate(run, position, grader, "evaluation after")
     summary.finish(run, position, after, checkpoints, time.monotonic() - begun)
@@ -113,7 +125,8 @@ def train_step(
         texts = evaluation.response_texts(run.source.language, trajectories)
         golds = [problem.answer for problem in problems for _ in range(rollout.group)]
         rewards_B = np.asarray(grader.score(texts, golds, settings.reward.kind), np.float32)
-    figures = evaluation.rollout_figures(actor, trajectories)
+    outcome = evaluation.gather_outcome("rollout", trajectories, rewards_B, rollout.group)
+    figures = evaluation.rollout_figures(actor, trajectories, outcome)
     del actor  # the rollout's copy of the parameters must not outlive the rollout
 
     rewards_PG = rewards_B.reshape(len(problems), rollout.group)
@@ -124,13 +137,13 @@ def train_step(
             "checkpoint, with a lower optimizer.learning_rate in a new --workdir if it happens again"
         )
     row = {
-        **reward_figures(rewards_PG),
+        **reward_figures(outcome.rewards_PG),
         **figures,
         **learned,
         **{f"time/{name}": value for name, value in seconds.items()},
         "time/step": sum(seconds.values()),
-        "speed/rollout_tokens": int(trajectories.lengths_B.sum()) / seconds["rollout"],
-        "speed/step_tokens": int(trajectories.lengths_B.sum()) / sum(seconds.values()),
+        "speed/rollout_tokens": int(outcome.lengths_B.sum()) / seconds["rollout"],
+        "speed/step_tokens": int(outcome.lengths_B.sum()) / sum(seconds.values()),
     }
     samples = [
         evaluation.sample_row(
@@ -150,8 +163,12 @@ def learn(
     rewards_PG: np.ndarray,
     seconds: dict[str, float],
 ) -> tuple[update.TrainState, dict[str, float]]:
-    """Advantages, packed rows, old and reference log-probabilities, one optimiser step a mini-batch."""
-    settings = run.settings
+    """Advantages, packed rows, old and reference log-probabilities, one optimiser step a mini-batch.
+
+    Groups, and so advantages, are whole on their host; what is a mean over the step is one over all hosts.
+    """
+    settings, hosts = run.settings, distributed.place().count
+    gather = functools.partial(distributed.exchange, "learning")
     advantages_PG = group_advantages(rewards_PG, scale_by_std=settings.objective.scale_by_std)
     batches = packing.mini_batches(
         [prompt for prompt in prompts for _ in range(settings.rollout.group)],
@@ -160,16 +177,17 @@ def learn(
         settings.objective,
         count=settings.rollout.prompts // settings.train.mini_batch_prompts,
         row_tokens=settings.row_tokens,
-        rows=settings.train.rows_per_device * settings.mesh.data * settings.mesh.fsdp,
+        rows=settings.train.rows_per_device * settings.mesh.data * settings.mesh.fsdp // hosts,
         max_new_tokens=settings.rollout.max_new_tokens,
+        gather=gather,
     )
     with _timed(seconds, "logprobs"):
         scored = update.score(run.programs, state.params, run.reference, batches)
-        gap = update.sampler_gap(batches, scored)
+        gap = update.sampler_gap(batches, scored, gather)
     with _timed(seconds, "update"):
         state, steps = update.update(run.programs, state, scored)
         figures = update.figures(jax.device_get(steps))
-    return state, {**figures, **gap, "rows/fill": packing.fill(batches)}
+    return state, {**figures, **gap, "rows/fill": packing.fill(batches, gather)}
 
 
 def reward_figures(rewards_PG: np.ndarray) -> dict[str, float]:
@@ -188,8 +206,10 @@ def neighbor_table(run: Run, position: Position) -> tuple[jax.Array | None, int]
         return None, 0
     if position.table_VC is not None and position.table_age < mixing.refresh_every:
         return position.table_VC, position.table_age + 1
-    table_VC = composition.build_table(position.state.params["embed"]["embedding"], run.source.language)
-    return jax.device_put(table_VC, mesh.replicated(run.mesh)), 1
+    whole = mesh.replicated(run.mesh)
+    embedding_VD = mesh.on_this_host(position.state.params["embed"]["embedding"], whole)
+    table_VC = composition.build_table(embedding_VD, run.source.language)  # each host for itself: all alike
+    return mesh.put(np.asarray(table_VC), whole), 1
 
 
 def evaluate(run: Run, position: Position, grader: Grader, label: str) -> dict[str, float]:
@@ -203,6 +223,17 @@ def evaluate(run: Run, position: Position, grader: Grader, label: str) -> dict[s
         grader,
         label=label,
     ).figures
+
+
+@contextmanager
+def profiled(settings: TrainSettings, step: int, workdir: pathlib.Path) -> Iterator[None]:
+    """Traces the step into WORKDIR/profile where the settings ask for it: one trace a step and process."""
+    first = settings.profile_from
+    if first is None or not first <= step < first + settings.profile_steps:
+        yield
+        return
+    with jax.profiler.trace(workdir / "profile" / f"step-{step}-process-{distributed.place().index}"):
+        yield
 
 
 @contextmanager

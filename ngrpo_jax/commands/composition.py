@@ -23,7 +23,7 @@ from ngrpo_jax.algo.neighbors import neighbor_table
 from ngrpo_jax.learner.supervised import train_supervised
 from ngrpo_jax.model import decoder, hf
 from ngrpo_jax.model.config import ModelConfig
-from ngrpo_jax.runtime import console, mesh, preflight
+from ngrpo_jax.runtime import console, distributed, mesh, preflight
 from ngrpo_jax.settings import WARM_START, Settings, WarmStartSettings
 from ngrpo_jax.tasks import arithmetic, prompts
 from ngrpo_jax.tasks.datasets import Problem, load_problems
@@ -81,7 +81,7 @@ def compose(
     """The model, the training problems and the held-out ones; no weights are read yet, for they take longest.
 
     With model.path "warm-start" and none made yet, the model is trained here, into WORKDIR/warm_start, and
-    that is the only thing that is written.
+    that is the only thing that is written; of several processes the first one does it, and the others wait.
     """
     directory = locate_model(settings, workdir)
     made = directory.is_dir()
@@ -98,8 +98,10 @@ def compose(
         preflight.check_workdir(workdir, 0 if begun else preflight.checkpoint_bytes(config, kept=2))
         training = load_set(settings, tokenizer, "train")
         held_out = load_set(settings, tokenizer, "test")
-        if not made:
+        here = distributed.place()
+        if not made and here.primary:
             warm_start(settings, config, tokenizer, training, folder, directory)
+        distributed.exchange("the starting model is there", None)
     return Source(str(directory), config, language), training, held_out
 
 
@@ -118,7 +120,7 @@ def load_params(source: Source, devices: jax.sharding.Mesh) -> Any:
     shardings = mesh.param_shardings(devices, parameter_shapes(source.config))
 
     def place(path: tuple[str, ...], leaf: np.ndarray) -> jax.Array:
-        return jax.device_put(leaf, functools.reduce(operator.getitem, path, shardings))
+        return mesh.put(leaf, functools.reduce(operator.getitem, path, shardings))
 
     return hf.read(source.directory, dtype="float32", place=place)[1]
 
@@ -192,6 +194,18 @@ def memory_parts(settings: Settings, config: ModelConfig) -> list[preflight.Part
     return preflight.memory_estimate(config, shape)
 
 
+def check_hosts(settings: Settings, hosts: int) -> None:
+    """Refuses prompts that cannot be divided evenly over the hosts."""
+    for name, value in (
+        ("rollout.prompts", settings.rollout.prompts),
+        ("train.mini_batch_prompts", settings.train.mini_batch_prompts),
+    ):
+        if value % hosts:
+            raise ValueError(
+                f"{name} is {value}, no multiple of the {hosts} processes; each takes an equal share."
+            )
+
+
 def check_sizes(settings: Settings, config: ModelConfig) -> None:
     """Refuses a run longer than the model's positions, or too large for its devices by the estimate."""
     longest = settings.data.max_prompt_tokens + max(
@@ -222,7 +236,7 @@ def fingerprint(source: Source, params: Any) -> dict[str, Any]:
     del facts["dtype"]
     digest = hashlib.sha256()
     for leaf in (params["embed"]["embedding"][:64], params["final_norm"]["scale"]):
-        digest.update(np.asarray(leaf, np.float32).tobytes())
+        digest.update(mesh.to_host(leaf).astype(np.float32).tobytes())
     return {**facts, "weights": digest.hexdigest()[:16]}
 
 

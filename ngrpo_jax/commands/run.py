@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ngrpo_jax.commands import composition
 from ngrpo_jax.learner import update
 from ngrpo_jax.learner.optimizer import make_optimizer
-from ngrpo_jax.runtime import mesh
+from ngrpo_jax.runtime import distributed, mesh
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.settings import Settings
 from ngrpo_jax.tasks.datasets import ProblemStream
@@ -27,6 +27,8 @@ MAY_CHANGE = {
     "rollout.chunk",
     "eval.every",
     "reward.workers",
+    "train.profile_from",
+    "train.profile_steps",
 }
 BEST = "eval/mean_at_n"  # the metric that makes a checkpoint the best
 
@@ -89,7 +91,14 @@ def prepare(
     if settings.objective.kl_coef > 0:
         # A copy, even where the dtype is the same: the learner donates its own parameters at every step.
         reference = jax.tree.map(lambda leaf: jnp.array(leaf, source.config.dtype, copy=True), params)
-    stream = ProblemStream(training.problems, batch=settings.rollout.prompts, seed=settings.seed)
+    here = distributed.place()
+    stream = ProblemStream(
+        training.problems,
+        batch=settings.rollout.prompts // here.count,
+        seed=settings.seed,
+        host=here.index,
+        hosts=here.count,
+    )
     prompt_of = {p.id: ids for p, ids in zip(training.problems, training.prompts, strict=True)}
     run = Run(settings, workdir, source, training, held_out, devices, programs, reference, prompt_of)
     step = checkpoints.latest_step()
@@ -133,7 +142,8 @@ def restore(
         wanted["table_VC"] = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole)
     restored, host = checkpoints.restore(step, wanted)
     stream.set_state(host["stream"])
-    print(f"resumed from step {step} of {run.workdir}.")
+    if distributed.place().primary:
+        print(f"resumed from step {step} of {run.workdir}.")
     return Position(
         step, restored["train"], restored.get("table_VC"), host["table_age"] or 0, stream, host["before"]
     )

@@ -10,6 +10,7 @@ that processes which lost step with each other say so instead of mixing up value
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -22,7 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -38,7 +39,8 @@ _FRAME = 4096  # bytes of the first message; longer values need a second one
 _SEEN_S = 20.0  # how long a file of another host may take to appear on shared storage
 
 
-class Place(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Place:
     """Which process of its run this is."""
 
     index: int
@@ -59,7 +61,8 @@ class Place(NamedTuple):
         return range(self.index, total, self.count)
 
 
-class Explicit(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Explicit:
     """The place that a launcher gave by the three JAX_ variables."""
 
     coordinator: str
@@ -117,15 +120,15 @@ def initialize() -> Place:
 
 
 def explicit(environment: Mapping[str, str]) -> Explicit | None:
-    """The place that the three JAX_ variables give, None where none is set; ValueError where they are wrong."""
+    """What the three JAX_ variables say, None where none is set; ValueError where they are wrong."""
     missing = [name for name in EXPLICIT if not environment.get(name)]
     if len(missing) == len(EXPLICIT):
         return None
     if missing:
         there = [name for name in EXPLICIT if name not in missing]
         raise ValueError(
-            f"{' and '.join(there)} is set, but not {' and '.join(missing)}; a run of several processes needs "
-            "all three, and a run of one none."
+            f"{' and '.join(there)} is set, but not {' and '.join(missing)}; several processes need all "
+            "three, and one alone none."
         )
     address, *numbers = (environment[name] for name in EXPLICIT)
     values = []
@@ -136,7 +139,7 @@ def explicit(environment: Mapping[str, str]) -> Explicit | None:
     count, index = values
     if not index < count:
         raise ValueError(
-            f"JAX_PROCESS_ID is {index} with JAX_NUM_PROCESSES {count}; processes count from 0 to {count - 1}."
+            f"JAX_PROCESS_ID is {index} with JAX_NUM_PROCESSES {count}; they count from 0 to {count - 1}."
         )
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
@@ -169,7 +172,7 @@ def _join(who: str, **arguments: Any) -> None:
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise OSError(
-            f"{who}, cannot join the run ({reason}); check that all processes were started and reach process 0."
+            f"{who}, cannot join the run ({reason}); were all of them started, and do they reach process 0?"
         ) from error
 
 
@@ -249,8 +252,8 @@ def check_shared(workdir: str | os.PathLike[str]) -> None:
         if files:
             other = files[0].rpartition("-")[2]
             raise ValueError(
-                f"--workdir {directory} is not shared: process {index} does not see there what process {other} "
-                "wrote; name a directory on storage that all hosts share."
+                f"--workdir {directory} is not shared: process {index} does not see there what process "
+                f"{other} wrote; name a directory on storage that all hosts share."
             )
 
 
@@ -286,8 +289,8 @@ def _start_watcher(here: Place, coordinator: str | None) -> None:
     for index, text in enumerate(exchange("connection of the watchers", problem)):
         if text and here.primary:
             print(
-                f"note: the watcher of process {index} does not reach that of process 0 ({text}); should one of "
-                "them end, the other learns it from jax alone, and later.",
+                f"note: the watcher of process {index} does not reach that of process 0 ({text}); should "
+                "one of them end, the other learns it from jax alone, and later.",
                 file=sys.stderr,
             )
 
@@ -298,7 +301,9 @@ def _own_hosts(coordinator: str | None) -> list[str]:
     hosts += [socket.gethostname(), socket.getfqdn()]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(("192.0.2.1", 9))  # sends nothing: asks which of this host's addresses leads outside
+            probe.connect(
+                ("192.0.2.1", 9)
+            )  # sends nothing: asks which of this host's addresses leads outside
             hosts.append(probe.getsockname()[0])
         except OSError:
             pass
@@ -356,14 +361,23 @@ def watched() -> bool:
 def is_communication_error(error: BaseException) -> bool:
     """Whether an error is what a lost connection to another process looks like."""
     text = str(error).lower()
-    words = ("gloo", "nccl", "coordination", "connection", "peer", "deadline_exceeded", "unavailable", "barrier")
+    words = (
+        "gloo",
+        "nccl",
+        "coordination",
+        "connection",
+        "peer",
+        "deadline_exceeded",
+        "unavailable",
+        "barrier",
+    )
     return isinstance(error, jax.errors.JaxRuntimeError) or any(word in text for word in words)
 
 
 class Signals:
     """SIGINT and SIGTERM as a wish to stop, which all processes of a run then follow together.
 
-    For a run of several processes; alone, signals do what they always do. A second signal does so in any case.
+    For a run of several processes; alone, signals do what they always do, and so does a second signal.
     """
 
     def __init__(self) -> None:

@@ -87,8 +87,8 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] |
     if len(set(hosts.values())) > 1 or next(iter(hosts.values())) % tensor:
         counts = ", ".join(f"process {index} has {count}" for index, count in sorted(hosts.items()))
         raise ValueError(
-            f"mesh.tensor {tensor} does not divide the devices of every host alike ({counts}); the rollout of "
-            "a host runs on its own devices, so choose mesh.tensor that divides them"
+            f"mesh.tensor {tensor} does not divide the devices of every host alike ({counts}); the rollout "
+            "of a host runs on its own devices, so choose mesh.tensor that divides them"
         )
     rows = mesh.devices.reshape(-1, tensor)
     if all(len({device.process_index for device in row}) == 1 for row in rows):
@@ -99,7 +99,7 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] |
 
 
 def local_mesh(mesh: Mesh) -> Mesh:
-    """This process's part of a mesh as one of its own, data × 1 × tensor; the mesh itself where it has all."""
+    """This process's part of a mesh as a mesh, data × 1 × tensor; the mesh itself where it has all of it."""
     own = jax.process_index()
     if all(device.process_index == own for device in mesh.devices.flat):
         return mesh
@@ -142,7 +142,7 @@ def on_this_host(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(own_part, laid_out, shardings)
 
 
-def to_host(leaf: jax.Array) -> np.ndarray:
+def to_host(leaf: Any) -> np.ndarray:
     """A whole array as NumPy. A collective: every process calls it, and gets it."""
     if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
         leaf = lay_out(leaf, replicated(leaf.sharding.mesh))

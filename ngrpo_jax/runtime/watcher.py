@@ -5,9 +5,9 @@ collective, hold the interpreter's lock, or be aborted by the runtime before it 
 connections among the watchers of a run and the sentence that a host leaves behind. Must not know what the
 processes compute.
 
-The watcher of process 0 listens; the others connect to it. All talk in lines of JSON. A connection that breaks
-without a goodbye, a parent that ends without one, and SILENCE_S without a sign of life are an end without a
-word. The news goes to everybody; each prints it, lets its parent end by itself for a moment, and kills it.
+The watcher of process 0 listens; the others connect to it. All talk in lines of JSON. A connection that
+breaks without a goodbye, a parent that ends without one, and SILENCE_S without a sign of life are an end
+
 """
 
 import json
@@ -73,7 +73,7 @@ class Watcher:
         self.news = None  # the first end that another process came to
         self.deadline = None  # when the parent is killed
         self.reply_by = None  # when the parent's question for news is answered
-        self.question = None  # what the parent says of its own end
+        self.question = {}  # what the parent says of its own end
         self.own = None  # the same, once it has gone to everybody
         self.leave_by = None  # the parent may end when all others have, or after this
         self.gone_by = None  # the parent has ended, and nobody waits for news after this
@@ -155,10 +155,7 @@ class Watcher:
         for message in messages:
             if "hello" in message and message.get("secret") == self.secret:
                 line.process = message["hello"]
-            elif line.process is None:  # a stranger
-                self.drop(line)
-                return
-            elif "bye" in message:
+            elif line.process is None or "bye" in message:  # a stranger
                 self.drop(line)
                 return
             elif "process" in message:
@@ -202,7 +199,7 @@ class Watcher:
                 self.reply_by = time.monotonic() + (NEWS_WAIT_S if message["communication"] else 0.0)
 
     def answer(self):
-        """The parent's own end goes to everybody, unless it is the consequence of another's; then it may end."""
+        """The parent's own end goes to everybody, unless another's is its cause; then it may end."""
         self.reply_by = None
         if self.news is None:
             self.own = {
