@@ -36,6 +36,7 @@ Json = Any
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 _FRAME = 4096  # bytes of the first message; longer values need a second one
+_HEARTBEAT_S = 300  # jax's own limit, by the clock: the watchers are faster, and bear a machine's suspension
 _SEEN_S = 20.0  # how long a file of another host may take to appear on shared storage
 
 
@@ -168,7 +169,7 @@ def _on_tpu(environment: Mapping[str, str]) -> bool:
 def _join(who: str, **arguments: Any) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # read by the CPU backend alone
     try:
-        jax.distributed.initialize(**arguments)
+        jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_S, **arguments)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise OSError(

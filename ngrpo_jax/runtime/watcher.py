@@ -7,7 +7,7 @@ processes compute.
 
 The watcher of process 0 listens; the others connect to it. All talk in lines of JSON. A connection that
 breaks without a goodbye, a parent that ends without one, and SILENCE_S without a sign of life are an end
-
+without a word. The news goes to everybody; each prints it, gives its parent a moment to end, and kills it.
 """
 
 import json
