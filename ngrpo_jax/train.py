@@ -1,9 +1,10 @@
 """The training command: the only place that knows the whole ring.
 
-    python -m ngrpo_jax.train --config=configs/NAME.py --workdir=DIR [--config.a.b=value]
+    python -m ngrpo_jax.train --config=configs/NAME.py --workdir=DIR [--config.a.b=value] [--preflight]
 
 prompts -> rollout -> reward -> update -> next rollout, with an evaluation before, on a schedule, and after.
-A workdir that holds a checkpoint is resumed from it; one that is finished says so.
+A workdir that holds a checkpoint is resumed from it; one that is finished says so. `--preflight` trains
+nothing: it says whether this run could start here and would fit (commands/checklist.py).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import jax
 import numpy as np
 
 from ngrpo_jax.algo.objectives import group_advantages
-from ngrpo_jax.commands import commandline, composition, evaluation, summary
+from ngrpo_jax.commands import checklist, commandline, composition, evaluation, summary
 from ngrpo_jax.commands.run import BEST, Position, Run, prepare, save
 from ngrpo_jax.learner import packing, update
 from ngrpo_jax.model import hf
@@ -37,8 +38,10 @@ SAMPLES_A_STEP = 2  # responses of each step that go to samples.jsonl
 def main(argv: Sequence[str]) -> None:
     """Parses flags, checks everything, trains."""
     config, flags = commandline.parse_flags(argv, preflight=False)
-    settings = resolve(config)
     workdir = pathlib.Path(flags["workdir"])
+    if flags["preflight"]:
+        raise SystemExit(checklist.run(config, workdir))
+    settings = resolve(config)
     here = distributed.initialize()
     composition.check_hosts(settings, here.count)
     distributed.check_shared(workdir)

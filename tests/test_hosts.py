@@ -155,7 +155,7 @@ def _sbatch(workdir, clone, settings):
 
 
 def test_two_processes_have_the_metrics_of_one(alone, tmp_path):
-    """Begun by local.sh, gone on with by slurm.sbatch from the checkpoint of step 2: both start two processes."""
+    """Begun by local.sh, gone on with by slurm.sbatch from the checkpoint of step 2."""
     workdir = _copy_of_start(alone, tmp_path / "run")
     rows = _train(workdir, 2, SMALL | {"train.steps": 2})
     assert (workdir / "logs" / "process-1.log").is_file()
@@ -174,7 +174,7 @@ def test_two_processes_have_the_metrics_of_one(alone, tmp_path):
     assert not list(workdir.glob(".host-*"))
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_killing_one_process_ends_the_others_with_a_sentence(alone, tmp_path, victim):
     workdir = _copy_of_start(alone, tmp_path / "run")
     script = _start(workdir, 2, SMALL | {"train.steps": 400, "checkpoint.every": 400, "eval.every": 400})
@@ -183,10 +183,11 @@ def test_killing_one_process_ends_the_others_with_a_sentence(alone, tmp_path, vi
         time.sleep(0.5)
     assert script.poll() is None, _logs(workdir)
     os.kill(_process_id(script.pid, victim), signal.SIGKILL)
-    begun = time.monotonic()
-    output = script.communicate(timeout=300)[0]
-    assert script.returncode not in (0, None), output
-    assert time.monotonic() - begun < 60
+    for _ in range(120):  # half seconds of ours: a machine that is suspended meanwhile does not count
+        time.sleep(0.5)
+        if script.poll() is not None:
+            break
+    assert script.poll() not in (0, None), _logs(workdir)
     other = (workdir / "logs" / f"process-{1 - victim}.log").read_text(errors="replace")
     assert f"error: process {victim} of this run ended without a word" in other
 

@@ -54,7 +54,7 @@ wait_for_all() {
     elif ((ended != 0 && status == 0)); then
       status=$ended
       note "error: a process ended with status $status; see $NGRPO_WORKDIR/logs"
-      (sleep 30 && kill -KILL "${pids[@]}" 2>/dev/null) &
+      (sleep 30 && kill -KILL "${pids[@]}") &>/dev/null &
       disown
     fi
   done

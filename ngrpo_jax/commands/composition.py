@@ -208,6 +208,12 @@ def check_hosts(settings: Settings, hosts: int) -> None:
 
 def check_sizes(settings: Settings, config: ModelConfig) -> None:
     """Refuses a run longer than the model's positions, or too large for its devices by the estimate."""
+    check_positions(settings, config)
+    check_memory(settings, config)
+
+
+def check_positions(settings: Settings, config: ModelConfig) -> None:
+    """Refuses a run whose sequences can become longer than the model's positions."""
     longest = settings.data.max_prompt_tokens + max(
         settings.rollout.max_new_tokens, settings.eval.max_new_tokens
     )
@@ -216,8 +222,16 @@ def check_sizes(settings: Settings, config: ModelConfig) -> None:
             f"the model has {config.max_positions} positions, but data.max_prompt_tokens with the larger of "
             f"rollout.max_new_tokens and eval.max_new_tokens needs {longest}; lower one of them."
         )
-    device = jax.local_devices()[0]
-    available = preflight.device_memory(device, sharers=jax.local_device_count())
+
+
+def available_memory() -> int | None:
+    """Bytes that one device of this host may use; None where nobody tells."""
+    return preflight.device_memory(jax.local_devices()[0], sharers=jax.local_device_count())
+
+
+def check_memory(settings: Settings, config: ModelConfig) -> None:
+    """Refuses a run that is too large for its devices by the estimate."""
+    available = available_memory()
     allowed = None if available is None else int(ESTIMATE_ERROR * available)
     problem = preflight.memory_problem(memory_parts(settings, config), allowed)
     if problem:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from ngrpo_jax.commands import composition
 from ngrpo_jax.learner import update
 from ngrpo_jax.learner.optimizer import make_optimizer
+from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.runtime import distributed, mesh
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.settings import Settings
@@ -74,19 +75,7 @@ def prepare(
       params: the starting model's, on the mesh; donated.
     """
     source, training, held_out = parts
-    optimizer = make_optimizer(settings.optimizer)
-    abstract = jax.eval_shape(lambda params: update.init_state(params, optimizer), params)
-    shardings = mesh.state_shardings(devices, abstract)
-    programs = update.compile_programs(
-        source.config,
-        settings.objective,
-        optimizer,
-        temperature=settings.rollout.temperature,
-        remat=settings.train.remat,
-        logprob_chunk=settings.train.logprob_chunk * settings.mesh.data * settings.mesh.fsdp,
-        state_shardings=shardings,
-        rows_sharding=mesh.rows_sharding(devices),
-    )
+    programs, optimizer, abstract, shardings = make_learner(settings, source.config, devices)
     reference = None
     if settings.objective.kl_coef > 0:
         # A copy, even where the dtype is the same: the learner donates its own parameters at every step.
@@ -108,6 +97,34 @@ def prepare(
     return run, restore(run, checkpoints, step, abstract, shardings, stream)
 
 
+class Learner(NamedTuple):
+    """The programs of the update, and what its state looks like; nothing is compiled and no array made."""
+
+    programs: update.Programs
+    optimizer: Any
+    abstract: update.TrainState  # of jax.ShapeDtypeStruct
+    shardings: update.TrainState
+
+
+def make_learner(settings: Settings, config: ModelConfig, devices: jax.sharding.Mesh) -> Learner:
+    """The update of a run with these settings on this mesh."""
+    optimizer = make_optimizer(settings.optimizer)
+    shapes = composition.parameter_shapes(config)
+    abstract = jax.eval_shape(lambda params: update.init_state(params, optimizer), shapes)
+    shardings = mesh.state_shardings(devices, abstract)
+    programs = update.compile_programs(
+        config,
+        settings.objective,
+        optimizer,
+        temperature=settings.rollout.temperature,
+        remat=settings.train.remat,
+        logprob_chunk=settings.train.logprob_chunk * settings.mesh.data * settings.mesh.fsdp,
+        state_shardings=shardings,
+        rows_sharding=mesh.rows_sharding(devices),
+    )
+    return Learner(programs, optimizer, abstract, shardings)
+
+
 def _initial_state(params: Any, optimizer: Any, shardings: update.TrainState) -> update.TrainState:
     start = jax.jit(
         lambda params: update.init_state(params, optimizer), out_shardings=shardings, donate_argnums=0
@@ -125,17 +142,8 @@ def restore(
 ) -> Position:
     """The position that a checkpoint holds; ValueError where it is of a run with other settings."""
     host = checkpoints.read_host(step)
-    there, here = host["settings"], lasting_settings(run.settings)
-    changed = [name for name in here if there.get(name) != here[name]]
-    if changed:
-        facts = "; ".join(f"{name} {there.get(name)}, not {here[name]}" for name in changed)
-        raise ValueError(f"the run in {run.workdir} was made with {facts}; use those or another --workdir.")
-    if step > run.settings.train.steps:
-        raise ValueError(
-            f"the run in {run.workdir} is at step {step} already; raise train.steps, which is "
-            f"{run.settings.train.steps}."
-        )
-    wanted = {"train": _abstract(abstract, shardings)}
+    check_resumable(host, step, run.settings, run.workdir)
+    wanted = {"train": placed_shapes(abstract, shardings)}
     if host["table_age"] is not None:
         shape = (run.source.config.vocab_size, run.settings.mixing.k)
         whole = mesh.replicated(run.mesh)
@@ -147,6 +155,20 @@ def restore(
     return Position(
         step, restored["train"], restored.get("table_VC"), host["table_age"] or 0, stream, host["before"]
     )
+
+
+def check_resumable(host: dict[str, Any], step: int, settings: Settings, workdir: pathlib.Path) -> None:
+    """ValueError where a checkpoint is of a run with other settings, or beyond the last step of this one."""
+    there, here = host["settings"], lasting_settings(settings)
+    changed = [name for name in here if there.get(name) != here[name]]
+    if changed:
+        facts = "; ".join(f"{name} {there.get(name)}, not {here[name]}" for name in changed)
+        raise ValueError(f"the run in {workdir} was made with {facts}; use those or another --workdir.")
+    if step > settings.train.steps:
+        raise ValueError(
+            f"the run in {workdir} is at step {step} already; raise train.steps, which is "
+            f"{settings.train.steps}."
+        )
 
 
 def lasting_settings(settings: Settings) -> dict[str, Any]:
@@ -165,7 +187,8 @@ def lasting_settings(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _abstract(shapes: Any, shardings: Any) -> Any:
+def placed_shapes(shapes: Any, shardings: Any) -> Any:
+    """Shapes with the shardings that their arrays will have."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
@@ -215,6 +238,6 @@ def open_checkpoint(
                 f"--step={which}: {workdir} has checkpoints at steps: {have}; or use best, latest, start."
             )
         shapes = composition.parameter_shapes(source.config)
-        wanted = {"train": {"params": _abstract(shapes, mesh.param_shardings(devices, shapes))}}
+        wanted = {"train": {"params": placed_shapes(shapes, mesh.param_shardings(devices, shapes))}}
         restored, _ = checkpoints.restore(step, wanted, partial=True)
     return step, restored["train"]["params"]

@@ -49,10 +49,10 @@ class Scored(NamedTuple):
 class Programs:
     """The compiled programs of a run; see `compile_programs`."""
 
-    score: Callable[[Params, Rows], jax.Array]
-    zeros: Callable[[Params], Params]
-    accumulate: Callable[..., tuple[Params, dict[str, jax.Array]]]
-    apply: Callable[[TrainState, Params], tuple[TrainState, dict[str, jax.Array]]]
+    score: jax.stages.Wrapped  # (Params, Rows) -> [R, T]
+    zeros: jax.stages.Wrapped  # Params -> Params
+    accumulate: jax.stages.Wrapped  # (total, Params, *Scored) -> (total, metrics)
+    apply: jax.stages.Wrapped  # (TrainState, gradients) -> (TrainState, metrics)
     place: Callable[[Rows], Rows]
 
 
