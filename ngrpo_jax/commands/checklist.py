@@ -62,8 +62,7 @@ def run(config: Any, workdir: pathlib.Path) -> int:
     checks.ask("settings", lambda: (resolve(config), "each is valid"))
     checks.ask("environment", lambda: environment.check(os.environ))
     checks.ask("processes", _processes, "environment")
-    if "processes" in checks.found:
-        _ask_about_the_run(checks, workdir)
+    _ask_about_the_run(checks, workdir)
     rows = _of_all_processes(checks)
     distributed.say_goodbye()
     if "processes" not in checks.found or distributed.place().primary:
@@ -80,8 +79,8 @@ def run(config: Any, workdir: pathlib.Path) -> int:
 def _ask_about_the_run(checks: Checklist, workdir: pathlib.Path) -> None:
     ask = checks.ask
     ask("hosts", _hosts, "settings", "processes")
-    ask("workdir", lambda: _workdir(workdir))
-    ask("mesh", _mesh, "settings")
+    ask("workdir", lambda _: _workdir(workdir), "processes")
+    ask("mesh", lambda settings, _: _mesh(settings), "settings", "processes")
     ask("model", lambda settings: _model(settings, workdir), "settings")
     ask("tokenizer", _tokenizer, "settings", "model")
     ask("sizes", _sizes, "settings", "model", "tokenizer")

@@ -145,6 +145,9 @@ def compile_programs(
     def score(params, rows):
         return _logprobs(params, rows, **fixed)[0]  # XLA then leaves the entropy out
 
+    def zeros(params):
+        return jax.tree.map(jnp.zeros_like, params)
+
     def accumulate(total, params, rows, old_RT, ref_RT):
         loss = jax.value_and_grad(row_loss, has_aux=True)
         (_, metrics), grads = loss(params, rows, old_RT, ref_RT, objective=objective, **fixed)
@@ -159,7 +162,7 @@ def compile_programs(
     of_params = state_shardings.params
     return Programs(
         score=jax.jit(score, out_shardings=rows_sharding),
-        zeros=jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), out_shardings=of_params),
+        zeros=jax.jit(zeros, out_shardings=of_params),
         accumulate=jax.jit(accumulate, donate_argnums=0, out_shardings=(of_params, whole)),
         apply=jax.jit(apply, donate_argnums=0, out_shardings=(state_shardings, whole)),
         place=functools.partial(_place, sharding=rows_sharding),
