@@ -20,7 +20,7 @@ import jax
 from ngrpo_jax.analysis import passk
 from ngrpo_jax.commands import commandline, composition, evaluation
 from ngrpo_jax.commands.run import open_checkpoint
-from ngrpo_jax.runtime import console, mesh, preflight
+from ngrpo_jax.runtime import console, distributed, mesh, preflight
 from ngrpo_jax.settings import Settings, resolve
 from ngrpo_jax.tasks import prompts
 from ngrpo_jax.tasks.rewards import Grader
@@ -31,6 +31,7 @@ def main(argv: Sequence[str]) -> None:
     config, flags = commandline.parse_flags(argv, step="best", prompt=None)
     settings = resolve(config)
     workdir = pathlib.Path(flags["workdir"])
+    distributed.require_alone("evaluate")
     devices = mesh.make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
     preflight.check_workdir(workdir)
     source = composition.open_source(settings, workdir)

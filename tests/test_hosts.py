@@ -245,6 +245,14 @@ def test_the_environment_says_who_one_is():
     assert distributed.slurm_tasks({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}) == 0  # the batch script itself
 
 
+def test_commands_for_one_process_refuse_to_be_several(monkeypatch):
+    distributed.require_alone("evaluate")
+    for name, value in GOOD.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="evaluate was started as 2 processes"):
+        distributed.require_alone("evaluate")
+
+
 def test_one_process_exchanges_with_itself():
     assert distributed.initialize() == distributed.Place(0, 1)
     assert distributed.exchange("x", [1.5]) == [[1.5]]

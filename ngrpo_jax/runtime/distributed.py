@@ -156,6 +156,14 @@ def slurm_tasks(environment: Mapping[str, str]) -> int:
     return tasks if tasks > 1 else 0
 
 
+def require_alone(command: str) -> None:
+    """ValueError where this process was started as one of several, which this command does not know."""
+    given = explicit(os.environ)
+    several = max(slurm_tasks(os.environ), given.count if given is not None else 1)
+    if several > 1:
+        raise ValueError(f"{command} was started as {several} processes; it is for one: start it once.")
+
+
 def _on_tpu(environment: Mapping[str, str]) -> bool:
     """Whether jax is going to use TPUs, as far as can be told before it does."""
     platforms = environment.get("JAX_PLATFORMS", "")
