@@ -27,7 +27,7 @@ from ngrpo_jax.commands.run import BEST, Position, Run, prepare, save
 from ngrpo_jax.learner import packing, update
 from ngrpo_jax.model import hf
 from ngrpo_jax.rollout.trajectory import Trajectories
-from ngrpo_jax.runtime import distributed, mesh, metrics
+from ngrpo_jax.runtime import distributed, ending, mesh, metrics
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.settings import TrainSettings, resolve
 from ngrpo_jax.tasks.rewards import Grader
@@ -77,7 +77,7 @@ def train(run: Run, position: Position, grader: Grader, checkpoints: Checkpoints
     with (
         metrics.MetricsWriter(run.workdir, resume_step=resume, primary=here.primary) as writer,
         metrics.JsonLines(run.workdir / "samples.jsonl", resume_step=resume, primary=here.primary) as samples,
-        distributed.Signals() as signals,
+        ending.Signals() as signals,
     ):
         while position.step < settings.train.steps:
             with profiled(settings.train, position.step + 1, run.workdir):

@@ -20,7 +20,7 @@ from ngrpo_jax.commands import composition, programs
 from ngrpo_jax.commands.run import BEST, check_resumable
 from ngrpo_jax.model import hf
 from ngrpo_jax.model.config import ModelConfig
-from ngrpo_jax.runtime import console, distributed, environment, mesh, preflight
+from ngrpo_jax.runtime import console, distributed, ending, environment, mesh, preflight
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.settings import Settings, resolve
 from ngrpo_jax.tasks import arithmetic, prompts
@@ -64,7 +64,7 @@ def run(config: Any, workdir: pathlib.Path) -> int:
     checks.ask("processes", _processes, "environment")
     _ask_about_the_run(checks, workdir)
     rows = _of_all_processes(checks)
-    distributed.say_goodbye()
+    ending.say_goodbye()
     if "processes" not in checks.found or distributed.place().primary:
         print(console.table(rows, ("check", "verdict", "")))
         failed = sum(verdict == FAILED for _, verdict, _ in rows)

@@ -20,7 +20,7 @@ from typing import Any
 from absl import flags as absl_flags
 from ml_collections import config_flags
 
-from ngrpo_jax.runtime import distributed
+from ngrpo_jax.runtime import ending
 from ngrpo_jax.settings import require
 
 DEBUG = "NGRPO_DEBUG"  # set in the environment: refusals show where they come from
@@ -43,15 +43,15 @@ def run_command(command: Callable[[Sequence[str]], None], argv: Sequence[str] | 
     try:
         with last_words():
             command(sys.argv if argv is None else argv)
-            distributed.say_goodbye()
+            ending.say_goodbye()
     except REFUSALS as error:
         if os.environ.get(DEBUG):
             traceback.print_exc()
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        distributed.say_goodbye()
+        ending.say_goodbye()
         raise SystemExit(2) from error
     except Stopped as stopped:
-        distributed.say_goodbye()
+        ending.say_goodbye()
         print(stopped, file=sys.stderr)
         raise SystemExit(128 + stopped.signal) from None
     except KeyboardInterrupt:
@@ -71,11 +71,11 @@ def last_words() -> Iterator[None]:
     except AGREED:
         raise
     except BaseException as error:
-        if not distributed.watched():
+        if not ending.watched():
             raise
         text = " ".join(str(error).split()) or type(error).__name__
         status = 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, REFUSALS) else 1
-        news = distributed.announce_end(text, status, communication=distributed.is_communication_error(error))
+        news = ending.announce_end(text, status, communication=ending.is_communication_error(error))
         if news is None:
             if status == 1 or os.environ.get(DEBUG):
                 traceback.print_exc()

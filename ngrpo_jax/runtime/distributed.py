@@ -1,7 +1,7 @@
-"""Several processes as one run: how they find each other, agree, and end together.
+"""Several processes as one run: how they find each other, and agree.
 
-Owns `jax.distributed`, the exchange of small values between hosts, and the watcher beside each process
-(watcher.py). Must not know what is exchanged. With one process nothing of this happens: `initialize` finds no
+Owns `jax.distributed` and the exchange of small values between hosts; how they end together is in ending.py.
+Must not know what is exchanged. With one process nothing of this happens: `initialize` finds no
 other process, `exchange` gives back what it got.
 
 Every process calls `exchange` the same number of times in the same order; each exchange carries a name, so
@@ -16,11 +16,6 @@ import json
 import os
 import pathlib
 import secrets
-import signal
-import socket
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -29,7 +24,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from . import watcher
+from . import ending
 
 Json = Any
 
@@ -71,9 +66,6 @@ class Explicit:
     index: int
 
 
-_watcher: subprocess.Popen[str] | None = None
-
-
 def place() -> Place:
     """This process among those of its run."""
     return Place(jax.process_index(), jax.process_count())
@@ -89,7 +81,7 @@ def initialize() -> Place:
         ValueError: variables that are missing or contradict each other, each named.
         OSError: the other processes cannot be reached.
     """
-    if _watcher is not None:
+    if ending.watched():
         return place()
     given = explicit(os.environ)
     if given is not None:
@@ -116,7 +108,7 @@ def initialize() -> Place:
             f"{here.count}; is JAX_PLATFORMS the same for all, and are their devices visible?"
         )
     if here.several:
-        _start_watcher(here, given.coordinator if given is not None else None)
+        ending.start_watcher(here.index, given.coordinator if given is not None else None, exchange)
     return here
 
 
@@ -274,135 +266,3 @@ def _missing(directory: pathlib.Path, names: list[str]) -> list[str]:
         if not missing or time.monotonic() > deadline:
             return missing
         time.sleep(0.5)
-
-
-def _start_watcher(here: Place, coordinator: str | None) -> None:
-    """Starts this process's watcher, and connects it to that of process 0."""
-    global _watcher
-    command = [sys.executable, "-P", watcher.__file__, str(here.index), str(os.getpid())]
-    pipe = subprocess.PIPE
-    # A session of its own: what is sent to the group of the training is not for the watcher.
-    _watcher = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True)
-    own = None
-    if here.primary:
-        heard = _hear()
-        own = {
-            "addresses": [[host, heard["port"]] for host in _own_hosts(coordinator)],
-            "secret": heard["secret"],
-        }
-    of_first = exchange("address of the first watcher", own)[0]
-    problem = None
-    if not here.primary:
-        _tell({"connect": of_first["addresses"], "secret": of_first["secret"]})
-        problem = _hear()["problem"]
-    for index, text in enumerate(exchange("connection of the watchers", problem)):
-        if text and here.primary:
-            print(
-                f"note: the watcher of process {index} does not reach that of process 0 ({text}); should "
-                "one of them end, the other learns it from jax alone, and later.",
-                file=sys.stderr,
-            )
-
-
-def _own_hosts(coordinator: str | None) -> list[str]:
-    """Names and addresses by which other hosts may reach this one, the likeliest first."""
-    hosts = [] if coordinator is None else [coordinator.rpartition(":")[0].strip("[]")]
-    hosts += [socket.gethostname(), socket.getfqdn()]
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(
-                ("192.0.2.1", 9)
-            )  # sends nothing: asks which of this host's addresses leads outside
-            hosts.append(probe.getsockname()[0])
-        except OSError:
-            pass
-    return list(dict.fromkeys(hosts))
-
-
-def _tell(message: Json) -> None:
-    assert _watcher is not None and _watcher.stdin is not None
-    _watcher.stdin.write(json.dumps(message) + "\n")
-    _watcher.stdin.flush()
-
-
-def _hear() -> Json:
-    assert _watcher is not None and _watcher.stdout is not None
-    return json.loads(_watcher.stdout.readline() or "{}")
-
-
-def announce_end(text: str, status: int, *, communication: bool) -> Json | None:
-    """Tells the other processes that this one ends by an error, so that they end too.
-
-    Args:
-        text: the sentence that they print.
-        status: the exit status that this process ends with.
-        communication: whether the error may be the consequence of another process's end; then this waits for
-            the news of that.
-
-    Returns:
-        the news of the process that ended first (`process`, `text`, `status`), which the watcher has printed
-        already; None where this one is the first, or alone.
-    """
-    if _watcher is None:
-        return None
-    try:
-        _tell({"failed": text, "status": status, "communication": communication})
-        return _hear().get("news")
-    except OSError:  # the watcher was killed: nobody is left to tell
-        return None
-
-
-def say_goodbye() -> None:
-    """Tells the other processes that this one ends as it should."""
-    if _watcher is not None:
-        try:
-            _tell({"done": True})
-            _hear()
-        except OSError:
-            pass
-
-
-def watched() -> bool:
-    """Whether this process runs with others that must not wait for it in vain."""
-    return _watcher is not None
-
-
-def is_communication_error(error: BaseException) -> bool:
-    """Whether an error is what a lost connection to another process looks like."""
-    text = str(error).lower()
-    words = (
-        "gloo",
-        "nccl",
-        "coordination",
-        "connection",
-        "peer",
-        "deadline_exceeded",
-        "unavailable",
-        "barrier",
-    )
-    return isinstance(error, jax.errors.JaxRuntimeError) or any(word in text for word in words)
-
-
-class Signals:
-    """SIGINT and SIGTERM as a wish to stop, which all processes of a run then follow together.
-
-    For a run of several processes; alone, signals do what they always do, and so does a second signal.
-    """
-
-    def __init__(self) -> None:
-        self.received = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Signals:
-        if place().several and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-
-    def _note(self, number: int, _: object) -> None:
-        self.received = number
-        signal.signal(number, signal.SIG_DFL)
