@@ -99,13 +99,19 @@ def _copy_of_start(start, workdir):
 
 
 def _assert_same_figures(rows, expected):
-    """All but times, and the fill of rows, which depends on who packs what."""
+    """All but times, and the fill of rows, which depends on who packs what.
+
+    To 1e-5; the largest and smallest of anything over single tokens, and the gap between sampler and trainer,
+    are what rounding makes of them, and agree to 1e-4.
+    """
     assert [row["step"] for row in rows] == [row["step"] for row in expected]
     for row, other in zip(rows, expected, strict=True):
         assert row.keys() == other.keys()
         for name, value in other.items():
             if not name.startswith(CLOCK_GROUPS) and name != "rows/fill":
-                assert row[name] == pytest.approx(value, rel=1e-5, abs=1e-5), (row["step"], name)
+                rounding = name.startswith("gap/") or name.endswith(("_max", "_min"))
+                near = 1e-4 if rounding else 1e-5
+                assert row[name] == pytest.approx(value, rel=near, abs=near), (row["step"], name)
 
 
 @pytest.fixture(scope="module")
