@@ -48,7 +48,7 @@ wait_for_all() {
   trap 'note "stopping after this step"; kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM
   for ((left = processes; left > 0; left--)); do
     ended=0
-    wait -n "${pids[@]}" || ended=$?
+    wait -n || ended=$?
     if ((ended > 128)) && (($(jobs -pr | wc -l) >= left)); then
       left=$((left + 1)) # a signal to this script ended the wait, not a process
     elif ((ended != 0 && status == 0)); then
