@@ -1,135 +1,205 @@
-"""Decoding: what mixing costs, and how far a step is from its matrix products alone.
+"""Rollouts against Hugging Face `generate`, against the machine's bounds, and against themselves unmixed.
 
-    python benchmarks/rollout.py [--shape=small|smollm2] [--slots=32] [--context=192] [--pairs=40]
+    python benchmarks/rollout.py [--equal] [--tail] [--mixing] [--memory] [--model=DIR] [--peer-python=PATH]
 
-Random weights in a model's shape, all slots busy. Chunks with mixing on and off alternate in one process; the
-ratio printed is the median over pairs with the interval of its middle 90 %. The bound is the same number of
-steps of the step's matrix products and nothing else. Needs no data and no network.
+Without a choice of cases: equal lengths, long tail and mixing. Without --model: random weights in the shape
+of a small Qwen2. Without --peer-python: no Hugging Face. Prints Markdown tables: medians of alternating runs.
+benchmarks/README.md says how to make the peer's environment and what the figures mean.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import heapq
+import math
+import os
 import pathlib
-import platform
 import sys
-import time
+import tempfile
+from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from ngrpo_jax.algo.mixture import Mixing
-from ngrpo_jax.algo.neighbors import neighbor_table
-from ngrpo_jax.model import decoder
+from benchmarks import bounds, measure, mixing, rollout_memory, shapes
+from benchmarks.contenders import SAMPLES, Model, Ours, Theirs, Work, agreement
+from benchmarks.peer import Peer
+from ngrpo_jax.model import columns, hf
 from ngrpo_jax.model.config import ModelConfig
-from ngrpo_jax.rollout import decode, engine
-from ngrpo_jax.runtime import console
 
-SHAPES = {
-    "small": ModelConfig("qwen2", 4096, 256, 1024, 4, 4, 2, 64, tie_embeddings=True),
-    "smollm2": ModelConfig("llama", 49152, 576, 1536, 30, 9, 3, 64, tie_embeddings=True),
-}
-STEPS = 8
+PROMPT = 64
+EQUAL_PROMPTS, EQUAL_NEW = 8, 128
+TAIL_PROMPTS, TAIL_MEDIAN, TAIL_95TH, TAIL_CAP = 64, 60, 400, 512
+BOUND_STEPS = 16
+OURS, DECODING, PEER, PRODUCTS = (
+    "this engine",
+    "this engine, decoding alone",
+    "Hugging Face generate",
+    "the step's weight products alone",
+)
+_REST_S = 0.3  # a peer's threads spin a little after their work
 
 
 def main() -> None:
-    """Measures and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--slots", type=int, default=32)
-    parser.add_argument("--context", type=int, default=192, help="length of every cache")
-    parser.add_argument("--pairs", type=int, default=40, help="alternating measurements")
-    parser.add_argument("--rate", type=float, default=0.1)
-    given = parser.parse_args()
-    config = SHAPES[given.shape]
-    params = engine.lay_out(decoder.init(jax.random.key(0), config), config)
-    start = time.perf_counter()
-    table_VC = jax.block_until_ready(neighbor_table(params["embed"]["embedding"], 3))
-    table_s = time.perf_counter() - start
-    off = _chunk(params, config, None, Mixing(strategy="none"), given)
-    on = _chunk(params, config, table_VC, Mixing(rate=given.rate, k=3), given)
-    bound = _products(params, config, given.slots)
-    for run in (off, on, bound):
-        run()  # compiles
-    seconds = np.array([[run() for run in (off, on, bound)] for _ in range(given.pairs)])
-    tokens = STEPS * given.slots
-    medians = np.median(seconds, axis=0)
-    rows = [
-        (name, tokens / s, s / medians[0], medians[2] / s)
-        for name, s in zip(
-            ("mixing off", f"mixing on, rate {given.rate}", "matrix products alone"), medians, strict=True
-        )
-    ]
-    print(f"{given.shape}: {given.slots} slots, context {given.context}, {config.dtype}, {_machine()}")
-    print(console.table(rows, ("", "tokens/s", "time / mixing off", "share of the bound")))
-    low, middle, high = np.quantile(seconds[:, 1] / seconds[:, 0], (0.05, 0.5, 0.95))
-    print(
-        f"on / off, {given.pairs} alternating pairs: median {middle:.4f}, 90 % within {low:.4f} … {high:.4f}"
+    """Measures the chosen cases and prints their tables."""
+    given = _arguments()
+    with contextlib.ExitStack() as stack:
+        model = _model(given, stack.enter_context(tempfile.TemporaryDirectory()))
+        report = measure.Report(f"Rollout: {model.name}, {model.config.dtype}")
+        if given.equal or given.tail:
+            peer = _start_peer(stack, model, given) if given.peer_python else None
+            if given.equal:
+                equal_lengths(report, model, peer, given)
+            if given.tail:
+                long_tail(report, model, peer, given)
+        if given.mixing:
+            sizes = dict(slots=given.slots, context=given.context, steps=given.steps, pairs=given.pairs)
+            mixing.report_mixing(report, model.params, model.config, **sizes)
+        if given.memory:
+            rollout_memory.report_memory(report, slots=given.memory_slots, tokens=given.memory_tokens)
+        report.save(given.json)
+
+
+def equal_lengths(report: measure.Report, model: Model, peer: Peer | None, given: argparse.Namespace) -> None:
+    """All responses equally long, all slots busy: nothing to schedule, the speed of a step."""
+    count = EQUAL_PROMPTS * SAMPLES
+    work = Work(_prompts(model.config, EQUAL_PROMPTS), np.full(count, EQUAL_NEW, np.int32))
+    ours = Ours(model, work, count, given.chunk)
+    products = bounds.weight_products(model.config, count, BOUND_STEPS)
+    sides = {OURS: ours, PRODUCTS: products.run}
+    agreed = []
+    if peer is not None:
+        sides[PEER] = Theirs(peer, work, count)
+        agreed.append(agreement(model, peer, work))
+    timings = measure.alternate(sides, given.rounds, rest_s=_REST_S, pids=[peer.pid] if peer else [])
+    rate = {
+        OURS: work.tokens / timings.seconds[OURS],
+        DECODING: work.tokens / np.array(ours.decode_s[-given.rounds :])[list(timings.kept)],
+        PRODUCTS: count / timings.seconds[PRODUCTS],
+    }
+    if peer is not None:
+        rate[PEER] = work.tokens / timings.seconds[PEER]
+    step_s = timings.each(PRODUCTS).median
+    report.table(
+        f"Equal lengths: {EQUAL_PROMPTS} prompts × {SAMPLES}, prompt {PROMPT}, {EQUAL_NEW} new tokens",
+        ("", "tokens/s", "this engine / it"),
+        [(name, measure.interval(rate[name]), measure.interval(rate[OURS] / rate[name])) for name in rate],
+        timings.note() + ".",
+        f"Weight products: {products.flops / step_s / 1e9:.1f} GFLOP/s, {1e3 * step_s:.3g} ms a step; "
+        f"{products.arrangement}, the best of: "
+        + ", ".join(f"{name} {1e3 * seconds:.3g} ms" for name, seconds in products.tried.items())
+        + ".",
+        *agreed,
+        "Goals: at least 1.7 × Hugging Face (small shape: 2.0 ×), at least 0.70 of the weight products.",
     )
-    print(f"neighbour table, once: {console.format_seconds(table_s)} (compilation included)")
 
 
-def _chunk(params, config, table_VC, mixing, given):
-    """A function that decodes one chunk from a fresh state and returns its seconds."""
-    sampler = decode.Sampler(1.0, 1.0, 0, mixing, (), 10**6)
-    prompt = np.ones((1, given.context - STEPS), np.int32)
-    prefix = decode.prefill(params, prompt, np.array([prompt.shape[1]], np.int32), config=config)
-    keys = np.asarray(jax.random.key_data(jax.random.split(jax.random.key(1), given.slots)))
-    sources, enters = np.zeros(given.slots, np.int32), np.ones(given.slots, bool)
-
-    def run() -> float:
-        slots = decode.empty_slots(config, sampler, given.slots, given.context)
-        slots = jax.block_until_ready(decode.fill(slots, *prefix, sources, enters, keys))
-        start = time.perf_counter()
-        jax.block_until_ready(
-            decode.decode_chunk(params, table_VC, slots, config=config, sampler=sampler, steps=STEPS)
-        )
-        return time.perf_counter() - start
-
-    return run
-
-
-def _products(params, config, slots):
-    """A function that runs the weight products of STEPS steps and returns their seconds."""
-    kernels = [
-        leaf.reshape(config.num_heads * config.head_dim, -1)
-        if "'o'" in name
-        else leaf.reshape(leaf.shape[0], -1)
-        for name, leaf in _named(params["layers"])
-        if "kernel" in name
-    ]
-    kernels.append(decoder.head(params, config))
-
-    @jax.jit
-    def products(x_BW, kernels):
-        def step(x_BW, _):
-            total = 0.0
-            for kernel in kernels:
-                total += jnp.sum(x_BW[:, : kernel.shape[0]] @ kernel)
-            return x_BW + 1e-20 * total, None
-
-        return jax.lax.scan(step, x_BW, None, length=STEPS)[0]
-
-    x_BW = jnp.ones((slots, max(kernel.shape[0] for kernel in kernels)), config.dtype)
-
-    def run() -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(products(x_BW, kernels))
-        return time.perf_counter() - start
-
-    return run
+def long_tail(report: measure.Report, model: Model, peer: Peer | None, given: argparse.Namespace) -> None:
+    """Response lengths with a long tail, forced on every engine: the speed of the scheduler."""
+    count = TAIL_PROMPTS * SAMPLES
+    work = Work(_prompts(model.config, TAIL_PROMPTS), tail_lengths(count))
+    ours = Ours(model, work, given.slots, given.chunk)
+    sides = {OURS: ours}
+    if peer is not None:
+        sides[PEER] = Theirs(peer, work, given.slots)
+    timings = measure.alternate(
+        sides, given.tail_rounds, warmups=given.tail_warmups, rest_s=_REST_S, pids=[peer.pid] if peer else []
+    )
+    stats, perfect = ours.stats, perfect_steps(work.lengths_B, given.slots)
+    rows = [_tail_row(OURS, work, timings, stats.tokens / (stats.steps * stats.slots), stats.steps)]
+    if peer is not None:
+        steps = sides[PEER].steps
+        rows.append(_tail_row(PEER, work, timings, work.tokens / (steps * given.slots), steps))
+    rows.append(("a perfect scheduler", None, None, work.tokens / (perfect * given.slots), perfect))
+    waiting = stats.waiting_tokens / max(stats.waiting_steps * stats.slots, 1)
+    share = perfect * given.slots / (stats.steps * stats.slots)
+    report.table(
+        f"Long tail: {TAIL_PROMPTS} prompts × {SAMPLES}, prompt {PROMPT}, {given.slots} slots",
+        ("", "tokens/s", "this engine / it", "occupancy", "decode steps"),
+        rows,
+        f"{work.tokens} tokens: response lengths log-normal, median {np.median(work.lengths_B):.0f}, "
+        f"95th percentile {np.quantile(work.lengths_B, 0.95):.0f}, cap {TAIL_CAP}. {timings.note()}.",
+        f"Occupancy while sequences wait: {waiting:.3f} (goal 0.88). Over the whole run, of a perfect "
+        f"scheduler's (chunk 1, same slots and order): {share:.3f} (goal 0.95). Hugging Face: goal 4.0.",
+    )
 
 
-def _named(tree):
-    return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+def tail_lengths(count: int, seed: int = 0) -> np.ndarray:
+    """int32 [count]: log-normal with the median and the 95th percentile of TAIL_*, from 1 to the cap."""
+    sigma = math.log(TAIL_95TH / TAIL_MEDIAN) / 1.6448536  # the 95th percentile of a standard normal
+    drawn = np.exp(math.log(TAIL_MEDIAN) + sigma * np.random.default_rng(seed).standard_normal(count))
+    return np.clip(np.rint(drawn), 1, TAIL_CAP).astype(np.int32)
 
 
-def _machine() -> str:
-    device = jax.devices()[0]
-    return f"{device.device_kind} × {jax.device_count()}, jax {jax.__version__}, {platform.machine()}"
+def perfect_steps(lengths: Sequence[int] | np.ndarray, slots: int) -> int:
+    """Decode steps of a scheduler that wastes none: in order, each sequence takes the slot free first."""
+    free_at = [0] * slots
+    for length in lengths:
+        heapq.heappush(free_at, heapq.heappop(free_at) + int(length))
+    return max(free_at)
+
+
+def _tail_row(name: str, work: Work, timings: measure.Timings, occupancy: float, steps: int) -> tuple:
+    rate = measure.interval(work.tokens / timings.seconds[name])
+    return name, rate, timings.ratio(name, OURS), occupancy, steps
+
+
+def _prompts(config: ModelConfig, count: int) -> list[list[int]]:
+    return np.random.default_rng(0).integers(config.vocab_size, size=(count, PROMPT)).tolist()
+
+
+def _model(given: argparse.Namespace, scratch: str) -> Model:
+    """The directory that was named, or random weights, written where a peer can read them."""
+    if given.model is not None:
+        config, params = hf.load(given.model)
+        name = os.path.basename(os.path.normpath(given.model))
+        return Model(config, columns.lay_out(params, config), given.model, name)
+    config = shapes.SHAPES["small"]
+    params = shapes.random_params(config)
+    directory = os.path.join(scratch, "small")
+    hf.save(directory, config, params)
+    return Model(config, params, directory, "small Qwen2, random weights")
+
+
+def _start_peer(stack: contextlib.ExitStack, model: Model, given: argparse.Namespace) -> Peer:
+    peer = stack.enter_context(Peer(given.peer_python, "hf_generate.py"))
+    loaded = peer.ask("load", model=os.path.abspath(model.directory), threads=given.peer_threads)
+    measure.say("peer: " + ", ".join(f"{name} {value}" for name, value in loaded.items()))
+    return peer
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    for case, what in (
+        ("equal", "32 responses of 128 tokens each"),
+        ("tail", "256 responses with a long tail"),
+        ("mixing", "what mixing costs a decode step"),
+        ("memory", "a long rollout's memory, calculated and measured (minutes)"),
+    ):
+        parser.add_argument(f"--{case}", action="store_true", help=what)
+    parser.add_argument("--model", metavar="DIR", help="a Hugging Face directory")
+    parser.add_argument("--peer-python", metavar="PATH", help="the python that has torch and transformers")
+    parser.add_argument("--peer-threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--json", metavar="FILE", help="where the figures go as well")
+    for name, default, what in (
+        ("rounds", 3, "of --equal: runs of each side"),
+        ("tail-rounds", 2, "of --tail: runs of each side"),
+        ("tail-warmups", 1, "of --tail: runs of each side that do not count"),
+        ("slots", 32, "sequences side by side, of --tail and --mixing; the batch of the peer"),
+        ("chunk", 16, "decode steps between two refills"),
+        ("pairs", 200, "of --mixing: chunks of each side"),
+        ("steps", 4, "of --mixing: decode steps of a chunk"),
+        ("context", 192, "of --mixing: tokens in every slot's cache"),
+        ("memory-slots", 8, "of --memory: sequences side by side"),
+        ("memory-tokens", 8192, "of --memory: new tokens in each"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} ({default})")
+    given = parser.parse_args()
+    if not (given.equal or given.tail or given.mixing or given.memory):
+        given.equal = given.tail = given.mixing = True
+    return given
 
 
 if __name__ == "__main__":

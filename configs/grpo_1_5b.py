@@ -2,7 +2,7 @@
 
     python -m ngrpo_jax.train --config=configs/grpo_1_5b.py --workdir=runs/grpo_1_5b
 
-Data, hardware and time as for configs/ngrpo_1_5b.py.
+Data, hardware and time: docs/paper.md.
 Expect: the paper reports Mean@32 / Pass@32 of 21.35 / 47.31 % on AIME25 and an average Pass@32 of 77.41 %.
 """
 

@@ -35,11 +35,12 @@ def get_config():
     config.train.rows_per_device = 4
     config.train.row_tokens = 128
     config.train.remat = "none"
+    config.train.share_prompts = True
     config.checkpoint.every = 10
     config.eval.every = None
     config.eval.problems = 8
     config.eval.samples = 8
-    config.eval.pass_k = 8
+    config.eval.pass_k = (8,)
     config.eval.temperature = 0.7
     config.eval.top_p = 1.0
     config.eval.max_new_tokens = 24

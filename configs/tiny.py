@@ -41,11 +41,13 @@ def get_config():
     config.train.rows_per_device = 32
     config.train.logprob_chunk = 4096
     config.train.remat = "none"
+    config.train.share_prompts = True
+    config.train.unroll = True
     config.checkpoint.every = 9
     config.eval.every = 18
     config.eval.problems = 100
     config.eval.samples = 8
-    config.eval.pass_k = 8
+    config.eval.pass_k = (8,)
     config.eval.temperature = 1.0
     config.eval.top_p = 1.0
     config.eval.max_new_tokens = 32

@@ -1,15 +1,18 @@
-"""The evaluation command: Mean@n and Pass@k of a checkpoint, or one prompt tried by hand.
+"""The evaluation command: Mean@n, Pass@k and the rest of a checkpoint, or one prompt tried by hand.
 
     python -m ngrpo_jax.evaluate --config=configs/NAME.py --workdir=DIR [--step=N|best|latest|start]
+        [--sets="tfds:aime25; tfds:gpqa_diamond prompt=choice reward=choice"] [--generations=DIR]
     python -m ngrpo_jax.evaluate --config=... --workdir=... --prompt="What is 1+1?" --config.eval.mixing=true
+    python -m ngrpo_jax.evaluate --from FILE|DIR ... [--pass_k=1,8] [--regrade]
+    python -m ngrpo_jax.evaluate --compare RUN_A RUN_B
 
 `--step` is the best checkpoint by default, and the starting model where the workdir has none. Graded
-responses go to WORKDIR/generations_STEP.jsonl.
+responses go to generations_STEP_SET.jsonl in the workdir, or in --generations; an evaluation that was
+interrupted goes on there. docs/evaluation.md has the rest.
 """
 
 from __future__ import annotations
 
-import json
 import pathlib
 import time
 from collections.abc import Sequence
@@ -17,35 +20,59 @@ from typing import Any
 
 import jax
 
-from ngrpo_jax.analysis import passk
-from ngrpo_jax.commands import commandline, composition, evaluation
-from ngrpo_jax.commands.run import open_checkpoint
+from ngrpo_jax.commands import commandline, composition, evalsets, evaluation, stored
+from ngrpo_jax.commands.composition import ProblemSet
+from ngrpo_jax.commands.evalsets import EvalSet
+from ngrpo_jax.commands.generations import Store, blocks, file_of, make_header, rows_of
+from ngrpo_jax.commands.run import best_key, open_checkpoint
 from ngrpo_jax.runtime import console, distributed, mesh, preflight
 from ngrpo_jax.settings import Settings, resolve
 from ngrpo_jax.tasks import prompts
 from ngrpo_jax.tasks.rewards import Grader
 
+# Sequences of a block for each slot: at a block's end slots stand idle, at an interruption a block is lost.
+BLOCK_OF_SLOTS = 8
+
 
 def main(argv: Sequence[str]) -> None:
-    """Evaluates on `data.eval`, or writes responses to `--prompt`."""
-    config, flags = commandline.parse_flags(argv, step="best", prompt=None)
+    """Evaluates on `eval.sets` or `data.eval`, reads what is stored, or writes responses to `--prompt`."""
+    if stored.wanted(argv):
+        stored.main(argv)
+        return
+    config, flags = commandline.parse_flags(argv, step="best", prompt=None, sets=None, generations=None)
+    if flags["sets"] is not None:
+        config.eval.sets = evalsets.split(flags["sets"])
     settings = resolve(config)
     workdir = pathlib.Path(flags["workdir"])
     distributed.require_alone("evaluate")
+    folder = pathlib.Path(flags["generations"] or workdir)
+    sets = evalsets.eval_sets(settings)
     devices = mesh.make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
     preflight.check_workdir(workdir)
+    preflight.check_workdir(folder)
     source = composition.open_source(settings, workdir)
+    for one in sets:
+        composition.check_evaluation(one.settings, source.config)
     if flags["prompt"] is not None:
-        step, params = open_checkpoint(source, workdir, devices, flags["step"])
+        step, params = open_checkpoint(source, workdir, devices, flags["step"], best_key(settings))
         actor = make_actor(settings, source, devices, params)
         try_prompt(settings, actor, flags["prompt"], step)
         return
-    held_out = composition.load_set(settings, source.language.tokenizer, "test")
+    held_out = [composition.load_set(one.settings, source.language.tokenizer, "test") for one in sets]
     with Grader(settings.reward.workers, settings.reward.deadline_s, settings.reward.memory_mb) as grader:
-        grader.check(settings.reward.kind)
-        step, params = open_checkpoint(source, workdir, devices, flags["step"])
+        for one in sets:
+            grader.check(one.settings.reward.kind)
+        step, params = open_checkpoint(source, workdir, devices, flags["step"], best_key(settings))
+        facts = composition.fingerprint(source, params)
+        stores = [
+            Store(file_of(folder, step, one.name), make_header(one, problems, step, facts))
+            for one, problems in zip(sets, held_out, strict=True)
+        ]
         actor = make_actor(settings, source, devices, params)
-        evaluate(settings, workdir, actor, held_out, grader, step)
+        announce(settings, source, sets, held_out, stores)
+        for one, problems, store in zip(sets, held_out, stores, strict=True):
+            complete(actor, one, problems, grader, store)
+    stored.show([store.path for store in stores], None, regrade=False)
 
 
 def make_actor(
@@ -53,48 +80,64 @@ def make_actor(
 ) -> evaluation.Actor:
     """The checkpoint ready to write; a neighbour table only where evaluation mixes."""
     mixes = evaluation.evaluation_draws(settings).mixes
-    table_VC = composition.build_table(params["embed"]["embedding"], source.language) if mixes else None
-    return evaluation.make_actor(source, devices, params, table_VC)
+    table_VC = composition.build_table(params, source) if mixes else None
+    return evaluation.make_actor(source, devices, params, table_VC, settings.rollout.layout)
 
 
-def evaluate(
+def announce(
     settings: Settings,
-    workdir: pathlib.Path,
-    actor: evaluation.Actor,
-    held_out: composition.ProblemSet,
-    grader: Grader,
-    step: int,
+    source: composition.Source,
+    sets: Sequence[EvalSet],
+    held_out: Sequence[ProblemSet],
+    stores: Sequence[Store],
 ) -> None:
-    """Writes and grades the responses, stores them, prints the table."""
-    begun = time.monotonic()
-    result = evaluation.evaluate_set(actor, held_out, settings, grader, label="evaluation")
-    seconds = time.monotonic() - begun
-    path = workdir / f"generations_{step}.jsonl"
-    workdir.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for index, reward in enumerate(result.rewards_PN.reshape(-1)):
-            problem = held_out.problems[index // settings.eval.samples]
-            row = evaluation.sample_row(
-                actor.language, problem, result.trajectories, index, reward, step=step
+    """What will be evaluated, before it is."""
+    parts = [composition.evaluation_memory(one.settings, source.config) for one in sets]
+    needed = console.format_bytes(max(preflight.peak(of_set)[0] for of_set in parts))
+    print(f"model      {source.directory} ({source.config.architecture})")
+    print(f"memory     about {needed} on each device, by estimate")
+    for one, problems, store in zip(sets, held_out, stores, strict=True):
+        there = f", {store.done} of them done already" if store.done else ""
+        print(
+            f"set        {one.name}: {len(problems.problems)} problems × {one.settings.eval.samples} samples"
+            f"{there} ({problems.dropped} left out as too long)",
+            flush=True,
+        )
+    if evaluation.evaluation_draws(settings).mixes:
+        print(f"mixing     on, rate {settings.mixing.rate}")
+
+
+def complete(
+    actor: evaluation.Actor, one: EvalSet, problems: ProblemSet, grader: Grader, store: Store
+) -> None:
+    """Writes, grades and stores the responses that the store lacks, block by block."""
+    settings, samples, count = one.settings, one.settings.eval.samples, len(problems.problems)
+    begun, tokens, done_before = time.monotonic(), 0, store.done
+    size = max(1, BLOCK_OF_SLOTS * settings.rollout.slots // samples)
+    mixes = evaluation.evaluation_draws(settings).mixes
+    line = console.Progress(one.name, count * samples, "sequences", start=done_before * samples, keep=False)
+    with line as progress:
+        for numbers in blocks(done_before, count, size):
+            answered = evaluation.answer_problems(
+                actor,
+                problems,
+                numbers,
+                settings,
+                grader,
+                name=one.name,
+                progress=progress,
+                done_before=numbers.start * samples,
             )
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    figures, k = result.figures, settings.eval.pass_k
-    best_at_k = passk.best_at_k_bootstrap(result.rewards_PN > 0.5, k)
-    rows = [
-        (f"Mean@{settings.eval.samples}", figures["mean_at_n"]),
-        (f"Pass@{k}", figures["pass_at_k"]),
-        (f"best@{k} (bootstrap, as the paper's tables)", best_at_k),
-        ("truncated responses", figures["truncated"]),
-        ("tokens a response", figures["length_mean"]),
-    ]
-    print(console.table(rows, (f"{settings.data.eval}, step {step}", "")))
-    tokens = int(result.trajectories.lengths_B.sum())
-    print(
-        f"\n{len(held_out.problems)} problems ({held_out.dropped} left out as too long) × "
-        f"{settings.eval.samples} samples in {console.format_seconds(seconds)} "
-        f"({console.format_rate(tokens / seconds, 'tokens')})"
-    )
-    print(f"responses  {path}")
+            cosines = evaluation.mixed_cosines(actor, answered.trajectories) if mixes else None
+            store.append(rows_of(answered, problems, numbers, settings.reward.kind, cosines))
+            tokens += int(answered.trajectories.lengths_B.sum())
+    seconds = time.monotonic() - begun
+    if tokens:
+        print(
+            f"{one.name}: {count - done_before} problems × {samples} samples in "
+            f"{console.format_seconds(seconds)} ({console.format_rate(tokens / seconds, 'tokens')})",
+            flush=True,
+        )
 
 
 def try_prompt(settings: Settings, actor: evaluation.Actor, text: str, step: int) -> None:

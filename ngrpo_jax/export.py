@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax
 
 from ngrpo_jax.commands import commandline, composition
-from ngrpo_jax.commands.run import open_checkpoint
+from ngrpo_jax.commands.run import best_key, open_checkpoint
 from ngrpo_jax.model import hf
 from ngrpo_jax.runtime import console, distributed, mesh, preflight
 from ngrpo_jax.settings import resolve
@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
     distributed.require_alone("export")
     devices = mesh.make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
     source = composition.open_source(settings, workdir)
-    step, params = open_checkpoint(source, workdir, devices, flags["step"])
+    step, params = open_checkpoint(source, workdir, devices, flags["step"], best_key(settings))
     hf.save(
         out,
         source.config,

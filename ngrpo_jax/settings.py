@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from ngrpo_jax.algo.mixture import Mixing
+from ngrpo_jax.algo.objectives import ALGORITHMS, KL_ESTIMATORS
 
 DTYPES = ("float32", "bfloat16")
 WARM_START = "warm-start"  # the model.path of a model that the run makes itself
+BEST_METRICS = ("mean_at_n", "pass_at_k", "maj_at_n")  # of an evaluation; larger is better
 
 
 def require(condition: bool, sentence: str) -> None:
@@ -90,6 +92,8 @@ class DataSettings:
     prompt: str
     chat_template: str | None
     max_prompt_tokens: int
+    overlap_with: str | None
+    drop_overlap: bool
 
     def __post_init__(self) -> None:
         _one_of("data.prompt", self.prompt, ("math", "choice", "plain"))
@@ -98,6 +102,12 @@ class DataSettings:
             self.train_size is None or self.train_size > 0,
             f"data.train_size is {self.train_size}; it must be above 0, or None for all problems.",
         )
+
+    @property
+    def held_apart(self) -> tuple[str, ...]:
+        """The sources whose problems should not be trained on."""
+        more = (source.strip() for source in (self.overlap_with or "").split(";"))
+        return tuple(dict.fromkeys([self.eval, *filter(None, more)]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +122,10 @@ class RolloutSettings:
     top_k: int
     slots: int
     chunk: int
+    layout: str
 
     def __post_init__(self) -> None:
+        _one_of("rollout.layout", self.layout, ("tensor", "replicated"))
         _positive("rollout", self, "prompts", "max_new_tokens", "slots", "chunk")
         require(
             self.group >= 2,
@@ -145,16 +157,45 @@ class MixingSettings:
     metric: str
     until: str | None
     refresh_every: int
+    table: str
+    weights: str
+    token: str
+    sigma: float
+    keep_out: str | None
+    distinct_spelling: bool
 
     def __post_init__(self) -> None:
         self.method(())
         _positive("mixing", self, "refresh_every")
+        require(
+            self.keep_out != "",
+            "mixing.keep_out is empty, which every token matches; set it to None to keep none out.",
+        )
+        if self.strategy in ("soft", "gumbel", "noise"):
+            for name, plain in dict(
+                table="embedding", weights="logits", token="anchor", distinct_spelling=False
+            ).items():
+                value = getattr(self, name)
+                require(
+                    value == plain,
+                    f"mixing.{name} is {value!r}, which mixing.strategy {self.strategy!r} has no use for; it "
+                    "belongs to strategy 'neighbor'.",
+                )
 
-    def method(self, until_ids: tuple) -> Mixing:
-        """The algorithm's own description of these settings; `until_ids` stand for `until`."""
+    def method(self, until_ids: tuple, keep_out_ids: tuple[int, ...] = ()) -> Mixing:
+        """The algorithm's own description of these settings; ids stand for `until` and `keep_out`."""
         try:
             return Mixing(
-                strategy=self.strategy, rate=self.rate, k=self.k, metric=self.metric, until_ids=until_ids
+                strategy=self.strategy,
+                rate=self.rate,
+                k=self.k,
+                metric=self.metric,
+                until_ids=until_ids,
+                table=self.table,
+                weights=self.weights,
+                token=self.token,
+                sigma=self.sigma,
+                keep_out_ids=keep_out_ids,
             )
         except ValueError as error:
             raise ValueError(f"mixing: {error}") from error
@@ -167,7 +208,12 @@ class MixingSettings:
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveSettings:
-    """The loss (13)."""
+    """The loss (13), and the choices around it.
+
+    `importance_cap` and `old_logprobs` "sampler" are two answers to the gap between sampler and trainer. With
+    "trainer" the ratio is π_θ/π_trainer, and the cap adds weights min(π_trainer/π_sampler, cap), which needs
+    both. With "sampler" the ratio π_θ/π_sampler holds that correction already.
+    """
 
     algorithm: str
     clip_low: float
@@ -177,10 +223,53 @@ class ObjectiveSettings:
     scale_by_std: bool
     aggregate: str
     loss_on_mixed: bool
+    kl_estimator: str
+    skip_zero_variance: bool
+    overlong: str
+    overlong_penalty: float
+    overlong_interval: int
+    old_logprobs: str
+    importance_cap: float | None
+    entropy_coef: float
 
     def __post_init__(self) -> None:
-        _one_of("objective.algorithm", self.algorithm, ("grpo", "gspo"))
+        _one_of("objective.algorithm", self.algorithm, ALGORITHMS)
         _one_of("objective.aggregate", self.aggregate, ("sequence", "token", "constant"))
+        _one_of("objective.kl_estimator", self.kl_estimator, tuple(KL_ESTIMATORS))
+        _one_of("objective.overlong", self.overlong, ("keep", "mask", "penalize"))
+        _one_of("objective.old_logprobs", self.old_logprobs, ("trainer", "sampler"))
+        self._check_clips()
+        self._check_overlong()
+        require(self.kl_coef >= 0, f"objective.kl_coef is {self.kl_coef}; it must be 0 or above.")
+        require(
+            self.entropy_coef >= 0, f"objective.entropy_coef is {self.entropy_coef}; it must be 0 or above."
+        )
+        require(
+            self.importance_cap is None or self.importance_cap > 0,
+            f"objective.importance_cap is {self.importance_cap}; it must be above 0, or None.",
+        )
+        require(
+            self.importance_cap is None or self.old_logprobs == "trainer",
+            "objective.importance_cap is set with objective.old_logprobs 'sampler', whose ratio holds the "
+            "correction already; use old_logprobs 'trainer', or set importance_cap to None.",
+        )
+
+    def _check_overlong(self) -> None:
+        require(
+            self.overlong_penalty > 0,
+            f"objective.overlong_penalty is {self.overlong_penalty}; it must be above 0 (it is taken off).",
+        )
+        require(
+            self.overlong_interval >= 0,
+            f"objective.overlong_interval is {self.overlong_interval}; it must be 0 or above.",
+        )
+        require(
+            self.overlong_interval == 0 or self.overlong == "penalize",
+            f"objective.overlong_interval is {self.overlong_interval} with objective.overlong "
+            f"{self.overlong!r}; it belongs to 'penalize'.",
+        )
+
+    def _check_clips(self) -> None:
         require(
             not (self.algorithm == "gspo" and self.aggregate == "token"),
             "objective.aggregate is 'token' with objective.algorithm 'gspo'; a ratio per sequence needs "
@@ -195,7 +284,6 @@ class ObjectiveSettings:
             self.dual_clip is None or self.dual_clip > 1,
             f"objective.dual_clip is {self.dual_clip}; it must be above 1, or None.",
         )
-        require(self.kl_coef >= 0, f"objective.kl_coef is {self.kl_coef}; it must be 0 or above.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,6 +321,10 @@ class TrainSettings:
     rows_per_device: int
     remat: str
     logprob_chunk: int
+    attention: str
+    unroll: bool
+    share_prompts: bool
+    offload: str
     profile_from: int | None
     profile_steps: int
 
@@ -244,6 +336,8 @@ class TrainSettings:
             f"train.profile_from is {self.profile_from}; steps count from 1, and None traces none.",
         )
         _one_of("train.remat", self.remat, ("none", "full", "dots"))
+        _one_of("train.attention", self.attention, ("auto", "plain", "chunked", "cudnn", "splash"))
+        _one_of("train.offload", self.offload, ("none", "optimizer", "reference", "both"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,12 +354,14 @@ class MeshSettings:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointSettings:
-    """How often the run can be resumed from."""
+    """How often the run can be resumed from, and which held-out figure makes a checkpoint the best."""
 
     every: int
+    best_metric: str
 
     def __post_init__(self) -> None:
         _positive("checkpoint", self, "every")
+        _one_of("checkpoint.best_metric", self.best_metric, BEST_METRICS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,19 +375,28 @@ class EvalSettings:
     top_p: float
     top_k: int
     max_new_tokens: int
-    pass_k: int
+    pass_k: tuple[int, ...]
     mixing: bool
+    sets: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        _positive("eval", self, "samples", "max_new_tokens", "pass_k")
+        _positive("eval", self, "samples", "max_new_tokens")
+        require(
+            bool(self.pass_k) and all(type(k) is int and k > 0 for k in self.pass_k),
+            f"eval.pass_k is {self.pass_k}; it must be whole numbers above 0, such as (16, 32).",
+        )
+        require(
+            all(isinstance(entry, str) for entry in self.sets),
+            f"eval.sets is {self.sets}; it must be texts, each a data source with its options.",
+        )
         require(
             self.temperature >= 0 and 0 < self.top_p <= 1 and self.top_k >= 0,
             f"eval.temperature {self.temperature} must be 0 or above, eval.top_p {self.top_p} in (0, 1], "
             f"eval.top_k {self.top_k} 0 or above.",
         )
         require(
-            self.pass_k <= self.samples,
-            f"eval.pass_k is {self.pass_k} but eval.samples is {self.samples}; Pass@k needs k samples.",
+            self.largest_k <= self.samples,
+            f"eval.pass_k is {self.largest_k} but eval.samples is {self.samples}; Pass@k needs k samples.",
         )
         for name in ("every", "problems"):
             value = getattr(self, name)
@@ -300,6 +405,11 @@ class EvalSettings:
             not (self.mixing and self.temperature == 0),
             "eval.mixing is true at eval.temperature 0; the weights of a mixture need a temperature above 0.",
         )
+
+    @property
+    def largest_k(self) -> int:
+        """The k of the one Pass@k that a training run reports."""
+        return max(self.pass_k)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,6 +457,16 @@ class Settings:
             f"train.row_tokens is {train.row_tokens}, shorter than the longest sequence of "
             f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}.",
         )
+        require(
+            self.objective.overlong_interval < rollout.max_new_tokens,
+            f"objective.overlong_interval is {self.objective.overlong_interval}; it must be below "
+            f"rollout.max_new_tokens {rollout.max_new_tokens}.",
+        )
+
+    @property
+    def mini_batches(self) -> int:
+        """Optimiser steps of a rollout batch."""
+        return self.rollout.prompts // self.train.mini_batch_prompts
 
     @property
     def row_tokens(self) -> int:

@@ -21,13 +21,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from ngrpo_jax.algo.objectives import group_advantages
 from ngrpo_jax.commands import checklist, commandline, composition, evaluation, summary
-from ngrpo_jax.commands.run import BEST, Position, Run, prepare, save
-from ngrpo_jax.learner import packing, update
+from ngrpo_jax.commands.run import Position, Run, best_key, old_logprobs, prepare, save
+from ngrpo_jax.learner import credit, packing, update
 from ngrpo_jax.model import hf
 from ngrpo_jax.rollout.trajectory import Trajectories
-from ngrpo_jax.runtime import distributed, ending, mesh, metrics
+from ngrpo_jax.runtime import distributed, ending, hardware, mesh, metrics, preflight
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.settings import TrainSettings, resolve
 from ngrpo_jax.tasks.rewards import Grader
@@ -55,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
         parts = composition.compose(settings, workdir, devices)
         params = composition.load_params(parts[0], devices)
         facts = composition.fingerprint(parts[0], params)
-        with Checkpoints(workdir / "checkpoints", model=facts, best=BEST) as checkpoints:
+        with Checkpoints(workdir / "checkpoints", model=facts, best=best_key(settings)) as checkpoints:
             run, position = prepare(settings, workdir, parts, devices, params, checkpoints)
             del params  # donated
             workdir.mkdir(parents=True, exist_ok=True)
@@ -114,7 +113,9 @@ def train_step(
 
     with _timed(seconds, "rollout"):
         table_VC, age = neighbor_table(run, position)
-        actor = evaluation.make_actor(run.source, run.mesh, position.state.params, table_VC)
+        actor = evaluation.make_actor(
+            run.source, run.mesh, position.state.params, table_VC, settings.rollout.layout
+        )
         prompts = [run.prompt_of[problem.id] for problem in problems]
         trajectories = evaluation.write_responses(
             actor,
@@ -147,6 +148,7 @@ def train_step(
         "time/step": sum(seconds.values()),
         "speed/rollout_tokens": int(outcome.lengths_B.sum()) / seconds["rollout"],
         "speed/step_tokens": int(outcome.lengths_B.sum()) / sum(seconds.values()),
+        **learner_speed(run, prompts, trajectories, seconds, jax.local_devices()[0]),
     }
     samples = [
         evaluation.sample_row(
@@ -172,25 +174,63 @@ def learn(
     """
     settings, hosts = run.settings, distributed.place().count
     gather = functools.partial(distributed.exchange, "learning")
-    advantages_PG = group_advantages(rewards_PG, scale_by_std=settings.objective.scale_by_std)
+    earned = credit.assign(rewards_PG, trajectories, settings.objective, settings.rollout.max_new_tokens)
     batches = packing.mini_batches(
         [prompt for prompt in prompts for _ in range(settings.rollout.group)],
         trajectories,
-        np.asarray(advantages_PG).reshape(-1),
+        earned.advantages_PG.reshape(-1),
         settings.objective,
-        count=settings.rollout.prompts // settings.train.mini_batch_prompts,
+        count=settings.mini_batches,
         row_tokens=settings.row_tokens,
         rows=settings.train.rows_per_device * settings.mesh.data * settings.mesh.fsdp // hosts,
         max_new_tokens=settings.rollout.max_new_tokens,
+        counted_B=earned.counted_PG.reshape(-1),
+        share_prompts=settings.train.share_prompts,
         gather=gather,
     )
+    old = old_logprobs(settings)
     with _timed(seconds, "logprobs"):
-        scored = update.score(run.programs, state.params, run.reference, batches)
-        gap = update.sampler_gap(batches, scored, gather)
+        scored = update.score(run.programs, state.params, run.reference, batches, old=old)
+        jax.block_until_ready(scored)
     with _timed(seconds, "update"):
         state, steps = update.update(run.programs, state, scored)
-        figures = update.figures(jax.device_get(steps))
-    return state, {**figures, **gap, "rows/fill": packing.fill(batches, gather)}
+        figures = update.figures(jax.device_get(steps), gap_of_first=old == "sampler")
+    figures |= credit.join_figures(gather(earned.figures))
+    return state, {**figures, "rows/fill": packing.fill(batches, gather)}
+
+
+def learner_speed(
+    run: Run,
+    prompts: Sequence[Sequence[int]],
+    trajectories: Trajectories,
+    seconds: dict[str, float],
+    device: jax.Device,
+) -> dict[str, float]:
+    """Tokens a second of scoring and update, their model FLOP utilisation, and the device's peak memory.
+
+    Tokens are those of prompts and responses of all hosts, each prompt once a response. The utilisation
+    counts the products that these need (a forward pass for each model scored, three for an update), over the
+    peak of the device's bfloat16 arithmetic; it is left out where that is unknown. Memory is that of the
+    fullest of the hosts' first devices. Every process has to call this.
+    """
+    settings, config = run.settings, run.source.config
+    lengths = [
+        (len(prompt), int(trajectories.lengths_B[i * settings.rollout.group + j]))
+        for i, prompt in enumerate(prompts)
+        for j in range(settings.rollout.group)
+    ]
+    forward = sum(preflight.forward_flops(config, *length) for length in lengths)
+    own = [sum(prompt + response for prompt, response in lengths), forward, hardware.peak_memory(device)]
+    of_tokens, of_work, of_memory = zip(*distributed.exchange("speed", own), strict=True)
+    figures = {
+        "speed/logprob_tokens": sum(of_tokens) / seconds["logprobs"],
+        "speed/update_tokens": sum(of_tokens) / seconds["update"],
+    }
+    peak = hardware.peak_flops(device)
+    if peak is not None:
+        figures["speed/update_mfu"] = 3 * sum(of_work) / seconds["update"] / (peak * run.mesh.size)
+    held = [memory for memory in of_memory if memory is not None]
+    return {**figures, "speed/peak_memory": float(max(held))} if held else figures
 
 
 def reward_figures(rewards_PG: np.ndarray) -> dict[str, float]:
@@ -205,14 +245,12 @@ def reward_figures(rewards_PG: np.ndarray) -> dict[str, float]:
 def neighbor_table(run: Run, position: Position) -> tuple[jax.Array | None, int]:
     """The table that this rollout mixes by, and its age after it; built anew every `mixing.refresh_every`."""
     mixing = run.settings.mixing
-    if not mixing.active:
+    if not (mixing.active and run.source.language.mixing.uses_table):
         return None, 0
     if position.table_VC is not None and position.table_age < mixing.refresh_every:
         return position.table_VC, position.table_age + 1
-    whole = mesh.replicated(run.mesh)
-    embedding_VD = mesh.on_this_host(position.state.params["embed"]["embedding"], whole)
-    table_VC = composition.build_table(embedding_VD, run.source.language)  # each host for itself: all alike
-    return mesh.put(np.asarray(table_VC), whole), 1
+    table_VC = composition.build_table(position.state.params, run.source)
+    return mesh.put(np.asarray(table_VC), mesh.replicated(run.mesh)), 1
 
 
 def evaluate(run: Run, position: Position, grader: Grader, label: str) -> dict[str, float]:
@@ -220,7 +258,7 @@ def evaluate(run: Run, position: Position, grader: Grader, label: str) -> dict[s
     settings = run.settings
     table_VC = neighbor_table(run, position)[0] if settings.eval.mixing else None
     return evaluation.evaluate_set(
-        evaluation.make_actor(run.source, run.mesh, position.state.params, table_VC),
+        evaluation.make_actor(run.source, run.mesh, position.state.params, table_VC, settings.rollout.layout),
         run.held_out,
         settings,
         grader,

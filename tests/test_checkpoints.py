@@ -96,6 +96,16 @@ def test_latest_and_best_are_both_kept_and_ties_go_to_the_newest(tmp_path):
         assert (checkpoints.steps(), checkpoints.best_step()) == ([7], 7)
 
 
+def test_the_best_by_another_metric_is_found_among_what_was_kept(tmp_path):
+    with Checkpoints(tmp_path, model=MODEL, best="eval/mean_at_n", keep_latest=3) as checkpoints:
+        for step, (mean, passed) in {1: (0.1, 0.9), 2: (0.5, 0.3), 3: (0.2, 0.9)}.items():
+            checkpoints.save(step, _state(step), {}, {"eval/mean_at_n": mean, "eval/pass_at_k": passed})
+        assert checkpoints.best_step() == 2
+    for best, step in {"eval/pass_at_k": 3, "eval/mean_at_n": 2, "eval/unknown": None}.items():
+        with Checkpoints(tmp_path, model=None, best=best) as checkpoints:
+            assert checkpoints.best_step() == step
+
+
 def test_without_best_only_the_newest_stay(tmp_path):
     _saved(tmp_path, steps=4, keep_latest=2)
     with Checkpoints(tmp_path, model=MODEL) as checkpoints:

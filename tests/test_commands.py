@@ -117,6 +117,21 @@ def test_training_changes_the_parameters_and_writes_its_summary(finished):
     assert [row["step"] for row in rows if "eval/mean_at_n" in row] == [6, 12]
 
 
+def test_both_the_latest_and_the_best_by_the_chosen_metric_are_kept_and_told(tmp_path, capsys):
+    workdir = tmp_path / "run"
+    chosen = {"checkpoint__best_metric": "pass_at_k", "eval__every": 1, "checkpoint__every": 1}
+    _run(train, workdir, train__steps=3, **chosen)
+    printed = capsys.readouterr().out
+    rows = read_rows(workdir / "metrics.jsonl")
+    scores = [row["eval/pass_at_k"] for row in rows]
+    best = max(range(3), key=lambda index: (scores[index], index)) + 1  # ties to the newest
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert (summary["best_step"], summary["best_value"]) == (best, max(scores))
+    assert pathlib.Path(summary["best_checkpoint"]).is_dir() and pathlib.Path(summary["checkpoint"]).is_dir()
+    assert f"latest     {workdir}/checkpoints/3 (step 3)" in printed
+    assert f"best       {workdir}/checkpoints/{best} (step {best}, pass_at_k {max(scores):.4g}" in printed
+
+
 def test_a_finished_run_says_so_and_changes_nothing(finished, capsys):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     _run(train, finished, train__steps=12)
@@ -128,7 +143,9 @@ def test_evaluate_grades_and_stores_responses(finished, capsys):
     _run(evaluate, finished, "--step=latest")
     printed = capsys.readouterr().out
     assert "Mean@2" in printed and "Pass@2" in printed and "best@2 (bootstrap" in printed
-    rows = [json.loads(line) for line in (finished / "generations_12.jsonl").read_text().split("\n")[:-1]]
+    text = (finished / "generations_12_arithmetic.jsonl").read_text()
+    header, *rows = [json.loads(line) for line in text.split("\n")[:-1]]
+    assert header["depends"]["eval.samples"] == 2 and header["problems"] == 4
     assert len(rows) == 8 and {row["reward"] for row in rows} <= {0.0, 1.0}
     summary = json.loads((finished / "summary.json").read_text())
     assert np.mean([row["reward"] for row in rows]) == summary["mean_at_n_after"]

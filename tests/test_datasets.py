@@ -49,6 +49,22 @@ def test_parquet(tmp_path):
     assert load(f"parquet:{tmp_path / 'a.parquet'}") == PROBLEMS
 
 
+def test_json_and_csv(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(ROWS, indent=2), encoding="utf-8")
+    assert load(f"json:{tmp_path / 'a.json'}") == PROBLEMS
+    text = '\ufeffid,question,answer\r\n,1+1?,2\r\n\r\nb,"Is 3\n""odd""?",yes\r\n'
+    (tmp_path / "a.csv").write_text(text, encoding="utf-8", newline="")
+    assert load(f"csv:{tmp_path / 'a.csv'}?problem=question") == [
+        Problem("row-1", "1+1?", "2"),
+        Problem("b", 'Is 3\n"odd"?', "yes"),
+    ]
+
+
+def test_a_json_file_of_json_lines_is_read_as_such(tmp_path):
+    write_jsonl(tmp_path / "a.json", ROWS)
+    assert load(f"json:{tmp_path / 'a.json'}") == PROBLEMS
+
+
 def test_arithmetic_takes_split_seed_and_size():
     problems = load("arithmetic:terms=2,digits=1", size=5)
     assert len(problems) == 5 and problems != load("arithmetic:terms=2,digits=1", seed=1, size=5)

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import pathlib
-import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 
 from ngrpo_jax.algo.mixture import Mixture, embed, one_hot
-from ngrpo_jax.model import cache as kv
 from ngrpo_jax.model import decoder, hf, hf_weights, layers
 from ngrpo_jax.model.config import ModelConfig, RopeScaling
 
@@ -35,8 +33,6 @@ def largest(difference):
 
 forward = jax.jit(decoder.forward, static_argnums=1)
 hidden_states = jax.jit(decoder.hidden_states, static_argnums=1)
-prefill = jax.jit(decoder.prefill, static_argnums=(1, 4))
-decode_step = jax.jit(decoder.decode_step, static_argnums=1, donate_argnums=3)
 
 
 @every_architecture
@@ -54,54 +50,6 @@ def test_unstacked_layers_give_the_logits_of_stacked_ones(name):
     assert len(unstacked["layers"]) == config.num_layers
     assert decoder.unstack_layers(unstacked) is unstacked
     assert largest(forward(unstacked, config, ids) - forward(params, config, ids)) <= 1e-5
-
-
-@every_architecture
-def test_prefill_and_decode_equal_the_full_forward_for_ragged_rows(name):
-    config, params, ids, logits = golden(name)
-    params = decoder.unstack_layers(params)
-    ids, logits = np.tile(ids[:, :16], (2, 1)), np.tile(logits[:, :16], (2, 1, 1))
-    rows, lengths = np.arange(4), np.array([3, 9, 1, 6])
-    head = decoder.head(params, config)
-    prompts = np.where(np.arange(10)[None] < lengths[:, None], ids[:, :10], 0)
-    hidden, cache = prefill(params, config, prompts, lengths, 14)
-    assert largest(hidden @ head - logits[rows, lengths - 1]) <= CLOSE
-    for _ in range(5):
-        hidden, cache = decode_step(params, config, one_hot(ids[rows, lengths], 2), cache)
-        assert largest(hidden @ head - logits[rows, lengths]) <= CLOSE
-        lengths = lengths + 1
-        assert np.array_equal(cache.lengths_B, lengths)
-
-
-def test_decoding_mixtures_equals_the_full_forward_over_them():
-    config, params, _, _ = golden("qwen2_untied")
-    rng = np.random.default_rng(0)
-    weights = rng.dirichlet(np.ones(3), size=(2, 8)).astype(np.float32)
-    mixture = Mixture(rng.integers(0, config.vocab_size, (2, 8, 3)).astype(np.int32), weights)
-    expected = hidden_states(params, config, mixture)
-    cache = kv.init(config, 2, 8)
-    for t in range(8):
-        inputs = Mixture(mixture.ids[:, t], mixture.weights[:, t])
-        hidden, cache = decode_step(params, config, inputs, cache)
-        assert largest(hidden - expected[:, t]) <= CLOSE
-
-
-def test_a_full_row_spoils_no_other():
-    config, params, ids, logits = golden("qwen2_tied")
-    params = decoder.unstack_layers(params)
-    _, cache = prefill(params, config, ids[:, :4], jnp.array([4, 2]), 4)
-    for t in (2, 3):
-        hidden, cache = decode_step(params, config, one_hot(ids[:, t], 1), cache)
-        got = hidden @ decoder.head(params, config)
-        assert np.all(np.isfinite(got))
-        assert largest(got[1] - logits[1, t]) <= CLOSE
-    assert np.array_equal(cache.lengths_B, [4, 4])
-
-
-def test_prefill_refuses_prompts_longer_than_the_cache():
-    config, params, ids, _ = golden("llama")
-    with pytest.raises(ValueError, match="cache of 8 slots cannot hold prompts of 40 tokens"):
-        decoder.prefill(params, config, ids, jnp.array([40, 40]), 8)
 
 
 def test_packed_segments_equal_separate_rows():
@@ -207,21 +155,6 @@ def test_a_mixture_equals_its_embedding_and_reaches_every_row_of_the_table():
     np.testing.assert_allclose(gradient[30] / 0.2, gradient[4] / 0.5, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("T", [1, 5])
-def test_grouped_query_attention_equals_numpy_with_repeated_heads(T):
-    B, S, N, K, H = 2, 7, 6, 3, 4
-    rng = np.random.default_rng(0)
-    q, k, v = (rng.normal(size=(B, n, h, H)).astype(np.float32) for n, h in ((T, N), (S, K), (S, K)))
-    mask = rng.random((B, T, S)) < 0.6
-    mask[..., 0] = True
-    scores = np.einsum("btnh,bsnh->bnts", q, np.repeat(k, N // K, axis=2)) / np.sqrt(H)
-    weights = np.exp(scores) * mask[:, None]
-    weights /= weights.sum(-1, keepdims=True)
-    expected = np.einsum("bnts,bsnh->btnh", weights, np.repeat(v, N // K, axis=2))
-    assert largest(layers.attention(q, k, v, mask) - expected) <= 1e-6
-    assert np.all(np.isfinite(layers.attention(q, k, v, np.zeros_like(mask))))
-
-
 def test_rotation_equals_multiplication_of_complex_numbers():
     config = ModelConfig("llama", 10, 8, 8, 1, 1, 1, head_dim=8, rope_theta=100.0)
     x = np.random.default_rng(0).normal(size=(2, 5, 3, 8)).astype(np.float32)
@@ -268,35 +201,6 @@ def test_bfloat16_products_with_float32_parameters_and_logits():
     got = forward(params, config, ids)
     assert got.dtype == jnp.float32
     assert 1e-4 < largest(got - logits) < 0.1 * largest(logits)
-    params = decoder.unstack_layers(params)
-    _, cache = prefill(params, config, ids[:, :4], jnp.array([4, 4]), 6)
-    assert cache.keys[0].dtype == cache.values[0].dtype == jnp.bfloat16
-    hidden, _ = decode_step(params, config, one_hot(ids[:, 4], 1), cache)
-    assert hidden.dtype == jnp.bfloat16
-
-
-def test_decode_copies_no_cache():
-    """The compiled loop has no copy and no transpose of an array as large as one layer's keys."""
-    config, params, _, _ = golden("qwen2_untied")
-    B, S = 8, 64
-    params = decoder.unstack_layers(params)
-
-    def chunk(params, cache, ids_B):
-        def body(carry, _):
-            cache, ids_B = carry
-            hidden, cache = decoder.decode_step(params, config, one_hot(ids_B, 1), cache)
-            return (cache, jnp.argmax(hidden @ decoder.head(params, config), axis=-1)), None
-
-        return jax.lax.scan(body, (cache, ids_B), None, length=4)[0]
-
-    cache = kv.init(config, B, S)
-    compiled = jax.jit(chunk, donate_argnums=1).lower(params, cache, jnp.zeros(B, jnp.int32)).compile()
-    size = B * S * config.num_kv_heads * config.head_dim
-    instructions = re.findall(r"= \w+\[([\d,]+)\]\S* (copy|transpose)\(", compiled.as_text())
-    large = [dims for dims, _ in instructions if np.prod([int(d) for d in dims.split(",")]) >= size]
-    assert not large
-    compiled(params, cache, jnp.zeros(B, jnp.int32))
-    assert all(leaf.is_deleted() for leaf in cache.keys + cache.values)
 
 
 def _deviation(name, config):
@@ -328,14 +232,6 @@ def test_fresh_parameters_have_the_layout_and_scale_promised():
     assert largest(query[0] - query[1]) > 0.01
     other = decoder.init(jax.random.key(1), config)["layers"]["attention"]["q"]["kernel"]
     assert largest(query - other) > 0.01
-
-
-def test_an_empty_cache_holds_no_buffer_twice():
-    config = golden("qwen3")[0]
-    cache = kv.init(config, 2, 4, "bfloat16")
-    assert cache.keys[0].shape == (2, 4, config.num_kv_heads, config.head_dim)
-    assert cache.keys[0].dtype == jnp.bfloat16
-    assert len({leaf.unsafe_buffer_pointer() for leaf in cache.keys + cache.values}) == 2 * config.num_layers
 
 
 @pytest.mark.parametrize(

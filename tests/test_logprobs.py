@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from ngrpo_jax.algo.logprobs import token_logprobs
+from ngrpo_jax.algo.logprobs import token_logprobs, token_loss
 
 B, T, D, V = 2, 11, 8, 37
 
@@ -153,3 +153,61 @@ def test_head_sharded_over_the_vocabulary_and_batch_sharded_over_the_data():
 def test_temperature_must_be_above_zero(temperature):
     with pytest.raises(ValueError, match="temperature"):
         token_logprobs(*_inputs(), temperature)
+
+
+@pytest.mark.parametrize("chunk", [2, 6, 1000])
+def test_only_scored_tokens_are_projected(chunk):
+    hidden, head, targets = _inputs()
+    scored = np.random.default_rng(3).random((B, T)) < 0.4
+    hidden[~scored] = np.nan  # what is not scored is not looked at
+    logprobs, entropy = token_logprobs(hidden, head, targets, 0.7, chunk=chunk, scored_BT=scored)
+    want_logprobs, want_entropy = _full(np.nan_to_num(hidden), head, targets, 0.7)
+    np.testing.assert_allclose(logprobs, np.where(scored, want_logprobs, 0.0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(entropy, np.where(scored, want_entropy, 0.0), rtol=1e-5, atol=1e-6)
+    alone, nothing = token_logprobs(hidden, head, targets, 0.7, chunk=chunk, scored_BT=scored, entropy=False)
+    np.testing.assert_array_equal(alone, logprobs)
+    assert not nothing.any()
+
+
+def _example_loss(logprobs, entropy, scored, facts):
+    weight = jnp.where(scored, facts, 0.0)
+    value = jnp.sum(weight * jnp.exp(0.3 * logprobs) - 0.1 * weight * entropy)
+    return value, {"sum": jnp.sum(weight * logprobs), "count": jnp.sum(scored)}
+
+
+@pytest.mark.parametrize("chunk", [2, 6, 1000])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_token_loss_and_its_gradients_are_those_of_the_full_computation(chunk, share):
+    hidden, head, targets = _inputs()
+    rng = np.random.default_rng(4)
+    scored, facts = rng.random((B, T)) < share, rng.normal(size=(B, T)).astype(np.float32)
+
+    def chunked(hidden, head):
+        return token_loss(_example_loss, hidden, head, targets, scored, facts, 0.7, chunk=chunk)
+
+    def full(hidden, head):
+        return _example_loss(*_full(hidden, head, targets, 0.7), scored, facts)
+
+    (value, parts), got = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))(hidden, head)
+    (wanted, metrics), want = jax.value_and_grad(full, (0, 1), has_aux=True)(hidden, head)
+    np.testing.assert_allclose(value, wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(chunked(hidden, head)[0], wanted, rtol=1e-5, atol=1e-6)
+    for name, total in metrics.items():
+        np.testing.assert_allclose(jnp.sum(parts[name]), total, rtol=1e-5, atol=1e-6)
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    doubled = jax.grad(lambda h: 2 * chunked(h, head)[0])(hidden)
+    np.testing.assert_allclose(doubled, 2 * got[0], rtol=1e-5, atol=1e-6)
+
+
+def test_token_loss_multiplies_three_times_and_holds_a_chunk_of_logits():
+    hidden, head, targets = _inputs(time=512)
+    scored, facts = np.ones((B, 512), bool), np.ones((B, 512), np.float32)
+
+    def total(hidden, head):
+        return token_loss(_example_loss, hidden, head, targets, scored, facts, 0.7, chunk=16)[0]
+
+    gradient = jax.grad(total, (0, 1))
+    assert len(list(_products(jax.make_jaxpr(gradient)(hidden, head).jaxpr))) == 3
+    scratch = jax.jit(gradient).lower(hidden, head).compile().memory_analysis().temp_size_in_bytes
+    assert scratch < 4 * (10 * B * 512 * D + 8 * 16 * V + 8 * D * V)

@@ -8,6 +8,8 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from ngrpo_jax.model import columns, decoder
+from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.runtime import mesh as meshes
 
 V, D, L, N, K, H, F = 64, 16, 3, 4, 2, 8, 32
@@ -74,10 +76,13 @@ def test_learner_layout_splits_vocabulary_heads_and_width():
 
 
 def test_rollout_layouts_split_over_tensor_alone_or_not_at_all():
-    mesh, params = meshes.make_mesh(2, 2, 2), _unstacked(_params())
+    mesh = meshes.make_mesh(2, 2, 2)
+    config = ModelConfig("qwen2", V, D, F, L, N, K, H, tie_embeddings=False)
+    params = jax.eval_shape(lambda: columns.lay_out(decoder.init(jax.random.key(0), config), config))
     specs = _specs(meshes.param_shardings(mesh, params, layout="tensor"))
-    assert specs["layers/2/attention/q/kernel"] == P(None, "tensor", None)
-    assert specs["embed/embedding"] == P("tensor", None)
+    assert specs["layers/1/attention/qkv/kernel"] == P("tensor", None, None, None)
+    assert specs["layers/1/mlp/down/kernel"] == P(None, "tensor")
+    assert specs["embed/embedding"] == specs["head/rows"] == P("tensor", None)
     whole = meshes.param_shardings(mesh, params, layout="replicated")
     assert all(sharding.is_fully_replicated for sharding in jax.tree.leaves(whole))
     with pytest.raises(ValueError, match="sideways"):

@@ -160,6 +160,22 @@ def test_neighbor_mixture_with_k_one_is_the_greedy_token(embedding):
     np.testing.assert_array_equal(mixture.weights, 1)
 
 
+def test_neighbor_mixture_by_probabilities_is_the_releases(embedding):
+    """Probabilities taken for logits: 0.58, 0.21, 0.21 where (9) gives all but 1, 0, 0."""
+    logits = np.zeros((1, V), np.float32)
+    logits[0, 5] = 30
+    table = np.asarray(neighbor_table(embedding, 3))
+    weights = mx.neighbor_mixture(logits, table, weights="probs").weights
+    np.testing.assert_allclose(weights[0], np.exp([1, 0, 0]) / np.exp([1, 0, 0]).sum(), rtol=1e-5)
+    np.testing.assert_allclose(weights[0], [0.58, 0.21, 0.21], atol=0.005)
+    logits = np.random.default_rng(4).normal(size=(4, V)).astype(np.float32)
+    mixture = mx.neighbor_mixture(logits, table, weights="probs", temperature=0.7)
+    exact = logits.astype(np.float64)
+    p = np.exp(exact) / np.exp(exact).sum(-1, keepdims=True)
+    chosen = np.exp(np.take_along_axis(p, np.asarray(mixture.ids), 1) / 0.7)
+    np.testing.assert_allclose(mixture.weights, chosen / chosen.sum(-1, keepdims=True), rtol=1e-5)
+
+
 def test_neighbor_mixture_of_equal_largest_logits_anchors_the_lower_id():
     logits = np.zeros((1, 5), np.float32)
     logits[0, [1, 3]] = 2
@@ -238,7 +254,8 @@ def test_completed_rows_are_independent_inside_jit():
 
 def test_mixing_defaults_are_the_papers():
     mixing = mx.Mixing()
-    assert dataclasses.astuple(mixing) == ("neighbor", 0.1, 3, "cosine", ())
+    assert dataclasses.astuple(mixing)[:5] == ("neighbor", 0.1, 3, "cosine", ())
+    assert dataclasses.astuple(mixing)[5:] == ("embedding", "logits", "anchor", 0.33, ())
     assert hash(mixing) == hash(mx.Mixing())
     with pytest.raises(dataclasses.FrozenInstanceError):
         mixing.rate = 0.5
@@ -253,6 +270,13 @@ def test_mixing_defaults_are_the_papers():
         ("rate", float("nan")),
         ("k", 0),
         ("metric", "euclid"),
+        ("table", "output"),
+        ("weights", "logit"),
+        ("token", "argmax"),
+        ("sigma", -0.1),
+        ("sigma", float("nan")),
+        ("keep_out_ids", (-1,)),
+        ("keep_out_ids", ("7",)),
         ("until_ids", ((),)),
         ("until_ids", (-1,)),
         ("until_ids", ([1, 2],)),

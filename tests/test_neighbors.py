@@ -59,6 +59,21 @@ def test_rows_not_valid_are_never_neighbours_but_have_some(metric):
     assert valid[table[:, 1:]].all() and not valid[table[:, 0]].all()
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_rows_of_the_anchors_group_are_never_its_neighbours(metric):
+    rows = np.repeat(_normal(20, 6), 2, axis=0) + 0.01 * _normal(40, 6, seed=1)  # each row has a near double
+    group = np.repeat(np.arange(20), 2)
+    valid = np.random.default_rng(2).random(40) < 0.8
+    table = np.asarray(neighbor_table(rows, 4, metric=metric, valid_V=valid, group_V=group, block=7))
+    for i in range(40):
+        allowed = valid & (group != group[i])
+        allowed[i] = True
+        np.testing.assert_array_equal(table[i], _oracle(rows, 4, metric, allowed)[i])
+    assert (table != np.asarray(neighbor_table(rows, 4, metric=metric, valid_V=valid))).any()
+    alone = neighbor_table(rows, 4, metric=metric, valid_V=valid, group_V=np.arange(40))
+    np.testing.assert_array_equal(alone, neighbor_table(rows, 4, metric=metric, valid_V=valid))
+
+
 def test_k_may_be_the_number_of_valid_rows():
     rows = _normal(12, 4)
     valid = np.arange(12) < 3
@@ -174,6 +189,8 @@ def test_sharded_embedding_gives_the_same_table():
         (dict(k=6), "number of valid rows, 5"),
         (dict(k=3, valid_V=np.array([1, 1, 0, 0, 0], bool)), "number of valid rows, 2"),
         (dict(k=2, valid_V=np.ones(4, bool)), "valid_V"),
+        (dict(k=2, group_V=np.ones(4, int)), "group_V must have shape"),
+        (dict(k=4, group_V=np.array([1, 1, 1, 0, 2])), "leaves its rows only 2 valid rows of others"),
         (dict(k=2, embedding_VD=np.ones(4, np.float32)), "embedding_VD"),
     ],
 )

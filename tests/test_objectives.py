@@ -10,7 +10,16 @@ from ngrpo_jax.algo.objectives import group_advantages, kl_k3
 
 policy_loss = jax.jit(
     objectives.policy_loss,
-    static_argnames=("algorithm", "clip_low", "clip_high", "dual_clip", "kl_coef"),
+    static_argnames=(
+        "algorithm",
+        "clip_low",
+        "clip_high",
+        "dual_clip",
+        "kl_coef",
+        "kl_estimator",
+        "importance_cap",
+        "entropy_coef",
+    ),
 )
 
 B, T = 4, 7
@@ -34,13 +43,23 @@ def batch():
     )
 
 
-def _oracle(batch, *, low=0.2, high=0.2, dual=None, kl_coef=0.0, segments=None, sequence=False):
+def _kl(logprob, ref, estimator):
+    q = float(ref) - logprob
+    return {"k1": -q, "k2": q * q / 2, "k3": np.exp(q) - q - 1}[estimator]
+
+
+def _oracle(
+    batch, *, low=0.2, high=0.2, dual=None, kl_coef=0.0, segments=None, sequence=False,
+    estimator="k3", cap=None, entropy_coef=0.0,
+):  # fmt: skip
     """(13) token by token; also the sums of weight that the metrics report."""
     new, old, weight = (
         batch[name].astype(np.float64) for name in ("logprobs_BT", "old_logprobs_BT", "weight_BT")
     )
     loss, sums = 0.0, dict(policy_loss=0.0, kl=0.0, clip_low=0.0, clip_high=0.0, dual_clip=0.0, ratio=0.0)
     ratios = []
+    extras = dict(importance=0.0, importance_capped=0.0) if cap is not None else {}
+    extras |= dict(entropy=0.0) if "entropy_BT" in batch else {}
     for i, t in zip(*np.nonzero(weight > 0), strict=True):
         advantage = float(
             batch["advantages"][i] if batch["advantages"].ndim == 1 else batch["advantages"][i, t]
@@ -57,16 +76,24 @@ def _oracle(batch, *, low=0.2, high=0.2, dual=None, kl_coef=0.0, segments=None, 
         if dual is not None and advantage < 0:
             sums["dual_clip"] += w * (dual * advantage > objective)
             objective = max(objective, dual * advantage)
-        q = float(batch["ref_logprobs_BT"][i, t]) - new[i, t]
-        kl = np.exp(q) - q - 1
+        if cap is not None:
+            sampler = batch["sampler_logprobs_BT"].astype(np.float64)
+            exact = np.exp(np.mean([old[i, s] - sampler[i, s] for s in members]))
+            extras["importance"] += w * min(exact, cap)
+            extras["importance_capped"] += w * (exact > cap)
+            objective *= min(exact, cap)
+        kl = _kl(new[i, t], batch["ref_logprobs_BT"][i, t], estimator)
         loss -= w * (objective - kl_coef * kl)
+        if "entropy_BT" in batch:
+            loss -= entropy_coef * w * float(batch["entropy_BT"][i, t])
+            extras["entropy"] += w * float(batch["entropy_BT"][i, t])
         sums["policy_loss"] -= w * objective
         sums["kl"] += w * kl
         sums["ratio"] += w * ratio
         sums["clip_low"] += w * (advantage < 0 and ratio < 1 - low)
         sums["clip_high"] += w * (advantage > 0 and ratio > 1 + high)
         ratios.append(ratio)
-    return loss, sums | dict(weight=weight.sum(), ratio_min=min(ratios), ratio_max=max(ratios))
+    return loss, sums | extras | dict(weight=weight.sum(), ratio_min=min(ratios), ratio_max=max(ratios))
 
 
 def _check(batch, oracle_settings, **settings):
@@ -97,6 +124,21 @@ def test_group_advantages_eq12():
 def test_group_advantages_are_exactly_zero_without_variance(scale_by_std):
     rewards = np.array([[0.1] * 3, [1] * 3, [0] * 3], np.float32)  # the mean of three 0.1 is not 0.1
     np.testing.assert_array_equal(group_advantages(rewards, scale_by_std=scale_by_std), 0)
+
+
+def test_varied_groups():
+    rewards = np.array([[0.1] * 3, [1, 1, 0], [0] * 3], np.float32)
+    np.testing.assert_array_equal(objectives.varied_groups(rewards), [False, True, False])
+
+
+def test_overlong_penalty_is_daposs():
+    """0 up to limit - interval, then linear, 1 at the limit (arXiv 2503.14476); cut off: all of it."""
+    lengths = np.array([10, 60, 70, 80, 100, 100])
+    stopped = np.array([True, True, True, True, True, False])
+    soft = objectives.overlong_penalty(lengths, stopped, limit=100, interval=40, size=0.5)
+    np.testing.assert_allclose(soft, 0.5 * np.array([0, 0, 0.25, 0.5, 1, 1]))
+    hard = objectives.overlong_penalty(lengths, stopped, limit=100, interval=0, size=2.0)
+    np.testing.assert_array_equal(hard, [0, 0, 0, 0, 0, 2])
 
 
 def test_group_of_one_is_refused():
@@ -134,6 +176,56 @@ def test_policy_loss_grpo_eq13(batch, low, high, dual, kl_coef):
         clip_low=low, clip_high=high, dual_clip=dual, kl_coef=kl_coef,
     )  # fmt: skip
     assert metrics["clip_low"] > 0 and metrics["clip_high"] > 0 and (metrics["dual_clip"] > 0) == bool(dual)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_policy_loss_kl_estimators(batch, estimator):
+    _check(batch, dict(kl_coef=0.3, estimator=estimator), kl_coef=0.3, kl_estimator=estimator)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_estimators_elementwise(estimator):
+    """Against the formulas; k1 and k3 are unbiased for the divergence."""
+    p, r = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.2, 0.6])
+    log_p, log_r = np.log(p).astype(np.float32), np.log(r).astype(np.float32)
+    figure = objectives.KL_ESTIMATORS[estimator](log_p, log_r)
+    expected = [_kl(a, b, estimator) for a, b in zip(np.log(p), np.log(r), strict=True)]
+    np.testing.assert_allclose(figure, expected, rtol=1e-4)
+    if estimator != "k2":
+        np.testing.assert_allclose((p * figure).sum(), (p * np.log(p / r)).sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("cap", [0.9, 2.0])
+@pytest.mark.parametrize("sequence", [False, True])
+def test_truncated_importance_weights_of_trainer_against_sampler(batch, cap, sequence):
+    """min(π_trainer / π_sampler, cap) on the clipped objective, and not on the KL; by sequence for GSPO."""
+    noise = np.random.default_rng(7).normal(size=(B, T)) * 0.6
+    batch["sampler_logprobs_BT"] = (batch["old_logprobs_BT"] + noise).astype(np.float32)
+    metrics = _check(
+        batch, dict(cap=cap, kl_coef=0.1, sequence=sequence),
+        importance_cap=cap, kl_coef=0.1, algorithm="gspo" if sequence else "grpo",
+    )  # fmt: skip
+    assert sequence or metrics["importance_capped"] > 0
+    constants = dict(sampler_logprobs_BT=batch.pop("sampler_logprobs_BT"))
+    gradient = jax.grad(lambda c: policy_loss(**batch, **c, importance_cap=cap)[0])(constants)
+    np.testing.assert_array_equal(gradient["sampler_logprobs_BT"], 0)
+
+
+def test_importance_weights_are_one_where_sampler_and_trainer_agree(batch):
+    plain = policy_loss(**batch)[0]
+    weighted, metrics = policy_loss(**batch, sampler_logprobs_BT=batch["old_logprobs_BT"], importance_cap=1.0)
+    assert plain == weighted and metrics["importance"] == metrics["weight"]
+    assert metrics["importance_capped"] == 0
+
+
+def test_entropy_bonus_and_its_gradient(batch):
+    batch["entropy_BT"] = np.random.default_rng(8).random((B, T)).astype(np.float32)
+    _check(batch, dict(entropy_coef=0.2), entropy_coef=0.2)
+    gradient = jax.grad(lambda h: policy_loss(**batch | dict(entropy_BT=h), entropy_coef=0.2)[0])(
+        batch["entropy_BT"]
+    )
+    np.testing.assert_allclose(gradient, -0.2 * batch["weight_BT"], rtol=1e-6)
+    assert policy_loss(**batch)[1]["entropy"] > 0, "reported whatever its coefficient"
 
 
 def test_advantages_may_differ_by_token(batch):
@@ -312,6 +404,9 @@ def test_kl_is_reported_but_not_charged_at_coefficient_zero(batch):
         (dict(algorithm="ppo"), "algorithm 'ppo'"),
         (dict(dual_clip=1.0), "dual_clip 1.0"),
         (dict(kl_coef=0.1, ref_logprobs_BT=None), "ref_logprobs_BT"),
+        (dict(kl_estimator="k4"), "kl_estimator 'k4'"),
+        (dict(importance_cap=2.0), "sampler_logprobs_BT"),
+        (dict(entropy_coef=0.1), "entropy_BT"),
     ],
 )
 def test_bad_settings_are_named(batch, settings, message):

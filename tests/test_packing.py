@@ -1,12 +1,15 @@
 """Packing and weights: each token's share of the loss, and what stands where in a row."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from ngrpo_jax.algo.mixture import Mixture
+from configs import base
+from ngrpo_jax.algo.mixture import Mixture, Noise
 from ngrpo_jax.learner import packing
 from ngrpo_jax.rollout.trajectory import Trajectories
-from ngrpo_jax.settings import ObjectiveSettings
+from ngrpo_jax.settings import resolve
 
 PROMPTS = [[5, 6], [7, 8, 9], [5, 6], [4]]
 LENGTHS = np.array([3, 1, 5, 2], np.int32)
@@ -98,7 +101,7 @@ def test_first_fit_fills_rows_and_loses_nobody():
 
 def test_mini_batches_keep_prompts_together_and_count_their_own_weights():
     made = _trajectories()
-    objective = ObjectiveSettings("grpo", 0.2, 0.2, None, 0.0, True, "token", True)
+    objective = dataclasses.replace(resolve(base.get_config()).objective, aggregate="token")
     batches = packing.mini_batches(
         PROMPTS, made, np.ones(4), objective, count=2, row_tokens=8, rows=1, max_new_tokens=6
     )
@@ -119,3 +122,91 @@ def test_a_sequence_longer_than_a_row_is_refused():
         ValueError, match=r"sequence 2 takes 6 positions, more than a row of train.row_tokens"
     ):
         packing.pack(PROMPTS, _trajectories(), np.ones(4), _weights("token"), row_tokens=5, rows_multiple=1)
+
+
+def test_a_shared_prompt_stands_once_and_each_response_begins_with_its_last_token():
+    made = _trajectories()
+    prompts = [[5, 6, 7], [8, 9], [5, 6, 7], [8, 9]]
+    weights = _weights("sequence")
+    advantages = np.array([1.0, 2.0, 3.0, 4.0])
+    rows = packing.pack(
+        prompts, made, advantages, weights, row_tokens=16, rows_multiple=1, share_prompts=True
+    )
+    assert rows.targets_RT.shape == (1, 16)
+    # Prompt 5 6 once, then responses 2 (5 tokens) and 0 (3), each after 7; prompt 8 once, then 3 and 1.
+    np.testing.assert_array_equal(
+        rows.segment_ids_RT[0], [1] * 2 + [2] * 5 + [3] * 3 + [4] + [5] * 2 + [6] + [0] * 2
+    )
+    np.testing.assert_array_equal(rows.prefix_ids_RT[0], [0] * 2 + [1] * 8 + [0] + [4] * 3 + [0] * 2)
+    np.testing.assert_array_equal(
+        rows.inputs.ids[0, :14, 0], [5, 6, 7, 30, 31, 32, 33, 7, 10, 11, 8, 9, 40, 9]
+    )
+    np.testing.assert_array_equal(rows.positions_RT[0, :14], [0, 1, 2, 3, 4, 5, 6, 2, 3, 4, 0, 1, 2, 1])
+    np.testing.assert_array_equal(
+        rows.targets_RT[0, rows.response_RT[0]], [30, 31, 32, 33, 34, 10, 11, 12, 40, 41, 20]
+    )
+    np.testing.assert_array_equal(
+        rows.advantages_RT[0, rows.response_RT[0]], [3] * 5 + [1] * 3 + [4] * 2 + [2]
+    )
+    assert np.isclose(rows.weight_RT.sum(), 1.0) and not rows.weight_RT[~rows.response_RT].any()
+
+
+def test_a_group_too_long_for_one_row_has_its_prompt_in_each_that_it_needs():
+    bins = packing.first_fit_groups([0, 0, 0, 1], [10, 10, 10, 3], [20, 20, 20, 4], capacity=50)
+    assert bins == [[0, 1], [2, 3]]
+
+
+def _long_tail():
+    """64 prompts of 64 tokens × 4 responses: log-normal, median 60, 95th percentile 400, cap 512."""
+    rng = np.random.default_rng(0)
+    drawn = 60 * np.exp(np.log(400 / 60) / 1.645 * rng.normal(size=256))
+    made = Trajectories.empty(256, 512, 1)
+    made.lengths_B[:] = np.clip(np.round(drawn), 1, 512)
+    return [[prompt] * 64 for prompt in range(64) for _ in range(4)], made
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
+@pytest.mark.parametrize("count", [1, 4])
+def test_rows_of_the_default_length_are_filled_to_92_percent_by_a_long_tail(count, share_prompts):
+    prompts, made = _long_tail()
+    objective = resolve(base.get_config()).objective
+    batches = packing.mini_batches(
+        prompts,
+        made,
+        np.zeros(256),
+        objective,
+        count=count,
+        row_tokens=64 + 512,
+        rows=1,
+        max_new_tokens=512,
+        share_prompts=share_prompts,
+    )
+    responses = sum(int(rows.response_RT.sum()) for batch in batches for rows in batch)
+    assert responses == made.lengths_B.sum()
+    assert packing.fill(batches) >= 0.92
+
+
+def test_whatever_a_mixture_carries_is_packed_with_its_token():
+    made = _trajectories()
+    place = np.arange(4 * 6, dtype=np.int32).reshape(4, 6)
+    keys = np.stack([place, place + 100], axis=-1).astype(np.uint32)
+    noise = Noise(keys, place, place.astype(np.float32))
+    made = made._replace(mixtures=made.mixtures._replace(noise=noise))
+    for share_prompts in (False, True):
+        rows = packing.pack(
+            PROMPTS,
+            made,
+            np.zeros(4),
+            _weights("token"),
+            row_tokens=8,
+            rows_multiple=1,
+            share_prompts=share_prompts,
+        )
+        packed = rows.inputs.noise
+        assert packed.key_data.dtype == np.uint32 and packed.scale.dtype == np.float32
+        # A response's first input is the prompt's last token, which has no noise.
+        expected = np.concatenate([place[i, : n - 1] for i, n in enumerate(LENGTHS)])
+        held = packed.scale != 0
+        assert sorted(packed.position[held]) == sorted(expected[expected > 0])
+        np.testing.assert_array_equal(packed.key_data[held][:, 1], packed.position[held] + 100)
+        np.testing.assert_array_equal(packing.take(rows, 1, 1).inputs.noise.scale, packed.scale[1:2])

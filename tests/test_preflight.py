@@ -18,6 +18,7 @@ RUN = RunShape(
     fsdp=8,
     tensor=1,
     rollout_tensor=1,
+    rollout_shards=8,
     slots=64,
     cache_length=12288,
     prefill_rows=16,
@@ -81,6 +82,22 @@ def test_remat_trades_memory():
     )
     assert full < dots < none
     assert "reference model, bfloat16" not in _sizes(dataclasses.replace(RUN, reference=False))
+
+
+def test_what_waits_in_host_memory_counts_in_the_update_alone():
+    def phases(offload):
+        parts = preflight.memory_estimate(R1_1_5B, dataclasses.replace(RUN, offload=offload))
+        return {part.name: part.phase for part in parts}
+
+    adam, reference = "Adam moments, float32", "reference model, bfloat16"
+    assert (phases("none")[adam], phases("none")[reference]) == ("always", "always")
+    assert (phases("optimizer")[adam], phases("optimizer")[reference]) == ("update", "always")
+    assert (phases("both")[adam], phases("both")[reference]) == ("update", "update")
+
+
+def test_plain_attention_counts_the_scores_of_whole_rows():
+    part = "activations of a microbatch"
+    assert _sizes(dataclasses.replace(RUN, attention="plain"))[part] > 2 * _sizes()[part]
 
 
 def test_the_peak_is_the_worse_of_the_two_phases():

@@ -247,3 +247,44 @@ def test_marked_text_never_splits_a_character(byte_level):
     assert prompts.marked_text(byte_level, ids, mixed) == "a ⟦日⟧本 b"
     for pattern in np.random.default_rng(0).random((50, len(ids))) < 0.5:
         assert prompts.marked_text(byte_level, ids, pattern).replace("⟦", "").replace("⟧", "") == text
+
+
+def test_matching_rows_sees_the_text_with_its_leading_space(byte_level):
+    rows = len(byte_level) + 5
+    spaced = prompts.matching_rows(byte_level, r"^ x$", rows)
+    assert spaced.shape == (rows,) and spaced.dtype == bool
+    assert np.flatnonzero(spaced).tolist() == [byte_level.convert_tokens_to_ids("Ġx")]
+    digits = np.flatnonzero(prompts.matching_rows(byte_level, r"\d", rows))
+    assert digits.tolist() == sorted(byte_level.convert_tokens_to_ids(list("0123456789")))
+    assert not prompts.matching_rows(byte_level, ".", rows)[-3:].any(), "rows that no token uses"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sentence"), [("[", "is no regular expression"), ("zzzz", "matches no token")]
+)
+def test_a_wrong_pattern_is_named(byte_level, pattern, sentence):
+    with pytest.raises(ValueError, match=f"mixing.keep_out .*{sentence}"):
+        prompts.matching_rows(byte_level, pattern, len(byte_level) + 1)
+
+
+def test_spelling_groups_join_case_and_a_leading_space_alone(byte_level):
+    rows = len(byte_level) + 5
+    groups = prompts.spelling_groups(byte_level, rows)
+    ids = byte_level.convert_tokens_to_ids
+    assert groups[ids("x")] == groups[ids("X")] == groups[ids("Ġx")]
+    assert groups[ids("x")] != groups[ids("y")] and groups[ids("</")] == groups[ids("Ġ</")]
+    assert groups[ids(">")] != groups[ids(">Ċ")], "a line break is no leading space"
+    bytes_alone = [i for i in range(rows - 4) if "\ufffd" in byte_level.decode([i])]
+    assert len(bytes_alone) > 50 and len({int(groups[i]) for i in bytes_alone}) == len(bytes_alone)
+    assert len(set(groups[-3:].tolist())) == 3
+
+
+@needs_r1_distill
+def test_spelling_groups_of_a_real_vocabulary(r1_distill):
+    groups = prompts.spelling_groups(r1_distill, 151936)
+    same = [
+        r1_distill.encode(text, add_special_tokens=False) for text in ("the", " the", "The", " The", " THE")
+    ]
+    assert all(len(ids) == 1 for ids in same) and len({int(groups[ids[0]]) for ids in same}) == 1
+    digits = np.flatnonzero(prompts.matching_rows(r1_distill, r"^ ?\d+$", 151936))
+    assert len(digits) >= 10

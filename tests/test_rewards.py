@@ -12,7 +12,7 @@ import threading
 
 import pytest
 
-from ngrpo_jax.tasks import grading, rewards
+from ngrpo_jax.tasks import grading, rewards, workers
 from ngrpo_jax.tasks.rewards import Grader, choice_reward, load_reward, math_reward
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -205,6 +205,32 @@ def test_scores_keep_their_order_over_workers_and_repetitions(grader):
     assert grader.counts.cached - before == 35 + 40
 
 
+def test_verdicts_are_remembered_but_no_more_than_so_many(monkeypatch):
+    monkeypatch.setattr(rewards, "_CACHED_VERDICTS", 2)
+    with Grader(workers=1) as grader:
+        for answer, cached in (("x+1", 0), ("x+2", 0), ("x+1", 1), ("x+3", 1), ("x+1", 2), ("x+2", 2)):
+            assert grader.score([f"\\boxed{{{answer}}}"], ["1+x"], "math") == [float(answer == "x+1")]
+            assert grader.counts.cached == cached
+
+
+def test_time_outs_are_never_remembered():
+    with Grader(workers=1, deadline_s=0.5) as grader:
+        for times in (1, 2):
+            assert grader.score(["\\boxed{9^{9^9}}"], ["5"], "math") == [0.0]
+            assert (grader.counts.timeouts, grader.counts.cached) == (times, 0)
+
+
+def test_throughput_of_a_batch():
+    grader = Grader(workers=1)
+    assert grader.counts.per_second == 0.0
+    grader.score(["\\boxed{5}"] * 10, ["5"] * 10, "math")
+    before = grader.snapshot()
+    grader.score(["\\boxed{5}"] * 40, ["5"] * 40, "math")
+    batch = grader.counts.since(before)
+    assert (batch.graded, batch.by_rule, before.graded) == (40, 40, 10)
+    assert batch.per_second == pytest.approx(40 / batch.seconds)
+
+
 def test_golds_and_responses_must_pair_up(grader):
     with pytest.raises(ValueError, match="zip"):
         grader.score(["a", "b"], ["a"], "math")
@@ -230,7 +256,7 @@ def test_past_the_deadline_the_score_is_zero_and_the_next_is_graded():
 
 
 def test_the_memory_limit_binds():
-    worker = rewards._Worker(deadline_s=5.0, memory_mb=20)
+    worker = workers.Worker(deadline_s=5.0, memory_mb=20)
     with pytest.raises(RuntimeError, match=r"a grading worker does not start .* 20 MB of memory are enough"):
         worker.ask(("x", "y"))
 
@@ -347,6 +373,11 @@ def test_closing_right_after_a_time_out_does_not_hang(tmp_path):
         ("Answer: Apple", None),
         ("Answer: <A/B/C/D>", None),
         ("Answer: A or B", None),
+        ("the last line: *Answer*: [C]  ", "C"),
+        ("Answer: \\textbf{(D)}", "D"),
+        ("Answer : $\\mathrm{A}$", "A"),
+        ("Answer: A</think>B", None),
+        ("B is right, so I choose B", None),
         ("Answer: E", None),
         ("A", None),
         ("Answer: A</think>", None),

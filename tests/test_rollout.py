@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from ngrpo_jax.algo.logprobs import token_logprobs
-from ngrpo_jax.algo.mixture import Mixing
+from ngrpo_jax.algo.mixture import Mixing, Mixture, Noise
 from ngrpo_jax.algo.neighbors import neighbor_table
 from ngrpo_jax.learner import packing
-from ngrpo_jax.model import decoder
+from ngrpo_jax.model import columns, decoder
 from ngrpo_jax.model.config import ModelConfig, RopeScaling
 from ngrpo_jax.rollout import decode, engine
 
@@ -58,7 +58,7 @@ def _generate(params, config, prompts=PROMPTS, **changes):
 def _same(a, b):
     for name, x, y in zip(a._fields, a, b, strict=True):
         if name == "mixtures":
-            np.testing.assert_array_equal(x.ids, y.ids)
+            jax.tree.map(np.testing.assert_array_equal, x._replace(weights=None), y._replace(weights=None))
             np.testing.assert_allclose(x.weights, y.weights, atol=1e-5)
         elif name == "logprobs_BT":
             np.testing.assert_allclose(x, y, atol=1e-4)
@@ -87,19 +87,94 @@ def test_rollout_logprobs_equal_replayed_ones(name):
     assert gap.max() <= 1e-4
 
 
-def test_rate_zero_is_a_plain_rollout_token_for_token():
+STRATEGIES = {
+    "l2": Mixing(k=3, metric="l2"),
+    "l1": Mixing(k=3, metric="l1"),
+    "dot": Mixing(k=3, metric="dot"),
+    "release": Mixing(k=2, table="head", weights="probs", token="sampled"),
+    "soft": Mixing("soft", k=5),
+    "gumbel": Mixing("gumbel", k=5),
+    "noise": Mixing("noise"),
+}
+
+
+def _replayed_logprobs(params, config, prompt, written, index):
+    """Log-probabilities of one response by the model, from the prompt and the recorded mixtures alone."""
+    count, before = int(written.lengths_B[index]), len(prompt)
+    mixtures = written.mixtures
+    padding = ((0, 0), (before, 0), (0, 0))
+    ids, weights = (np.pad(leaf[index : index + 1, : count - 1], padding) for leaf in mixtures[:2])
+    ids[0, :before] = np.array(prompt)[:, None]
+    weights[0, :before, 0] = 1.0
+    noise = None
+    if mixtures.noise is not None:
+        parts = (leaf[index : index + 1, : count - 1] for leaf in mixtures.noise)
+        noise = Noise(*(np.pad(leaf, padding[: leaf.ndim]) for leaf in parts))
+    logits = decoder.forward(params, config, jax.tree.map(jnp.asarray, Mixture(ids, weights, noise)))
+    logprobs = jax.nn.log_softmax(logits[0, before - 1 :] / 0.9)
+    return np.asarray(logprobs)[np.arange(count), written.response(index)]
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_each_strategy_replays_exactly(name):
+    """Rollout log-probabilities equal replayed ones to 1e-4 at ρ = 0.5, and mixing ends with the thinking."""
+    config = CONFIGS["qwen2_untied"]
+    params = _params(config)
+    mixing = dataclasses.replace(STRATEGIES[name], rate=0.5, until_ids=UNTIL)
+    written = _generate(params, config, mixing=mixing, slots=4, chunk=8)
+    assert written.mixed_BT.sum() > 20, "nothing was mixed: the comparison would be empty"
+    assert written.mixtures.ids.shape == (9, 24, mixing.candidates)
+    for index in range(9):
+        replayed = _replayed_logprobs(params, config, PROMPTS[index // 3], written, index)
+        np.testing.assert_allclose(
+            replayed, written.logprobs_BT[index, : written.lengths_B[index]], atol=1e-4
+        )
+    ordinary = ~written.mixed_BT
+    if mixing.noisy:
+        np.testing.assert_array_equal(written.mixtures.noise.scale[ordinary], 0)
+        assert (written.mixtures.noise.scale[written.mixed_BT] == np.float32(0.33)).all()
+    np.testing.assert_array_equal(written.mixtures.weights[ordinary, 0], 1)
+    for tokens, mixed in zip(written.tokens_BT, written.mixed_BT, strict=True):
+        ends = [t for t in range(24) if tokens[t] == 9 or tuple(tokens[t - 1 : t + 1]) == (14, 15)]
+        assert not ends or not mixed[ends[0] + 1 :].any()
+
+
+def test_the_head_table_is_of_the_heads_rows():
+    config = CONFIGS["qwen2_untied"]
+    params = _params(config)
+    written = _generate(params, config, mixing=Mixing(rate=1.0, k=3, table="head"), samples=1)
+    of_head = np.asarray(neighbor_table(params["head"]["kernel"].T, 3))
+    of_embedding = np.asarray(neighbor_table(params["embed"]["embedding"], 3))
+    assert (of_head != of_embedding).any()
+    mixed = written.mixed_BT
+    np.testing.assert_array_equal(written.mixtures.ids[mixed], of_head[written.tokens_BT[mixed]])
+
+
+def test_tokens_kept_out_are_written_by_ordinary_steps():
+    params = _params(BASE)
+    everything = Mixing(rate=1.0, k=3)
+    anchors = set(_generate(params, BASE, mixing=everything, stop_ids=()).tokens_BT[:, 0].tolist())
+    some = tuple(sorted(anchors))[:1]
+    written = _generate(params, BASE, mixing=dataclasses.replace(everything, keep_out_ids=some), stop_ids=())
+    assert not written.mixed_BT.all() and written.mixed_BT.any()
+    assert not np.isin(written.tokens_BT[written.mixed_BT], some).any()
+
+
+@pytest.mark.parametrize("strategy", ["neighbor", "soft", "gumbel", "noise"])
+def test_rate_zero_is_a_plain_rollout_token_for_token(strategy):
     params = _params(BASE)
     plain = _generate(params, BASE)
-    mixed = _generate(params, BASE, mixing=Mixing(rate=0.0, k=3, until_ids=UNTIL))
+    mixed = _generate(params, BASE, mixing=Mixing(strategy, rate=0.0, k=3, until_ids=UNTIL))
     np.testing.assert_array_equal(plain.tokens_BT, mixed.tokens_BT)
     np.testing.assert_array_equal(plain.lengths_B, mixed.lengths_B)
     assert not mixed.mixed_BT.any()
     assert len({tuple(row) for row in plain.tokens_BT}) > 5, "all samples alike: the test would prove nothing"
 
 
-def test_slots_chunk_and_order_do_not_change_a_trajectory():
+@pytest.mark.parametrize("strategy", ["neighbor", "noise"])
+def test_slots_chunk_and_order_do_not_change_a_trajectory(strategy):
     params = _params(BASE)
-    mixing = Mixing(rate=0.3, k=3, until_ids=UNTIL)
+    mixing = Mixing(strategy, rate=0.3, k=3, until_ids=UNTIL)
     whole = _generate(params, BASE, mixing=mixing)
     for slots, chunk in ((4, 8), (16, 32), (2, 5)):
         _same(whole, _generate(params, BASE, mixing=mixing, slots=slots, chunk=chunk))
@@ -193,10 +268,10 @@ def test_top_k_one_draws_the_argmax():
 
 
 def test_nothing_compiles_after_the_first_rollout():
-    params = engine.lay_out(_params(BASE), BASE)
+    params = columns.lay_out(_params(BASE), BASE)
     mixing = Mixing(rate=0.3, k=3, until_ids=UNTIL)
     table_VC = neighbor_table(params["embed"]["embedding"], 3)
-    options = dict(mixing=mixing, table_VC=table_VC, slots=4, chunk=8, cache_length=64)
+    options = dict(mixing=mixing, table_VC=table_VC, slots=4, chunk=8, max_prompt_tokens=32)
     _generate(params, BASE, **options)
     counts = [f._cache_size() for f in (decode.prefill, decode.fill, decode.decode_chunk)]
     _generate(params, BASE, [[5, 6], [4] * 9, [8, 8, 8], [3]], seed=9, **options)

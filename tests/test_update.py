@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +10,17 @@ import numpy as np
 import optax
 import pytest
 
+from configs import base
 from ngrpo_jax.algo.mixture import Mixing, embed
 from ngrpo_jax.learner import packing, update
+from ngrpo_jax.learner.loss import Computation
 from ngrpo_jax.learner.optimizer import make_optimizer
+from ngrpo_jax.model import attention as attentions
 from ngrpo_jax.model import decoder
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.rollout import engine
 from ngrpo_jax.runtime import mesh as meshes
-from ngrpo_jax.settings import ObjectiveSettings, OptimizerSettings
+from ngrpo_jax.settings import OptimizerSettings, resolve
 
 CONFIG = ModelConfig(
     architecture="qwen2",
@@ -28,7 +32,7 @@ CONFIG = ModelConfig(
     num_kv_heads=2,
     head_dim=8,
 )
-OBJECTIVE = ObjectiveSettings("grpo", 0.2, 0.2, 3.0, 0.05, True, "sequence", True)
+OBJECTIVE = dataclasses.replace(resolve(base.get_config()).objective, kl_coef=0.05)
 OPTIMIZER = OptimizerSettings(1e-3, 0, 0.9, 0.999, 1e-8, 0.01, 1.0)
 TEMPERATURE = 0.8
 PROMPTS = [[3, 4, 5], [7, 8, 9, 10, 11, 12, 13], [20] * 11, [31, 2]]
@@ -61,41 +65,66 @@ def _batch():
     return [prompt for prompt in PROMPTS for _ in range(4)], written, advantages
 
 
-def _programs(mesh=None, remat="none", objective=OBJECTIVE, logprob_chunk=64):
+def _programs(
+    mesh=None,
+    remat="none",
+    objective=OBJECTIVE,
+    logprob_chunk=64,
+    attention="chunked",
+    unroll=False,
+    **options,
+):
     mesh = mesh or meshes.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     optimizer = make_optimizer(OPTIMIZER)
     shapes = jax.eval_shape(lambda: update.init_state(decoder.init(jax.random.key(0), CONFIG), optimizer))
     shardings = meshes.state_shardings(mesh, shapes)
+    attend = attentions.make(attention, mesh, block=16)
     programs = update.compile_programs(
-        CONFIG,
+        Computation(CONFIG, TEMPERATURE, remat, logprob_chunk, attend, unroll),
         objective,
         optimizer,
-        temperature=TEMPERATURE,
-        remat=remat,
-        logprob_chunk=logprob_chunk,
         state_shardings=shardings,
         rows_sharding=meshes.rows_sharding(mesh),
+        **options,
     )
     return programs, shardings, optimizer
 
 
-def _gradients(mesh=None, *, row_tokens=64, rows=4, params_seed=2, objective=OBJECTIVE, **options):
+def _gradients(
+    mesh=None,
+    *,
+    row_tokens=64,
+    rows=4,
+    params_seed=2,
+    objective=OBJECTIVE,
+    share_prompts=False,
+    old="learner",
+    **options,
+):
     """Gradients and metrics of one optimiser step by parameters that differ from old and reference ones."""
     programs, shardings, _ = _programs(mesh, objective=objective, **options)
     prompts, written, advantages = _batch()
     (batch,) = packing.mini_batches(
-        prompts, written, advantages, objective, count=1, row_tokens=row_tokens, rows=rows, max_new_tokens=20
+        prompts,
+        written,
+        advantages,
+        objective,
+        count=1,
+        row_tokens=row_tokens,
+        rows=rows,
+        max_new_tokens=20,
+        share_prompts=share_prompts,
     )
-    old, new, ref = (jax.device_put(_params(seed), shardings.params) for seed in (0, params_seed, 4))
-    (scored,) = update.score(programs, old, ref if objective.kl_coef else None, [batch])
+    before, new, ref = (jax.device_put(_params(seed), shardings.params) for seed in (0, params_seed, 4))
+    (scored,) = update.score(programs, before, ref if objective.kl_coef else None, [batch], old=old)
     grads, metrics = update.gradients(programs, new, scored)
     return jax.device_get(grads), jax.device_get(metrics), scored, batch
 
 
 @functools.cache
 def _reference():
-    """The step with every sequence in a row of its own, one device, nothing recomputed."""
-    return _gradients(row_tokens=30, rows=16)[:2]
+    """The step with every sequence in a row of its own, one device, plain attention, nothing recomputed."""
+    return _gradients(row_tokens=30, rows=16, attention="plain")[:2]
 
 
 def _assert_same(grads, metrics, reference=None):
@@ -112,19 +141,29 @@ def _assert_same(grads, metrics, reference=None):
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (8, 1, 1), (1, 8, 1), (1, 4, 2), (4, 1, 2)])
 def test_eight_devices_equal_one(shape):
-    grads, metrics, *_ = _gradients(meshes.make_mesh(*shape), rows=8)
+    grads, metrics, *_ = _gradients(meshes.make_mesh(*shape), rows=8, share_prompts=True)
     _assert_same(grads, metrics)
 
 
+@pytest.mark.parametrize("share_prompts", [False, True])
 @pytest.mark.parametrize(("row_tokens", "rows"), [(64, 1), (64, 2), (128, 2), (40, 8)])
-def test_packing_and_microbatches_do_not_change_the_loss(row_tokens, rows):
-    grads, metrics, *_ = _gradients(row_tokens=row_tokens, rows=rows)
+def test_packing_and_microbatches_do_not_change_the_loss(row_tokens, rows, share_prompts):
+    grads, metrics, _, batch = _gradients(row_tokens=row_tokens, rows=rows, share_prompts=share_prompts)
+    assert share_prompts == any(part.prefix_ids_RT.any() for part in batch)
     _assert_same(grads, metrics)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
-def test_remat_on_equals_off(remat):
-    grads, metrics, *_ = _gradients(remat=remat, logprob_chunk=16)
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_plain_attention_gives_the_same_on_packed_rows(share_prompts):
+    grads, metrics, *_ = _gradients(row_tokens=100, attention="plain", share_prompts=share_prompts)
+    _assert_same(grads, metrics)
+
+
+@pytest.mark.parametrize(
+    ("remat", "unroll"), [("full", False), ("dots", False), ("none", True), ("full", True)]
+)
+def test_remat_on_equals_off_and_layers_may_be_written_out(remat, unroll):
+    grads, metrics, *_ = _gradients(remat=remat, unroll=unroll, logprob_chunk=16)
     _assert_same(grads, metrics)
 
 
@@ -183,12 +222,49 @@ def test_gradient_reaches_the_embedding_rows_of_every_candidate():
     assert not moved[~used].any(), "the head is untied here: rows that no input held have no gradient"
 
 
-def test_sampler_gap_is_nothing_in_float32_and_is_seen_when_temperatures_differ():
-    _, _, scored, batch = _gradients()
-    gap = update.sampler_gap([batch], [scored])
+@pytest.mark.parametrize("old", ["learner", "update", "sampler"])
+def test_sampler_gap_is_nothing_in_float32_and_is_seen_when_temperatures_differ(old):
+    """The parameters are those that wrote the batch, so that all three sources of π_old agree."""
+    objective = dataclasses.replace(OBJECTIVE, old_logprobs="sampler" if old == "sampler" else "trainer")
+    grads, metrics, scored, _ = _gradients(params_seed=0, old=old, objective=objective)
+    assert (scored[0].old_RT is None) == (old == "update")
+    gap = update.figures([metrics])
     assert 0 < gap["gap/max"] <= 1e-4 and gap["gap/mean"] <= gap["gap/max"] and abs(gap["gap/kl"]) < 1e-7
-    wrong = [rows._replace(behaviour_RT=2 * rows.behaviour_RT) for rows in batch]
-    assert update.sampler_gap([wrong], [scored])["gap/mean"] > 0.5
+    _assert_same(grads, metrics, _gradients(params_seed=0, row_tokens=30, rows=16)[:2])
+    programs, shardings, _ = _programs(objective=objective)
+    wrong = [
+        item._replace(rows=item.rows._replace(behaviour_RT=2 * item.rows.behaviour_RT)) for item in scored
+    ]
+    _, metrics = update.gradients(programs, jax.device_put(_params(0), shardings.params), wrong)
+    assert update.figures([jax.device_get(metrics)])["gap/mean"] > 0.5
+
+
+def test_gap_of_the_first_step_alone():
+    step = {"weight": 1.0, "scored": 2.0, "gap": 0.2, "gap_max": 0.15, "gap_kl": 0.01, "loss": 1.0}
+    later = step | {"gap": 2.0, "gap_max": 1.5, "loss": 3.0}
+    both, first = update.figures([step, later]), update.figures([step, later], gap_of_first=True)
+    assert both["gap/max"] == 1.5 and both["gap/mean"] == pytest.approx(0.55)
+    assert first["gap/max"] == 0.15 and first["gap/mean"] == pytest.approx(0.1)
+    assert first["learner/loss"] == 2.0
+
+
+def test_offloading_changes_where_arrays_wait_and_nothing_else():
+    results = []
+    _, _, scored, _ = _gradients(rows=4)
+    for where in ("none", "both"):
+        programs, shardings, optimizer = _programs(offload=where)
+        state = update.init_state(jax.device_put(_params(0), shardings.params), optimizer)
+        state = state._replace(opt_state=programs.optimizer.store(state.opt_state))
+        state, (figures,) = update.update(programs, state, [scored])
+        reference = programs.reference.store(jax.device_put(_params(4), shardings.params))
+        kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.opt_state)}
+        assert kinds == {"pinned_host" if where == "both" else "device"}
+        kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(reference)}
+        assert kinds == {"pinned_host" if where == "both" else "device"}
+        (again,) = update.score(programs, state.params, reference, [[item.rows for item in scored]])
+        results.append(jax.device_get((state, figures, [item.ref_RT for item in again])))
+    for one, other in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_update_is_adamw_on_the_clipped_gradient():
@@ -260,6 +336,19 @@ def test_learner_embedding_equals_the_rollouts():
     np.testing.assert_allclose(once, expected, atol=1e-6)
 
 
+def test_every_choice_of_the_objective_reaches_the_loss():
+    """The loss of a compiled step is put together as the settings say."""
+    objective = dataclasses.replace(
+        OBJECTIVE, kl_estimator="k2", importance_cap=1.0, entropy_coef=0.1, clip_high=0.4, kl_coef=0.2
+    )
+    _, metrics, *_ = _gradients(objective=objective)
+    assert metrics["importance"] <= metrics["weight"] and metrics["entropy"] > 0
+    expected = metrics["policy_loss"] + 0.2 * metrics["kl"] - 0.1 * metrics["entropy"]
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    plain = _reference()[1]
+    assert abs(metrics["kl"] - plain["kl"]) > 1e-4 * plain["kl"], "k2 is not k3"
+
+
 def test_optimizer_warms_up_linearly():
     optimizer = make_optimizer(dataclasses.replace(OPTIMIZER, warmup_steps=4))
     params = {"x": jnp.ones(3)}
@@ -269,3 +358,19 @@ def test_optimizer_warms_up_linearly():
         updates, state = optimizer.update({"x": jnp.ones(3)}, state, {"x": jnp.zeros(3)})
         sizes.append(float(optax.tree.norm(updates)))
     np.testing.assert_allclose(np.array(sizes) / sizes[-1], [0.25, 0.5, 0.75, 1, 1, 1], atol=1e-3)
+
+
+def test_no_device_gathers_the_vocabulary():
+    """Rows of the embedding and columns of the head stay where the tensor axis has them, both passes."""
+    programs, shardings, _ = _programs(meshes.make_mesh(2, 2, 2))
+    params = jax.device_put(_params(0), shardings.params)
+    prompts, written, advantages = _batch()
+    ((rows, *_),) = packing.mini_batches(
+        prompts, written, advantages, OBJECTIVE, count=1, row_tokens=64, rows=4, max_new_tokens=20
+    )
+    placed = programs.place(rows)
+    old_RT = jax.device_put(np.zeros((4, 64), np.float32), placed.weight_RT.sharding)
+    lowered = programs.accumulate.lower(params, params, placed, old_RT, old_RT)
+    gathers = re.findall(r"= \(?(\S+?)\[([\d,]*)\]\S* all-gather", lowered.compile().as_text())
+    assert gathers, "fsdp gathers the other weights"
+    assert not [shape for _, shape in gathers if str(CONFIG.vocab_size) in shape.split(",")]

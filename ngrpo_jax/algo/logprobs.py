@@ -1,10 +1,12 @@
 """Hidden states to the log-probabilities of given tokens, without the [B, T, V] logits between them.
 
-Owns: the chunked projection, its backward pass, the entropy. Must not know: the model above the projection,
-mixtures, which positions count.
+Owns: the chunked projection, its backward pass, the entropy, and that only the positions that count are
+projected. Must not know: the model above the projection, mixtures, what is done with a log-probability.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -20,52 +22,199 @@ def token_logprobs(
     temperature: float | jax.Array,
     *,
     chunk: int = 1024,
+    scored_BT: jax.Array | None = None,
+    entropy: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """log softmax(hidden · head / temperature) at the targets, and the entropy of that law in nats.
 
     Returns float32 ([B, T], [B, T]). About `chunk` tokens are projected at a time, forward and, by
     recomputation, backward: memory grows with chunk · V and not with B · T · V. Chunks run along T, so that
     a batch sharded over B stays so; no gather runs along V, so that `head_DV` may be sharded over V.
+    With `scored_BT`, bool, only the tokens that it names are projected, and the others get 0 and 0: they are
+    moved to the front of their rows, and chunks in which no row has any left are skipped. With `entropy`
+    false the second result is 0 and costs nothing.
 
     Products are in the dtype of `hidden_BTD` with float32 sums. The gradient for `head_DV` is summed over
     chunks in the dtype of `head_DV`: pass the float32 master, of which each chunk makes its own cast.
     """
-    chex.assert_rank([hidden_BTD, head_DV, targets_BT], [3, 2, 2])
-    batch, time, width = hidden_BTD.shape
-    chex.assert_shape(targets_BT, (batch, time))
-    chex.assert_shape(head_DV, (width, None))
-    chunks = -(-time // max(1, chunk // batch))
-    length = -(-time // chunks)
-    pad = chunks * length - time
+    _check(hidden_BTD, head_DV, targets_BT)
+    order_BT = None if scored_BT is None else _order(scored_BT)
+    if order_BT is not None:
+        hidden_BTD, targets_BT = (_take(x, order_BT) for x in (hidden_BTD, targets_BT))
+    chunks, split, join = _cut(targets_BT.shape, chunk)
 
     # Saving nothing but its inputs, a chunk is projected anew in the backward pass.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def one_chunk(hidden_BtD: jax.Array, targets_Bt: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return _logprobs_and_entropy(scaled(_project(hidden_BtD, head_DV), temperature), targets_Bt)
+        logits_BtV = scaled(_project(hidden_BtD, head_DV), temperature)
+        return _logprobs_and_entropy(logits_BtV, targets_Bt, entropy=entropy)
 
-    hidden_NBtD = _split_time(jnp.pad(hidden_BTD, ((0, 0), (0, pad), (0, 0))), chunks)
-    targets_NBt = _split_time(jnp.pad(targets_BT, ((0, 0), (0, pad))), chunks)
-    _, parts_NBt = jax.lax.scan(lambda _, xs: (None, one_chunk(*xs)), None, (hidden_NBtD, targets_NBt))
-    logprobs_BT, entropy_BT = (
-        jnp.moveaxis(x, 0, 1).reshape(batch, chunks * length)[:, :time] for x in parts_NBt
+    def of_chunk(_: None, xs: tuple[jax.Array, jax.Array, jax.Array]):
+        needed, hidden_BtD, targets_Bt = xs
+        if scored_BT is None:
+            return None, one_chunk(hidden_BtD, targets_Bt)
+        zeros = jnp.zeros(targets_Bt.shape, jnp.float32)
+        return None, jax.lax.cond(needed, one_chunk, lambda *_: (zeros, zeros), hidden_BtD, targets_Bt)
+
+    needed_N = _needed(scored_BT, chunks, targets_BT.shape[1])
+    _, parts = jax.lax.scan(of_chunk, None, (needed_N, split(hidden_BTD), split(targets_BT)))
+    results = [join(part) for part in parts]
+    if order_BT is not None and scored_BT is not None:
+        back_BT = jnp.argsort(order_BT, axis=1)
+        results = [jnp.where(scored_BT, _take(x, back_BT), 0.0) for x in results]
+    return results[0], results[1]
+
+
+TokenLoss = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+def token_loss(
+    loss: TokenLoss,
+    hidden_BTD: jax.Array,
+    head_DV: jax.Array,
+    targets_BT: jax.Array,
+    scored_BT: jax.Array,
+    facts: Any,
+    temperature: float,
+    *,
+    chunk: int = 1024,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The sum over tokens of a loss that each token has for itself, from hidden states: logits exist once.
+
+    Where `token_logprobs` must project a second time in the backward pass, here the gradient of a chunk is
+    taken as soon as its logits are there: three products a token rather than four, and the memory is that of
+    one chunk still. So the loss may not join tokens of different chunks (a ratio for each sequence does).
+
+    Args:
+      loss: (logprobs [B, t], entropy [B, t], scored [B, t], facts of [B, t, ...]) -> (sum, metrics, each a
+        scalar), where nothing counts that is not scored. It sees the tokens of a row in their order.
+      scored_BT: bool, the tokens that are projected; others cost nothing where a whole chunk of them is left.
+      facts: tree of arrays [B, T, ...] that the loss needs besides; no gradient reaches them.
+      temperature, chunk: as for `token_logprobs`.
+
+    Returns:
+      the loss summed over chunks, with gradients for `hidden_BTD` and `head_DV`; and metrics [chunks] each.
+    """
+    _check(hidden_BTD, head_DV, targets_BT)
+    chunks, split, join = _cut(targets_BT.shape, chunk)
+    needed_N = _needed(scored_BT, chunks, targets_BT.shape[1])
+
+    def of_chunk(hidden_BtD, head_DV, targets_Bt, scored_Bt, facts_Bt):
+        logits_BtV = scaled(_project(hidden_BtD, head_DV), temperature)
+        return loss(*_logprobs_and_entropy(logits_BtV, targets_Bt), scored_Bt, facts_Bt)
+
+    def of_empty(targets_Bt, scored_Bt, facts_Bt):
+        zeros = jnp.zeros(targets_Bt.shape, jnp.float32)
+        return loss(zeros, zeros, jnp.zeros_like(scored_Bt), facts_Bt)
+
+    def values(hidden_BTD, head_DV, given):
+        def step(total, xs):
+            needed, hidden_BtD, *rest = xs
+            value, metrics = jax.lax.cond(
+                needed,
+                lambda h, *rest: of_chunk(h, head_DV, *rest),
+                lambda h, *rest: of_empty(*rest),
+                hidden_BtD,
+                *rest,
+            )
+            return total + value, metrics
+
+        return jax.lax.scan(step, jnp.float32(0), (needed_N, split(hidden_BTD), *jax.tree.map(split, given)))
+
+    def values_and_gradients(hidden_BTD, head_DV, given):
+        def full(to_head_DV, hidden_BtD, *rest):
+            gradient = jax.value_and_grad(of_chunk, argnums=(0, 1), has_aux=True)
+            (value, metrics), (to_hidden, to_head) = gradient(hidden_BtD, head_DV, *rest)
+            return to_head_DV + to_head, value, metrics, to_hidden
+
+        def empty(to_head_DV, hidden_BtD, *rest):
+            return to_head_DV, *of_empty(*rest), jnp.zeros_like(hidden_BtD)
+
+        def step(carry, xs):
+            total, to_head_DV = carry
+            needed, *rest = xs
+            to_head_DV, value, metrics, to_hidden = jax.lax.cond(needed, full, empty, to_head_DV, *rest)
+            return (total + value, to_head_DV), (metrics, to_hidden)
+
+        start = jnp.float32(0), jnp.zeros_like(head_DV)
+        xs = needed_N, split(hidden_BTD), *jax.tree.map(split, given)
+        (total, to_head_DV), (metrics, to_hidden) = jax.lax.scan(step, start, xs)
+        return (total, metrics), (join(to_hidden), to_head_DV)
+
+    computed = jax.custom_vjp(values)
+    computed.defvjp(
+        values_and_gradients,
+        lambda gradients, grad: (*(grad[0].astype(g.dtype) * g for g in gradients), None),
     )
-    return logprobs_BT, entropy_BT
+    order_BT = _order(scored_BT)
+    given = jax.tree.map(lambda x: _take(x, order_BT), (targets_BT, scored_BT, facts))
+    return computed(_permuted(hidden_BTD, order_BT), head_DV, given)
 
 
-def _logprobs_and_entropy(logits_BtV: jax.Array, targets_Bt: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _check(hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array) -> None:
+    chex.assert_rank([hidden_BTD, head_DV, targets_BT], [3, 2, 2])
+    chex.assert_shape(targets_BT, hidden_BTD.shape[:2])
+    chex.assert_shape(head_DV, (hidden_BTD.shape[2], None))
+
+
+def _cut(shape: tuple[int, ...], chunk: int) -> tuple[int, Callable, Callable]:
+    """(number of chunks, [B, T, ...] -> [chunks, B, t, ...], and back) for arrays of `shape` [B, T]."""
+    batch, time = shape
+    chunks = -(-time // max(1, chunk // batch))
+    length = -(-time // chunks)
+
+    def split(x_BT: jax.Array) -> jax.Array:
+        pad = ((0, 0), (0, chunks * length - time), *((0, 0),) * (x_BT.ndim - 2))
+        return jnp.moveaxis(jnp.pad(x_BT, pad).reshape(batch, chunks, length, *x_BT.shape[2:]), 1, 0)
+
+    def join(x_NBt: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x_NBt, 0, 1).reshape(batch, chunks * length, *x_NBt.shape[3:])[:, :time]
+
+    return chunks, split, join
+
+
+def _order(scored_BT: jax.Array) -> jax.Array:
+    """Places of each row's tokens, the scored ones first, otherwise as they stood: int32 [B, T]."""
+    return jnp.argsort(~scored_BT, axis=1, stable=True)
+
+
+def _needed(scored_BT: jax.Array | None, chunks: int, time: int) -> jax.Array:
+    """bool [chunks]: whether any row has a scored token in the chunk, once they are at the front."""
+    if scored_BT is None:
+        return jnp.ones((chunks,), bool)
+    return jnp.arange(chunks) * -(-time // chunks) < jnp.max(jnp.sum(scored_BT, axis=1))
+
+
+def _take(x_BT: jax.Array, order_BT: jax.Array) -> jax.Array:
+    index = order_BT.reshape(*order_BT.shape, *(1,) * (x_BT.ndim - 2))
+    return jnp.take_along_axis(x_BT, index, axis=1, mode="clip")
+
+
+@jax.custom_vjp
+def _permuted(x_BTD: jax.Array, order_BT: jax.Array) -> jax.Array:
+    """`_take` by a permutation, whose gradient is another look-up rather than a scatter."""
+    return _take(x_BTD, order_BT)
+
+
+_permuted.defvjp(
+    lambda x_BTD, order_BT: (_take(x_BTD, order_BT), order_BT),
+    lambda order_BT, grad: (_take(grad, jnp.argsort(order_BT, axis=1)), None),
+)
+
+
+def _logprobs_and_entropy(
+    logits_BtV: jax.Array, targets_Bt: jax.Array, *, entropy: bool = True
+) -> tuple[jax.Array, jax.Array]:
     shifted_BtV = logits_BtV - jax.lax.stop_gradient(jnp.max(logits_BtV, axis=-1, keepdims=True))
     exp_BtV = jnp.exp(shifted_BtV)
     total_Bt = jnp.sum(exp_BtV, axis=-1)
     log_total_Bt = jnp.log(total_Bt)
     ids_BtV = jax.lax.broadcasted_iota(jnp.int32, shifted_BtV.shape, 2)
     target_Bt = jnp.sum(jnp.where(ids_BtV == targets_Bt[..., None], shifted_BtV, 0.0), axis=-1)
+    if not entropy:
+        return target_Bt - log_total_Bt, jnp.zeros_like(log_total_Bt)
     entropy_Bt = log_total_Bt - jnp.sum(exp_BtV * shifted_BtV, axis=-1) / total_Bt
     return target_Bt - log_total_Bt, entropy_Bt
-
-
-def _split_time(x_BT: jax.Array, chunks: int) -> jax.Array:
-    """[B, n·t, ...] -> [n, B, t, ...]."""
-    return jnp.moveaxis(x_BT.reshape(x_BT.shape[0], chunks, -1, *x_BT.shape[2:]), 1, 0)
 
 
 @jax.custom_vjp

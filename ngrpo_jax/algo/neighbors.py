@@ -30,6 +30,7 @@ def neighbor_table(
     *,
     metric: str = "cosine",
     valid_V: jax.Array | np.ndarray | None = None,
+    group_V: jax.Array | np.ndarray | None = None,
     block: int = 512,
 ) -> jax.Array:
     """The candidates of every row as an anchor, (7) of arXiv 2606.10768: int32 [V, k].
@@ -37,11 +38,12 @@ def neighbor_table(
     Column 0 is the row itself, columns 1.. its k-1 nearest other valid rows, nearest first, of equally
     near ones the lower id first. `metric`: "cosine" (8), where a zero row has cosine 0 to every row, "l2",
     "l1" or "dot". `valid_V` bool [V] (default: all) says which rows may be neighbours; a row that may not
-    still has its own k-1 neighbours. `embedding_VD` of any float dtype is compared in float32, `block` rows
-    at a time: memory is O(block · V).
+    still has its own k-1 neighbours. `group_V` int32 [V]: rows whose group equals the anchor's are never its
+    neighbours (the row itself stays column 0). `embedding_VD` of any float dtype is compared in float32,
+    `block` rows at a time: memory is O(block · V).
 
-    Raises ValueError for an unknown metric, a k below 1 or above the number of valid rows, and for
-    arguments that are not [V, D] and [V].
+    Raises ValueError for an unknown metric, a k below 1 or above the number of valid rows (of other groups,
+    where there are groups), and for arguments that are not [V, D] and [V].
     """
     if np.ndim(embedding_VD) != 2 or not np.size(embedding_VD):
         raise ValueError(
@@ -57,26 +59,55 @@ def neighbor_table(
     usable = int(np.sum(valid_V))
     if not 1 <= k <= usable:
         raise ValueError(f"k is {k}, but must be at least 1 and at most the number of valid rows, {usable}")
+    if group_V is not None:
+        _check_groups(np.asarray(group_V), np.asarray(valid_V, bool), k)
+        group_V = jnp.asarray(group_V, jnp.int32)
     if k == 1:
         return jnp.arange(size, dtype=jnp.int32)[:, None]
     rows_VD = jnp.asarray(embedding_VD).astype(jnp.float32)
-    return _table(rows_VD, jnp.asarray(valid_V, bool), k, metric, max(1, min(block, size)))
+    return _table(rows_VD, jnp.asarray(valid_V, bool), k, metric, max(1, min(block, size)), group_V)
+
+
+def _check_groups(group_V: np.ndarray, valid_V: np.ndarray, k: int) -> None:
+    """Refuses groups after which some anchor has fewer than k - 1 rows left to be its neighbours."""
+    if group_V.shape != valid_V.shape:
+        raise ValueError(f"group_V must have shape {valid_V.shape}, one entry a row, not {group_V.shape}")
+    _, place_V = np.unique(group_V, return_inverse=True)
+    left = int(valid_V.sum() - np.bincount(place_V, weights=valid_V).max())
+    if left < k - 1:
+        raise ValueError(
+            f"k is {k}, but the largest group of group_V leaves its rows only {left} valid rows of others"
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("k", "metric", "block"))
-def _table(rows_VD: jax.Array, valid_V: jax.Array, k: int, metric: str, block: int) -> jax.Array:
+def _table(
+    rows_VD: jax.Array,
+    valid_V: jax.Array,
+    k: int,
+    metric: str,
+    block: int,
+    group_V: jax.Array | None = None,
+) -> jax.Array:
     size = rows_VD.shape[0]
     first_V = _first_identical(rows_VD)
     if metric == "cosine":
         rows_VD = _unit_rows(rows_VD)
     blocks = -(-size // block)
     ids_NR = jnp.minimum(jnp.arange(blocks * block, dtype=jnp.int32), size - 1).reshape(blocks, block)
-    nearest = functools.partial(_nearest, rows_VD, valid_V, first_V, k=k, metric=metric)
+    nearest = functools.partial(_nearest, rows_VD, valid_V, group_V, first_V, k=k, metric=metric)
     return jax.lax.map(nearest, ids_NR).reshape(blocks * block, k)[:size]
 
 
 def _nearest(
-    rows_VD: jax.Array, valid_V: jax.Array, first_V: jax.Array, ids_R: jax.Array, *, k: int, metric: str
+    rows_VD: jax.Array,
+    valid_V: jax.Array,
+    group_V: jax.Array | None,
+    first_V: jax.Array,
+    ids_R: jax.Array,
+    *,
+    k: int,
+    metric: str,
 ) -> jax.Array:
     """The table's rows for the anchors `ids_R`: int32 [R, k]."""
     count, size = ids_R.shape[0], rows_VD.shape[0]
@@ -86,6 +117,8 @@ def _nearest(
     has_twins = jnp.any(first_V != jnp.arange(size, dtype=jnp.int32))
     scores_RV = jax.lax.cond(has_twins, lambda s: jnp.take(s, first_V, axis=1), lambda s: s, scores_RV)
     allowed_RV = valid_V[None, :] & (jnp.arange(size, dtype=jnp.int32)[None, :] != ids_R[:, None])
+    if group_V is not None:
+        allowed_RV = allowed_RV & (group_V[None, :] != group_V[ids_R][:, None])
     scores_RV = jnp.where(allowed_RV, scores_RV, -jnp.inf)
 
     top_RC, found_RC = jax.lax.top_k(scores_RV, min(k - 1 + _SPARE, size))

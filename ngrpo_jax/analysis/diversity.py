@@ -62,8 +62,10 @@ def distinct_answers(answers: Iterable[Hashable | None]) -> int:
     return len({answer for answer in answers if answer is not None})
 
 
-def group_diversity(responses: Sequence[Tokens], answers: Sequence[Hashable | None]) -> dict[str, float]:
-    """The figures of one group, by the names they are reported under.
+def group_diversity(
+    responses: Sequence[Tokens], answers: Sequence[Hashable | None], *, max_tokens: int = 2048
+) -> dict[str, float]:
+    """The figures of one group, by the names they are reported under; `max_tokens` as the distance takes it.
 
     Raises:
         ValueError: as many answers as responses are needed.
@@ -71,6 +73,6 @@ def group_diversity(responses: Sequence[Tokens], answers: Sequence[Hashable | No
     if len(responses) != len(answers):
         raise ValueError(f"a group of {len(responses)} responses got {len(answers)} answers")
     figures = {f"distinct_{n}": distinct_ngrams(responses, n) for n in (1, 2, 4)}
-    figures["edit_distance"] = mean_pairwise_distance(responses)
+    figures["edit_distance"] = mean_pairwise_distance(responses, max_tokens=max_tokens)
     figures["answers"] = float(distinct_answers(answers))
     return figures

@@ -76,13 +76,20 @@ def majority_at_n(answers_PN: Sequence[Sequence[Hashable | None]], correct_PN: n
     Raises:
         ValueError: the two do not have the same shape.
     """
+    return float(majority_by_problem(answers_PN, correct_PN).mean())
+
+
+def majority_by_problem(
+    answers_PN: Sequence[Sequence[Hashable | None]], correct_PN: np.ndarray
+) -> np.ndarray:
+    """Whether each problem's most frequent answer is correct, bool [P]; as `majority_at_n`."""
     matrix = _matrix(correct_PN)
     if len(answers_PN) != len(matrix) or any(len(row) != matrix.shape[1] for row in answers_PN):
         raise ValueError(
             f"majority_at_n needs as many answers as grades, {matrix.shape[0]} × {matrix.shape[1]}"
         )
-    return float(
-        np.mean([_majority_correct(answers, row) for answers, row in zip(answers_PN, matrix, strict=True)])
+    return np.array(
+        [_majority_correct(answers, row) for answers, row in zip(answers_PN, matrix, strict=True)]
     )
 
 
@@ -109,7 +116,7 @@ def bootstrap_interval(
         raise ValueError(
             f"level is {level} and resamples {resamples}; give a level in (0, 1) and resamples >= 1"
         )
-    values_P = np.asarray(statistic(_matrix(correct_PN)), dtype=np.float64)
+    values_P = np.asarray(statistic(_grades(correct_PN)), dtype=np.float64)
     random = np.random.default_rng(seed)
     # One draw at a time: [resamples, P] indices would be needless memory for large benchmarks.
     means = [values_P[random.integers(len(values_P), size=len(values_P))].mean() for _ in range(resamples)]

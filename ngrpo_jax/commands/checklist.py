@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from ngrpo_jax.commands import composition, programs
-from ngrpo_jax.commands.run import BEST, check_resumable
+from ngrpo_jax.commands.run import best_key, check_resumable
 from ngrpo_jax.model import hf
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.runtime import console, distributed, ending, environment, mesh, preflight
@@ -85,8 +85,9 @@ def _ask_about_the_run(checks: Checklist, workdir: pathlib.Path) -> None:
     ask("tokenizer", _tokenizer, "settings", "model")
     ask("sizes", _sizes, "settings", "model", "tokenizer")
     ask("mixing", _language, "settings", "tokenizer", "sizes")
-    ask("training data", lambda s, t: _data(s, t, "train"), "settings", "tokenizer")
     ask("held-out data", lambda s, t: _data(s, t, "test"), "settings", "tokenizer")
+    # What is trained on is compared with what is held out, and so has to wait for it.
+    ask("training data", lambda s, t, _: _data(s, t, "train"), "settings", "tokenizer", "held-out data")
     ask("reward", _reward, "settings")
     ask("sharding", _sharding, "mesh", "sizes")
     ask("checkpoints", lambda s, c: _checkpoints(s, c, workdir), "settings", "sizes")
@@ -201,7 +202,7 @@ def _checkpoints(settings: Settings, config: ModelConfig, workdir: pathlib.Path)
     directory = workdir / "checkpoints"
     needed = 0 if directory.exists() else preflight.checkpoint_bytes(config, kept=2)
     preflight.check_workdir(workdir, needed)
-    with Checkpoints(directory, model=None, best=BEST) as checkpoints:
+    with Checkpoints(directory, model=None, best=best_key(settings)) as checkpoints:
         step = checkpoints.latest_step()
         if step is None:
             return (
@@ -213,6 +214,7 @@ def _checkpoints(settings: Settings, config: ModelConfig, workdir: pathlib.Path)
 
 
 def _memory(settings: Settings, _: Any, config: ModelConfig) -> tuple[Any, str]:
+    composition.check_offload(settings)
     composition.check_memory(settings, config)
     parts = composition.memory_parts(settings, config)
     needed, phase = preflight.peak(parts)

@@ -20,8 +20,9 @@ import numpy as np
 
 from ngrpo_jax.algo.mixture import Mixing
 from ngrpo_jax.algo.neighbors import neighbor_table
+from ngrpo_jax.commands.problems import report_unreadable, training_problems
 from ngrpo_jax.learner.supervised import train_supervised
-from ngrpo_jax.model import decoder, hf
+from ngrpo_jax.model import attention, decoder, hf
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.runtime import console, distributed, mesh, preflight
 from ngrpo_jax.settings import WARM_START, Settings, WarmStartSettings
@@ -40,6 +41,7 @@ class Language:
     stop_ids: tuple[int, ...]
     mixing: Mixing
     usable_V: np.ndarray
+    spelling_V: np.ndarray | None  # rows of equal entries are no neighbours of one another
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class ProblemSet:
-    """Problems with their encoded prompts, in the same order, and how many were too long."""
+    """Problems with their encoded prompts, in the same order, and how many prompts were too long."""
 
     problems: list[Problem]
     prompts: list[list[int]]
@@ -62,16 +64,26 @@ class ProblemSet:
 
 def make_language(tokenizer: Any, config: ModelConfig, settings: Settings) -> Language:
     """Reads off the tokenizer what rollouts need; ValueError where k is larger than the usable vocabulary."""
-    usable_V = prompts.usable_rows(tokenizer, config.vocab_size)
-    mixing = settings.mixing
+    rows, mixing = config.vocab_size, settings.mixing
+    usable_V = prompts.usable_rows(tokenizer, rows)
+    keep_out_ids: tuple[int, ...] = ()
+    if mixing.active and mixing.keep_out is not None:
+        kept_out_V = prompts.matching_rows(tokenizer, mixing.keep_out, rows)
+        keep_out_ids = tuple(np.flatnonzero(kept_out_V).tolist())
+        usable_V &= ~kept_out_V
     if mixing.active and mixing.k > usable_V.sum():
         raise ValueError(
             f"mixing.k is {mixing.k}, but only {int(usable_V.sum())} rows of the vocabulary can be "
-            "neighbours; lower mixing.k."
+            "neighbours; lower mixing.k" + (", or narrow mixing.keep_out." if keep_out_ids else ".")
         )
+    spelling_V = prompts.spelling_groups(tokenizer, rows) if mixing.distinct_spelling else None
     until = prompts.until_ids(tokenizer, mixing.until) if mixing.until else ()
     return Language(
-        tokenizer, prompts.stop_ids(tokenizer, config.eos_token_ids), mixing.method(until), usable_V
+        tokenizer,
+        prompts.stop_ids(tokenizer, config.eos_token_ids),
+        mixing.method(until, keep_out_ids),
+        usable_V,
+        spelling_V,
     )
 
 
@@ -93,6 +105,8 @@ def compose(
         config = dataclasses.replace(config, dtype=settings.model.dtype)
         language = make_language(tokenizer, config, settings)
         mesh.param_shardings(devices, parameter_shapes(config))  # refuses axes that do not divide the model
+        attention_name(settings)
+        check_offload(settings)
         check_sizes(settings, config)
         begun = (workdir / "checkpoints").exists()  # then the disk already holds what it has to
         preflight.check_workdir(workdir, 0 if begun else preflight.checkpoint_bytes(config, kept=2))
@@ -152,15 +166,24 @@ def locate_model(settings: Settings, workdir: pathlib.Path) -> pathlib.Path:
 def recipe(settings: Settings) -> dict[str, Any]:
     """Everything that a warm start depends on."""
     data = dataclasses.asdict(settings.data)
-    del data["eval"]
+    for name in ("eval", "overlap_with", "drop_overlap"):  # an arithmetic source never shares a problem
+        del data[name]
     return {"seed": settings.seed, "data": data, "warm_start": dataclasses.asdict(settings.warm_start)}
 
 
 def load_set(settings: Settings, tokenizer: Any, split: str) -> ProblemSet:
-    """Problems and prompts of `data.train` ("train") or `data.eval` ("test"), less the too long."""
+    """Problems and prompts of `data.train` ("train") or `data.eval` ("test"), less the too long.
+
+    Of the training set, empty and repeated rows are left out too, and with `data.drop_overlap` what stands in
+    an evaluation set. Whatever was left out or looks wrong is printed.
+    """
     data = settings.data
-    source, size = (data.train, data.train_size) if split == "train" else (data.eval, settings.eval.problems)
-    problems = load_problems(source, split=split, seed=settings.seed, size=size)
+    if split == "train":
+        source, problems = data.train, training_problems(settings)
+    else:
+        source = data.eval
+        problems = load_problems(source, split=split, seed=settings.seed, size=settings.eval.problems)
+    report_unreadable(settings, source, problems)
     kept, encoded, dropped = prompts.encode_problems(
         tokenizer, problems, data.prompt, data.chat_template, data.max_prompt_tokens
     )
@@ -179,7 +202,8 @@ def memory_parts(settings: Settings, config: ModelConfig) -> list[preflight.Part
         data=grid.data,
         fsdp=grid.fsdp,
         tensor=grid.tensor,
-        rollout_tensor=grid.tensor,
+        rollout_tensor=grid.tensor if settings.rollout.layout == "tensor" else 1,
+        rollout_shards=rollout_shards(settings),
         slots=rollout.slots,
         cache_length=settings.data.max_prompt_tokens
         + max(rollout.max_new_tokens, settings.eval.max_new_tokens),
@@ -189,6 +213,8 @@ def memory_parts(settings: Settings, config: ModelConfig) -> list[preflight.Part
         row_tokens=settings.row_tokens,
         logprob_chunk=settings.train.logprob_chunk,
         remat=settings.train.remat,
+        attention=attention_name(settings),
+        offload=settings.train.offload,
         reference=settings.objective.kl_coef > 0,
     )
     return preflight.memory_estimate(config, shape)
@@ -204,6 +230,29 @@ def check_hosts(settings: Settings, hosts: int) -> None:
             raise ValueError(
                 f"{name} is {value}, no multiple of the {hosts} processes; each takes an equal share."
             )
+
+
+def attention_name(settings: Settings) -> str:
+    """The learner's attention, "auto" resolved; ValueError where these devices cannot run it."""
+    return attention.choose(
+        settings.train.attention,
+        platform=jax.local_devices()[0].platform,
+        row_tokens=settings.row_tokens,
+        shared_prefixes=settings.train.share_prompts,
+    )
+
+
+def check_offload(settings: Settings) -> None:
+    """Refuses to move arrays to the memory of the host where devices have none of their own."""
+    if settings.train.offload == "none":
+        return
+    device = jax.local_devices()[0]
+    kinds = {memory.kind for memory in device.addressable_memories()}
+    if device.platform == "cpu" or "pinned_host" not in kinds:
+        raise ValueError(
+            f"train.offload is {settings.train.offload!r}, but devices of {device.platform} have no memory "
+            "apart from the host's that arrays could be moved out of; set it to none."
+        )
 
 
 def check_sizes(settings: Settings, config: ModelConfig) -> None:
@@ -224,6 +273,12 @@ def check_positions(settings: Settings, config: ModelConfig) -> None:
         )
 
 
+def rollout_shards(settings: Settings) -> int:
+    """Parts that the slots of a rollout are split into."""
+    grid = settings.mesh
+    return grid.data * grid.fsdp * (grid.tensor if settings.rollout.layout == "replicated" else 1)
+
+
 def available_memory() -> int | None:
     """Bytes that one device of this host may use; None where nobody tells."""
     return preflight.device_memory(jax.local_devices()[0], sharers=jax.local_device_count())
@@ -231,17 +286,70 @@ def available_memory() -> int | None:
 
 def check_memory(settings: Settings, config: ModelConfig) -> None:
     """Refuses a run that is too large for its devices by the estimate."""
+    _refuse_too_large(memory_parts(settings, config))
+
+
+def _refuse_too_large(parts: list[preflight.Part]) -> None:
     available = available_memory()
     allowed = None if available is None else int(ESTIMATE_ERROR * available)
-    problem = preflight.memory_problem(memory_parts(settings, config), allowed)
+    problem = preflight.memory_problem(parts, allowed)
     if problem:
         raise ValueError(problem)
 
 
-def build_table(embedding_VD: jax.Array, language: Language) -> jax.Array:
-    """The neighbour table of these parameters; special tokens and unused rows are nobody's neighbours."""
-    mixing = language.mixing
-    return neighbor_table(embedding_VD, mixing.k, metric=mixing.metric, valid_V=language.usable_V)
+def evaluation_memory(settings: Settings, config: ModelConfig) -> list[preflight.Part]:
+    """What one device holds while `evaluate` writes responses, by estimate."""
+    grid, slots = settings.mesh, settings.rollout.slots
+    shape = preflight.RunShape(
+        data=grid.data,
+        fsdp=grid.fsdp,
+        tensor=grid.tensor,
+        rollout_tensor=grid.tensor if settings.rollout.layout == "tensor" else 1,
+        rollout_shards=rollout_shards(settings),
+        slots=slots,
+        cache_length=settings.data.max_prompt_tokens + settings.eval.max_new_tokens,
+        prefill_rows=max(1, slots // settings.eval.samples),
+        prompt_tokens=settings.data.max_prompt_tokens,
+        rows_per_device=0,
+        row_tokens=0,
+        logprob_chunk=0,
+        remat=settings.train.remat,
+        reference=False,
+    )
+    return preflight.evaluation_estimate(config, shape)
+
+
+def check_evaluation(settings: Settings, config: ModelConfig) -> None:
+    """Refuses an evaluation longer than the model's positions, or too large for its devices."""
+    longest = settings.data.max_prompt_tokens + settings.eval.max_new_tokens
+    if longest > config.max_positions:
+        raise ValueError(
+            f"the model has {config.max_positions} positions, but data.max_prompt_tokens with "
+            f"eval.max_new_tokens needs {longest}; lower one of them."
+        )
+    _refuse_too_large(evaluation_memory(settings, config))
+
+
+def build_table(params: Any, source: Source) -> jax.Array | None:
+    """The neighbour table of these parameters, or None where the strategy mixes without one.
+
+    Special tokens, unused rows and tokens kept out of mixing are nobody's neighbours. Of several processes
+    every one has to call this; each builds the table for itself, all alike, on its own devices.
+    """
+    language, mixing = source.language, source.language.mixing
+    if not mixing.uses_table:
+        return None
+    rows_VD = decoder.table_rows(params, source.config, mixing.table)
+    if distributed.place().several:
+        devices = rows_VD.sharding.mesh  # type: ignore[attr-defined]
+        rows_VD = mesh.on_this_host(rows_VD, mesh.replicated(devices))
+    return neighbor_table(
+        rows_VD,
+        mixing.k,
+        metric=mixing.metric,
+        valid_V=language.usable_V,
+        group_V=language.spelling_V,
+    )
 
 
 def fingerprint(source: Source, params: Any) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,8 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ngrpo_jax.algo.mixture import Mixture, cosine_to_anchor
-from ngrpo_jax.analysis import passk
+from ngrpo_jax.analysis import benchmark, geometry
+from ngrpo_jax.commands.answers import final_answer, vote
 from ngrpo_jax.commands.composition import Language, ProblemSet, Source
+from ngrpo_jax.commands.evalsets import set_name
+from ngrpo_jax.model import columns
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.rollout import engine
 from ngrpo_jax.rollout.trajectory import Trajectories
@@ -34,20 +39,22 @@ class Actor:
     config: ModelConfig
     language: Language
     table_VC: jax.Array | None
-    sharding: jax.sharding.Sharding | None
+    sharding: jax.sharding.NamedSharding
 
 
-def make_actor(source: Source, devices: jax.sharding.Mesh, params: Any, table_VC: Any | None) -> Actor:
-    """The rollout's copy of parameters: compute dtype, a tree a layer, whole but for the tensor axis.
+def make_actor(
+    source: Source, devices: jax.sharding.Mesh, params: Any, table_VC: Any | None, layout: str
+) -> Actor:
+    """The rollout's copy of parameters: compute dtype, laid out for decoding, split as `layout` says.
 
     Each host gets its own, on its own devices; every process has to call this.
     """
-    laid_out = engine.lay_out(params, source.config)
-    laid_out = mesh.on_this_host(laid_out, mesh.param_shardings(devices, laid_out, layout="tensor"))
+    laid_out = columns.lay_out(params, source.config)
+    laid_out = mesh.on_this_host(laid_out, mesh.param_shardings(devices, laid_out, layout=layout))
     if table_VC is not None:
         table_VC = mesh.on_this_host(table_VC, mesh.replicated(devices))
-    rows = mesh.rows_sharding(mesh.local_mesh(devices))
-    return Actor(laid_out, source.config, source.language, table_VC, rows)
+    slots = mesh.slots_sharding(mesh.local_mesh(devices), layout)
+    return Actor(laid_out, source.config, source.language, table_VC, slots)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +85,19 @@ def sequence_numbers(prompts: int, samples: int) -> np.ndarray:
     here = distributed.place()
     prompts_P = here.index + here.count * np.arange(prompts)
     return (prompts_P[:, None] * samples + np.arange(samples)).reshape(-1)
+
+
+def evaluation_keys(seed: int, name: str, problems: Sequence[int], samples: int) -> jax.Array:
+    """One key a response of these problems of a data set, prompt-major.
+
+    A function of the seed, the set's name, the problem's number and the sample's number alone: what a
+    response becomes depends neither on where an evaluation was interrupted nor on how many samples it draws.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), EVAL_STREAM)
+    key = jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
+    numbers_B2 = np.stack(np.meshgrid(problems, range(samples), indexing="ij"), axis=-1).reshape(-1, 2)
+    by_problem = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(numbers_B2[:, 0]))
+    return jax.vmap(jax.random.fold_in)(by_problem, jnp.asarray(numbers_B2[:, 1]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,10 +133,25 @@ def write_responses(
     label: str,
     stream: int,
     draws: Draws,
+    keys_B: jax.Array | None = None,
+    progress: console.Progress | None = None,
+    done_before: int = 0,
 ) -> Trajectories:
-    """Responses to each of this host's prompts, with a live line of sequences done, tokens and time left."""
+    """Responses to each of this host's prompts, with a live line of sequences done, tokens and time left.
+
+    Args:
+      keys_B: the sequences' keys; None for those of the seed and the stream.
+      progress: a line that these responses are part of; None for one of their own.
+      done_before: sequences that this line already counts.
+    """
     count, here = len(prompt_ids) * draws.samples, distributed.place()
-    with console.Progress(label, count, "sequences", keep=False, enabled=here.primary) as progress:
+    own_line = None
+    if progress is None:
+        own_line = console.Progress(label, count, "sequences", keep=False, enabled=here.primary)
+    if keys_B is None:
+        keys_B = sequence_keys(settings.seed, stream, sequence_numbers(len(prompt_ids), draws.samples))
+    with own_line or contextlib.nullcontext(progress) as line:
+        assert line is not None
         return engine.generate(
             actor.params,
             actor.config,
@@ -129,40 +164,105 @@ def write_responses(
             mixing=actor.language.mixing if draws.mixes else None,
             table_VC=actor.table_VC if draws.mixes else None,
             stop_ids=actor.language.stop_ids,
-            keys_B=sequence_keys(settings.seed, stream, sequence_numbers(len(prompt_ids), draws.samples)),
+            keys_B=keys_B,
             slots=-(-settings.rollout.slots // here.count),
             chunk=settings.rollout.chunk,
-            cache_length=settings.data.max_prompt_tokens + draws.max_new_tokens,
+            max_prompt_tokens=settings.data.max_prompt_tokens,
             sharding=actor.sharding,
-            progress=lambda done, _, tokens: progress.update(done, f"{console.format_count(tokens)} tokens"),
+            progress=lambda stats: line.update(done_before + stats.done, _in_words(stats)),
         )
+
+
+def _in_words(stats: engine.Stats) -> str:
+    rate = console.format_rate(stats.tokens / max(stats.decode_s + stats.prefill_s, 1e-9), "tokens")
+    return f"{console.format_count(stats.tokens)} tokens, {rate}, {100 * stats.occupancy:.0f} % of slots busy"
 
 
 def evaluate_set(
     actor: Actor, held_out: ProblemSet, settings: Settings, grader: Grader, *, label: str
 ) -> Evaluation:
-    """Mean@n and Pass@k of a model on held-out problems (METHOD section 6); each host writes its share."""
-    samples, draws = settings.eval.samples, evaluation_draws(settings)
-    share = distributed.place().share(len(held_out.problems))
-    if share:
-        own_prompts = [held_out.prompts[i] for i in share]
-        trajectories = write_responses(
-            actor, own_prompts, settings, label=label, stream=EVAL_STREAM, draws=draws
+    """The figures of a model on `data.eval` (METHOD section 6); each host writes a share of the problems."""
+    name, samples, here = set_name(settings.data.eval), settings.eval.samples, distributed.place()
+    share = here.share(len(held_out.problems))
+    with console.Progress(
+        label, len(share) * samples, "sequences", keep=False, enabled=here.primary
+    ) as progress:
+        answered = answer_problems(actor, held_out, share, settings, grader, name=name, progress=progress)
+    graded = answered.graded(settings.reward.kind)
+    figures = benchmark.training_figures(graded, settings.eval.largest_k)
+    return Evaluation(answered.trajectories, answered.texts, graded.rewards_PN, figures)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    """Responses to some problems (P, n samples each) of a set, with their scores; of this host's share."""
+
+    trajectories: Trajectories
+    texts: list[str]
+    rewards_PN: np.ndarray
+
+    def graded(self, kind: str) -> benchmark.Graded:
+        """What figures are made of, over all hosts; `kind` says where a response's answer stands.
+
+        The problems come in the order of a run of one process. Every process has to call this.
+        """
+        shape = self.rewards_PN.shape
+        written = self.trajectories
+        fields = (
+            self.rewards_PN.reshape(-1).tolist(),
+            [final_answer(text, kind) for text in self.texts],
+            written.lengths_B.tolist(),
+            written.stopped_B.tolist(),
         )
-    else:  # more hosts than problems
-        candidates = actor.language.mixing.k if draws.mixes else 1
-        trajectories = Trajectories.empty(0, draws.max_new_tokens, candidates)
+        responses = list(zip(*fields, strict=True))
+        own = [responses[start : start + shape[1]] for start in range(0, len(responses), shape[1])]
+        rows = distributed.merge("evaluation", own)
+        rewards_PN, finals_PN, lengths_PN, stopped_PN = (
+            [[response[field] for response in row] for row in rows] for field in range(4)
+        )
+        return benchmark.Graded(
+            np.asarray(rewards_PN, np.float32),
+            [[vote(final) for final in finals] for finals in finals_PN],
+            np.asarray(lengths_PN),
+            np.asarray(stopped_PN),
+        )
+
+
+def answer_problems(
+    actor: Actor,
+    held_out: ProblemSet,
+    problems: Sequence[int],
+    settings: Settings,
+    grader: Grader,
+    *,
+    name: str,
+    progress: console.Progress,
+    done_before: int = 0,
+) -> Answered:
+    """Writes and grades `eval.samples` responses to the problems of these numbers of the set `name`.
+
+    Args:
+      done_before: sequences that the line `progress` already counts.
+    """
+    samples, draws = settings.eval.samples, evaluation_draws(settings)
+    if not problems:  # a share of fewer problems than hosts
+        nothing = Trajectories.empty(0, draws.max_new_tokens, 1)
+        return Answered(nothing, [], np.zeros((0, samples), np.float32))
+    trajectories = write_responses(
+        actor,
+        [held_out.prompts[index] for index in problems],
+        settings,
+        label=name,
+        stream=EVAL_STREAM,
+        draws=draws,
+        keys_B=evaluation_keys(settings.seed, name, problems, samples),
+        progress=progress,
+        done_before=done_before,
+    )
     texts = response_texts(actor.language, trajectories)
-    golds = [held_out.problems[i].answer for i in share for _ in range(samples)]
-    rewards_B = np.asarray(grader.score(texts, golds, settings.reward.kind), np.float32)
-    outcome = gather_outcome("evaluation", trajectories, rewards_B, samples)
-    figures = {
-        "mean_at_n": passk.mean_at_n(outcome.rewards_PG),
-        "pass_at_k": passk.pass_at_k_mean(outcome.rewards_PG > 0.5, settings.eval.pass_k),
-        "truncated": float(1.0 - outcome.stopped_B.mean()),
-        "length_mean": float(outcome.lengths_B.mean()),
-    }
-    return Evaluation(trajectories, texts, outcome.rewards_PG, figures)
+    golds = [held_out.problems[index].answer for index in problems for _ in range(samples)]
+    rewards = np.asarray(grader.score(texts, golds, settings.reward.kind), np.float32)
+    return Answered(trajectories, texts, rewards.reshape(len(problems), samples))
 
 
 class Outcome(NamedTuple):
@@ -224,27 +324,37 @@ def _mixing_figures(actor: Actor, trajectories: Trajectories, outcome: Outcome) 
     before = np.concatenate([[0], np.cumsum(trajectories.mixed_BT.sum(axis=1))])
     numbers = starts_B[places[:, 0]] + np.arange(len(places)) - before[places[:, 0]]  # increasing
     sample = np.linspace(0, int(outcome.mixed_B.sum()) - 1, COSINE_SAMPLE).astype(int)
-    mine = np.searchsorted(numbers, sample[np.isin(sample, numbers)])
-    sums = [0, 0.0, np.inf, 0, 0.0]
-    if len(mine):
-        padded = np.concatenate([mine, np.zeros(COSINE_SAMPLE - len(mine), int)])
-        mixture = _at(trajectories.mixtures, places[padded])
-        embedding_VD = actor.params["embed"]["embedding"]
-        cosine = np.asarray(_cosine_to_anchor(embedding_VD, mixture), np.float64)[: len(mine)]
-        anchor = mixture.weights[: len(mine), 0].astype(np.float64)
-        sums = [len(mine), cosine.sum(), cosine.min(), int((cosine < 0.95).sum()), anchor.sum()]
-    counts, totals, least, below, anchors = zip(*distributed.exchange("cosines", sums), strict=True)
-    return {
-        "rollout/mix_cosine_mean": sum(totals) / sum(counts),
-        "rollout/mix_cosine_min": min(least),
-        "rollout/mix_cosine_below_095": sum(below) / sum(counts),
-        "rollout/mix_anchor_weight": sum(anchors) / sum(counts),
-    }
+    chosen = places[np.searchsorted(numbers, sample[np.isin(sample, numbers)])]
+    seen = []
+    if len(chosen):
+        cosines = _padded_cosines(actor, trajectories, chosen)
+        anchors = _at(trajectories.mixtures, chosen).weights[:, 0]
+        seen = np.stack([cosines, anchors], axis=1).tolist()
+    of_all = [pair for pairs in distributed.exchange("cosines", seen) for pair in pairs]
+    cosines, anchors = np.asarray(of_all, np.float32).T
+    figures = {f"rollout/mix_cosine_{name}": x for name, x in geometry.cosine_figures(cosines).items()}
+    return {**figures, "rollout/mix_anchor_weight": float(anchors.mean())}
+
+
+def mixed_cosines(actor: Actor, trajectories: Trajectories) -> tuple[np.ndarray, np.ndarray]:
+    """(places [M, 2], cosines [M]): each mixed input's sequence and position, and how near to its anchor."""
+    places = np.argwhere(trajectories.mixed_BT)
+    parts = [places[start : start + COSINE_SAMPLE] for start in range(0, len(places), COSINE_SAMPLE)]
+    found = [_padded_cosines(actor, trajectories, part) for part in parts]
+    return places, np.concatenate([np.zeros(0, np.float32), *found])
+
+
+def _padded_cosines(actor: Actor, trajectories: Trajectories, places_N2: np.ndarray) -> np.ndarray:
+    """Cosine of the inputs at these (sequence, position) to their anchors, float32 [N ≤ COSINE_SAMPLE]."""
+    count = len(places_N2)
+    padded = np.concatenate([places_N2, np.repeat(places_N2[-1:], COSINE_SAMPLE - count, axis=0)])
+    mixture = _at(trajectories.mixtures, padded)
+    return np.asarray(_cosine_to_anchor(actor.params["embed"]["embedding"], mixture))[:count]
 
 
 def _at(mixtures: Mixture, places_N2: np.ndarray) -> Mixture:
     rows_N, times_N = places_N2.T
-    return Mixture(mixtures.ids[rows_N, times_N], mixtures.weights[rows_N, times_N])
+    return jax.tree.map(lambda leaf: leaf[rows_N, times_N], mixtures)
 
 
 def sample_row(

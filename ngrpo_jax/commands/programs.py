@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from ngrpo_jax.commands import composition, evaluation
-from ngrpo_jax.commands.run import make_learner, placed_shapes
+from ngrpo_jax.commands.run import make_learner, old_logprobs, placed_shapes
 from ngrpo_jax.learner import packing
+from ngrpo_jax.model import columns
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.rollout import decode, engine
+from ngrpo_jax.rollout.trajectory import Trajectories
 from ngrpo_jax.runtime import console, mesh
 from ngrpo_jax.settings import Settings
 
@@ -30,19 +32,19 @@ def compile_update(
     state = placed_shapes(abstract, shardings)
     by_rows = mesh.rows_sharding(devices)
     count = settings.train.rows_per_device * settings.mesh.data * settings.mesh.fsdp
-    candidates = settings.mixing.k if settings.mixing.active else 1
+    mixing = settings.mixing.method(()) if settings.mixing.active else engine.NO_MIXING
+    like = Trajectories.empty(1, 1, mixing.candidates, noisy=mixing.noisy).mixtures
     rows = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=by_rows),
-        packing.empty_rows(count, settings.row_tokens, candidates),
+        packing.empty_rows(count, settings.row_tokens, like),
     )
     scores = jax.ShapeDtypeStruct((count, settings.row_tokens), jnp.float32, sharding=by_rows)
+    old = None if old_logprobs(settings) == "update" else scores
     reference = scores if settings.objective.kl_coef > 0 else None
     compiled = {
         "score": programs.score.lower(state.params, rows).compile(),
         "zeros": programs.zeros.lower(state.params).compile(),
-        "accumulate": programs.accumulate.lower(
-            state.params, state.params, rows, scores, reference
-        ).compile(),
+        "accumulate": programs.accumulate.lower(state.params, state.params, rows, old, reference).compile(),
         "apply": programs.apply.lower(state, state.params).compile(),
     }
     analysis = compiled["accumulate"].memory_analysis()
@@ -61,44 +63,29 @@ def compile_rollout(
     language: composition.Language,
     _: Any = None,
 ) -> tuple[Any, str]:
-    """Compiles prefill and decoding, of training and of evaluation, on this host's devices."""
+    """Compiles the largest programs of the rollouts of training and of evaluation, on this host's devices."""
     begun = time.monotonic()
-    local = mesh.local_mesh(devices)
-    by_rows, whole = mesh.rows_sharding(local), mesh.replicated(local)
-    shapes = jax.eval_shape(lambda p: engine.lay_out(p, config), composition.parameter_shapes(config))
-    params = placed_shapes(shapes, mesh.param_shardings(local, shapes, layout="tensor"))
-    table_VC = jax.ShapeDtypeStruct((config.vocab_size, settings.mixing.k), jnp.int32, sharding=whole)
-    slots = -(-settings.rollout.slots // jax.process_count())
-    slots = -(-slots // local.size) * local.size
-    compiled = []
+    local, layout = mesh.local_mesh(devices), settings.rollout.layout
+    shapes = jax.eval_shape(lambda p: columns.lay_out(p, config), composition.parameter_shapes(config))
+    params = placed_shapes(shapes, mesh.param_shardings(local, shapes, layout=layout))
+    table_VC = jax.ShapeDtypeStruct(
+        (config.vocab_size, settings.mixing.k), jnp.int32, sharding=mesh.replicated(local)
+    )
+    count = 0
     for draws in (evaluation.training_draws(settings), evaluation.evaluation_draws(settings)):
-        sampler = decode.Sampler(
-            draws.temperature,
-            draws.top_p,
-            draws.top_k,
-            language.mixing if draws.mixes else engine.NO_MIXING,
-            language.stop_ids,
-            draws.max_new_tokens,
-        )
-        length = settings.data.max_prompt_tokens + draws.max_new_tokens
-        empty = jax.eval_shape(lambda s=sampler, n=length: decode.empty_slots(config, s, slots, n))
-        state = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=by_rows), empty
-        )
-        chunk = decode.decode_chunk.lower(
+        mixing = language.mixing if draws.mixes else engine.NO_MIXING
+        sampler = decode.Sampler(draws.temperature, draws.top_p, draws.top_k, mixing, language.stop_ids)
+        compiled = engine.compile_largest(
             params,
-            table_VC if draws.mixes else None,
-            state,
-            config=config,
-            sampler=sampler,
-            steps=settings.rollout.chunk,
-            sharding=by_rows,
+            config,
+            sampler,
+            samples=draws.samples,
+            max_new_tokens=draws.max_new_tokens,
+            table_VC=table_VC if mixing.uses_table else None,
+            slots=-(-settings.rollout.slots // jax.process_count()),
+            chunk=settings.rollout.chunk,
+            max_prompt_tokens=settings.data.max_prompt_tokens,
+            sharding=mesh.slots_sharding(local, layout),
         )
-        batch, longest = max(1, slots // draws.samples), settings.data.max_prompt_tokens
-        ids_BT = jax.ShapeDtypeStruct((batch, longest), jnp.int32)
-        lengths_B = jax.ShapeDtypeStruct((batch,), jnp.int32)
-        compiled += [
-            chunk.compile(),
-            decode.prefill.lower(params, ids_BT, lengths_B, config=config).compile(),
-        ]
-    return compiled, f"{len(compiled)} compiled in {console.format_seconds(time.monotonic() - begun)}"
+        count += len(compiled)
+    return count, f"{count} compiled in {console.format_seconds(time.monotonic() - begun)}"

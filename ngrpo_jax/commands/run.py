@@ -12,7 +12,9 @@ import jax.numpy as jnp
 
 from ngrpo_jax.commands import composition
 from ngrpo_jax.learner import update
+from ngrpo_jax.learner.loss import Computation
 from ngrpo_jax.learner.optimizer import make_optimizer
+from ngrpo_jax.model import attention
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.runtime import distributed, mesh
 from ngrpo_jax.runtime.checkpoints import Checkpoints
@@ -24,14 +26,24 @@ MAY_CHANGE = {
     "train.rows_per_device",
     "train.remat",
     "train.logprob_chunk",
+    "train.attention",
+    "train.unroll",
+    "train.share_prompts",
+    "train.offload",
     "rollout.slots",
     "rollout.chunk",
+    "rollout.layout",
     "eval.every",
+    "eval.sets",
     "reward.workers",
     "train.profile_from",
     "train.profile_steps",
 }
-BEST = "eval/mean_at_n"  # the metric that makes a checkpoint the best
+
+
+def best_key(settings: Settings) -> str:
+    """The metric of a step's row that makes its checkpoint the best."""
+    return f"eval/{settings.checkpoint.best_metric}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +91,8 @@ def prepare(
     reference = None
     if settings.objective.kl_coef > 0:
         # A copy, even where the dtype is the same: the learner donates its own parameters at every step.
-        reference = jax.tree.map(lambda leaf: jnp.array(leaf, source.config.dtype, copy=True), params)
+        copy = jax.tree.map(lambda leaf: jnp.array(leaf, source.config.dtype, copy=True), params)
+        reference = programs.reference.store(copy)
     here = distributed.place()
     stream = ProblemStream(
         training.problems,
@@ -93,8 +106,11 @@ def prepare(
     step = checkpoints.latest_step()
     if step is None:
         state = _initial_state(params, optimizer, shardings)
-        return run, Position(0, state, None, 0, stream, {})
-    return run, restore(run, checkpoints, step, abstract, shardings, stream)
+        position = Position(0, state, None, 0, stream, {})
+    else:
+        position = restore(run, checkpoints, step, abstract, shardings, stream)
+    state = position.state._replace(opt_state=programs.optimizer.store(position.state.opt_state))
+    return run, dataclasses.replace(position, state=state)
 
 
 class Learner(NamedTuple):
@@ -113,16 +129,38 @@ def make_learner(settings: Settings, config: ModelConfig, devices: jax.sharding.
     abstract = jax.eval_shape(lambda params: update.init_state(params, optimizer), shapes)
     shardings = mesh.state_shardings(devices, abstract)
     programs = update.compile_programs(
-        config,
+        computation(settings, config, devices),
         settings.objective,
         optimizer,
-        temperature=settings.rollout.temperature,
-        remat=settings.train.remat,
-        logprob_chunk=settings.train.logprob_chunk * settings.mesh.data * settings.mesh.fsdp,
         state_shardings=shardings,
         rows_sharding=mesh.rows_sharding(devices),
+        offload=settings.train.offload,
     )
     return Learner(programs, optimizer, abstract, shardings)
+
+
+def computation(settings: Settings, config: ModelConfig, devices: jax.sharding.Mesh) -> Computation:
+    """How the learner computes log-probabilities in this run."""
+    train = settings.train
+    name = composition.attention_name(settings)
+    return Computation(
+        config,
+        settings.rollout.temperature,
+        remat=train.remat,
+        logprob_chunk=train.logprob_chunk * settings.mesh.data * settings.mesh.fsdp,
+        attend=attention.make(name, devices),
+        unroll=train.unroll,
+    )
+
+
+def old_logprobs(settings: Settings) -> str:
+    """Where the update's old log-probabilities come from, as `update.score` takes it.
+
+    The first optimiser step of a batch computes them itself: they are its own.
+    """
+    if settings.objective.old_logprobs == "sampler":
+        return "sampler"
+    return "update" if settings.mini_batches == 1 else "learner"
 
 
 def _initial_state(params: Any, optimizer: Any, shardings: update.TrainState) -> update.TrainState:
@@ -209,21 +247,27 @@ def save(
         "table_age": None if position.table_VC is None else position.table_age,
         "before": position.before,
     }
-    checkpoints.save(position.step, arrays, host, row)
+    scores = None if row is None else {name: row[name] for name in row if name.startswith("eval/")}
+    checkpoints.save(position.step, arrays, host, scores)
 
 
 def open_checkpoint(
-    source: composition.Source, workdir: pathlib.Path, devices: jax.sharding.Mesh, which: str
+    source: composition.Source,
+    workdir: pathlib.Path,
+    devices: jax.sharding.Mesh,
+    which: str,
+    best: str,
 ) -> tuple[int, Any]:
     """(step, float32 parameters on the mesh) of a workdir's checkpoint.
 
     Args:
       which: "latest", "best" (or the latest where none was evaluated), "start" (the starting model), a step.
         A workdir without checkpoints gives the starting model for "best", and ValueError for the others.
+      best: the metric of "best", from `best_key`.
     """
     if which == "start":
         return 0, composition.load_params(source, devices)
-    with Checkpoints(workdir / "checkpoints", model=None, best=BEST) as checkpoints:
+    with Checkpoints(workdir / "checkpoints", model=None, best=best) as checkpoints:
         steps = checkpoints.steps()
         if not steps and which == "best":
             return 0, composition.load_params(source, devices)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from ngrpo_jax.commands import composition
-from ngrpo_jax.commands.run import Position, Run
+from ngrpo_jax.commands.run import Position, Run, best_key
 from ngrpo_jax.model import hf
 from ngrpo_jax.runtime import console, distributed, mesh, metrics, preflight
 from ngrpo_jax.runtime.checkpoints import Checkpoints
@@ -92,6 +92,8 @@ def finish(
     hf.save(export, source.config, params, tokenizer_from=source.directory, dtype=source.config.dtype)
     rows = metrics.read_rows(run.workdir / "metrics.jsonl")
     mixed = [row for row in rows if "rollout/mix_cosine_mean" in row]
+    best = checkpoints.best_step()
+    scores = {row["step"]: row.get(best_key(settings)) for row in rows}
     summary = {
         "mean_at_n_before": position.before["mean_at_n"],
         "mean_at_n_after": after["mean_at_n"],
@@ -101,7 +103,10 @@ def finish(
         "length_after": after["length_mean"],
         "seconds": seconds,
         "steps": position.step,
-        "best_step": checkpoints.best_step(),
+        "best_step": best,
+        "best_metric": settings.checkpoint.best_metric,
+        "best_value": None if best is None else scores.get(best),
+        "best_checkpoint": None if best is None else str(run.workdir / "checkpoints" / str(best)),
         "mixed_fraction": float(np.mean([row["rollout/mixed_fraction"] for row in rows])),
         "mix_cosine_mean": float(np.mean([row["rollout/mix_cosine_mean"] for row in mixed]))
         if mixed
@@ -119,7 +124,7 @@ def print_summary(summary: dict[str, Any], settings: Settings, workdir: pathlib.
     """The table that ends a run: before and after, mixing, where things are, what to run next."""
     rows: list[tuple[str, float | None, float | None]] = [
         (f"Mean@{settings.eval.samples}", summary["mean_at_n_before"], summary["mean_at_n_after"]),
-        (f"Pass@{settings.eval.pass_k}", summary["pass_at_k_before"], summary["pass_at_k_after"]),
+        (f"Pass@{settings.eval.largest_k}", summary["pass_at_k_before"], summary["pass_at_k_after"]),
         ("response tokens", summary["length_before"], summary["length_after"]),
     ]
     print()
@@ -131,8 +136,12 @@ def print_summary(summary: dict[str, Any], settings: Settings, workdir: pathlib.
             f"to their anchors: mean {summary['mix_cosine_mean']:.4f}, min {summary['mix_cosine_min']:.4f}"
         )
     print(f"time       {console.format_seconds(summary['seconds'])} for {summary['steps']} steps")
-    best = summary["best_step"]
-    scored = f"best held out: step {best}" if best is not None else "none was evaluated on the way"
-    print(f"checkpoint {summary['checkpoint']} ({scored})")
+    print(f"latest     {summary['checkpoint']} (step {summary['steps']})")
+    best = "none, for no step was evaluated on the way"
+    if summary["best_step"] is not None:
+        value = summary["best_value"]
+        scored = "" if value is None else f", {summary['best_metric']} {value:.4g} held out"
+        best = f"{summary['best_checkpoint']} (step {summary['best_step']}{scored})"
+    print(f"best       {best}")
     print(f"export     {summary['export']}  (a Hugging Face directory)")
     print(f"look       python -m ngrpo_jax.report --workdir={workdir}")

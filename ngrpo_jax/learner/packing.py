@@ -4,6 +4,10 @@ A row holds several sequences (prompt + response) end to end, told apart by segm
 predicts the next token of its own segment, so a sequence of P prompt and n response tokens takes P + n - 1
 positions: the last response token is a target and never an input. Every token carries its share of the loss,
 computed here from the counts of the whole optimiser step, so that neither packing nor microbatches bias it.
+
+With shared prompts, responses to one prompt that lie in one row have it once: the P - 1 first prompt tokens
+are a segment, and each response is another that sees it as its prefix. The last prompt token, which predicts
+the first of the response, starts every response's segment, and positions go on from the prompt's.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from ngrpo_jax.algo.mixture import Mixture
@@ -26,7 +31,8 @@ class Rows(NamedTuple):
     Attributes:
       inputs: mixtures [R, T, C]; ordinary tokens are one-hot.
       positions_RT: int32, position within the segment.
-      segment_ids_RT: int32, 1.. within each row; 0 is padding.
+      segment_ids_RT: int32, 1.. rising along each row; 0 is padding, at its end.
+      prefix_ids_RT: int32, the segment that a token sees besides its own: a shared prompt; 0 for none.
       targets_RT: int32, the token that follows; 0 where weight is 0.
       weight_RT: float32, the token's share of the loss; 0 at prompts and padding.
       response_RT: bool, whether the target is a response token (whatever its weight).
@@ -37,6 +43,7 @@ class Rows(NamedTuple):
     inputs: Mixture
     positions_RT: Array
     segment_ids_RT: Array
+    prefix_ids_RT: Array
     targets_RT: Array
     weight_RT: Array
     response_RT: Array
@@ -59,6 +66,7 @@ def token_weights(
     aggregate: str,
     loss_on_mixed: bool,
     max_new_tokens: int,
+    counted_B: np.ndarray | None = None,
     gather: Gather = one_host,
 ) -> np.ndarray:
     """Each response token's share of an optimiser step's loss, float32 [B, T].
@@ -69,14 +77,17 @@ def token_weights(
       aggregate: "sequence": mean over each response, then over responses (13); "token": mean over all
         tokens; "constant": sum over tokens, divided by responses × max_new_tokens.
       loss_on_mixed: false gives mixed positions weight 0 and leaves the other weights as they are.
+      counted_B: bool, the sequences that take part, all by default; the others get weight 0, and the means
+        above are over the rest. With none left all weights are 0.
       gather: asks the other hosts of the step for their counts.
     """
-    length = mixed_BT.shape[1]
-    count, tokens = map(sum, zip(*gather([len(lengths_B), int(lengths_B.sum())]), strict=True))
-    real_BT = np.arange(length) < lengths_B[:, None]
+    counted_B = np.ones(len(lengths_B), bool) if counted_B is None else counted_B
+    counts = gather([int(counted_B.sum()), int(lengths_B[counted_B].sum())])
+    count, total = (max(sum(of_hosts), 1) for of_hosts in zip(*counts, strict=True))
+    real_BT = (np.arange(mixed_BT.shape[1]) < lengths_B[:, None]) & counted_B[:, None]
     share_B = {
         "sequence": 1.0 / (count * lengths_B),
-        "token": np.full(len(lengths_B), 1.0 / tokens),
+        "token": np.full(len(lengths_B), 1.0 / total),
         "constant": np.full(len(lengths_B), 1.0 / (count * max_new_tokens)),
     }[aggregate]
     weight_BT = np.where(real_BT, share_B[:, None], 0.0)
@@ -93,6 +104,7 @@ def pack(
     *,
     row_tokens: int,
     rows_multiple: int,
+    share_prompts: bool = False,
 ) -> Rows:
     """Packs sequences into as few rows as first-fit decreasing finds; empty rows fill up to a multiple.
 
@@ -103,58 +115,90 @@ def pack(
       weight_BT: share of the loss of each response token.
       row_tokens: T.
       rows_multiple: R becomes a multiple of it (rows of a microbatch on all devices).
+      share_prompts: whether equal prompts that stand in one row are laid out once.
 
     Raises:
       ValueError: a sequence longer than a row.
     """
-    lengths = [len(prompt) + int(n) - 1 for prompt, n in zip(prompts, trajectories.lengths_B, strict=True)]
+    prefixes = [len(prompt) - 1 for prompt in prompts]
+    counts = [int(n) for n in trajectories.lengths_B]
+    lengths = [prefix + count for prefix, count in zip(prefixes, counts, strict=True)]
     if max(lengths) > row_tokens:
         raise ValueError(
             f"sequence {int(np.argmax(lengths))} takes {max(lengths)} positions, more than a row of "
             f"train.row_tokens = {row_tokens}."
         )
-    bins = first_fit(lengths, row_tokens)
-    rows = empty_rows(
-        -(-len(bins) // rows_multiple) * rows_multiple, row_tokens, trajectories.mixtures.ids.shape[-1]
-    )
+    if share_prompts:
+        known: dict[tuple[int, ...], int] = {}
+        groups = [known.setdefault(tuple(prompt), len(known)) for prompt in prompts]
+        bins = first_fit_groups(groups, prefixes, counts, row_tokens)
+    else:
+        groups, bins = list(range(len(prompts))), first_fit(lengths, row_tokens)
+    rows = empty_rows(-(-len(bins) // rows_multiple) * rows_multiple, row_tokens, trajectories.mixtures)
     for row, members in enumerate(bins):
-        start = 0
-        for segment, sequence in enumerate(members, start=1):
-            stop = start + lengths[sequence]
-            _write(rows, row, start, stop, segment, prompts[sequence], trajectories, sequence)
-            answer = slice(stop - int(trajectories.lengths_B[sequence]), stop)
-            rows.weight_RT[row, answer] = weight_BT[sequence, : trajectories.lengths_B[sequence]]
+        start = segment = 0
+        prompt_of_group = 0
+        for place, sequence in enumerate(members):
+            first = place == 0 or groups[sequence] != groups[members[place - 1]]
+            if first and share_prompts:
+                segment += 1
+                prompt_of_group, stop = segment, start + prefixes[sequence]
+                _write_prompt(rows, row, start, segment, prompts[sequence][:-1])
+                start = stop
+            segment += 1
+            stop = start + (counts if share_prompts else lengths)[sequence]
+            if share_prompts:
+                rows.prefix_ids_RT[row, start:stop] = prompt_of_group
+                _write_prompt(rows, row, start, segment, prompts[sequence][-1:], prefixes[sequence])
+            else:
+                _write_prompt(rows, row, start, segment, prompts[sequence])
+            answer = slice(stop - counts[sequence], stop)
+            _write_response(rows, row, answer, segment, prefixes[sequence], trajectories, sequence)
+            rows.weight_RT[row, answer] = weight_BT[sequence, : counts[sequence]]
             rows.advantages_RT[row, start:stop] = advantages_B[sequence]
             start = stop
     return rows
 
 
-def _write(rows, row, start, stop, segment, prompt, trajectories, sequence) -> None:
-    """Lays one sequence into positions start..stop of a row."""
-    count = int(trajectories.lengths_B[sequence])
-    first = stop - count  # the last prompt position: it predicts the first response token
-    rows.inputs.ids[row, start : start + len(prompt), 0] = prompt
-    rows.inputs.ids[row, first + 1 : stop] = trajectories.mixtures.ids[sequence, : count - 1]
-    rows.inputs.weights[row, first + 1 : stop] = trajectories.mixtures.weights[sequence, : count - 1]
-    rows.positions_RT[row, start:stop] = np.arange(stop - start)
-    rows.segment_ids_RT[row, start:stop] = segment
-    rows.targets_RT[row, first:stop] = trajectories.response(sequence)
-    rows.response_RT[row, first:stop] = True
-    rows.behaviour_RT[row, first:stop] = trajectories.logprobs_BT[sequence, :count]
+def _write_prompt(rows: Rows, row: int, start: int, segment: int, ids: Sequence[int], at: int = 0) -> None:
+    """Lays prompt tokens, the first of them at position `at` of its sequence, into a row from `start` on."""
+    cut = slice(start, start + len(ids))
+    rows.inputs.ids[row, cut, 0] = ids
+    rows.positions_RT[row, cut] = at + np.arange(len(ids))
+    rows.segment_ids_RT[row, cut] = segment
 
 
-def empty_rows(count: int, length: int, candidates: int) -> Rows:
-    """Rows of padding: segment 0, weight 0, one-hot 0."""
+def _write_response(
+    rows: Rows, row: int, answer: slice, segment: int, prefix: int, trajectories: Trajectories, sequence: int
+) -> None:
+    """Lays a response into a row: `answer` starts at the last prompt token, which is there already."""
+    count = answer.stop - answer.start
+    replayed = slice(answer.start + 1, answer.stop)
 
-    def zeros(dtype):
+    def replay(row_leaf: np.ndarray, leaf: np.ndarray) -> None:
+        row_leaf[row, replayed] = leaf[sequence, : count - 1]
+
+    jax.tree.map(replay, rows.inputs, trajectories.mixtures)
+    rows.positions_RT[row, answer] = prefix + np.arange(count)
+    rows.segment_ids_RT[row, answer] = segment
+    rows.targets_RT[row, answer] = trajectories.response(sequence)
+    rows.response_RT[row, answer] = True
+    rows.behaviour_RT[row, answer] = trajectories.logprobs_BT[sequence, :count]
+
+
+def empty_rows(count: int, length: int, like: Mixture) -> Rows:
+    """Rows of padding: segment 0, weight 0, one-hot 0; mixtures have the leaves of `like`, [B, T, ...]."""
+
+    def zeros(dtype: Any) -> np.ndarray:
         return np.zeros((count, length), dtype)
 
-    weights_RTC = np.zeros((count, length, candidates), np.float32)
-    weights_RTC[..., 0] = 1.0
+    inputs = jax.tree.map(lambda leaf: np.zeros((count, length, *leaf.shape[2:]), leaf.dtype), like)
+    inputs.weights[..., 0] = 1.0
     return Rows(
-        inputs=Mixture(np.zeros((count, length, candidates), np.int32), weights_RTC),
+        inputs=inputs,
         positions_RT=zeros(np.int32),
         segment_ids_RT=zeros(np.int32),
+        prefix_ids_RT=zeros(np.int32),
         targets_RT=zeros(np.int32),
         weight_RT=zeros(np.float32),
         response_RT=zeros(bool),
@@ -165,17 +209,43 @@ def empty_rows(count: int, length: int, candidates: int) -> Rows:
 
 def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """First-fit decreasing: indices of `lengths` grouped so that no group's sum exceeds `capacity`."""
+    return first_fit_groups(range(len(lengths)), [0] * len(lengths), lengths, capacity)
+
+
+def first_fit_groups(
+    groups: Sequence[int], prefixes: Sequence[int], counts: Sequence[int], capacity: int
+) -> list[list[int]]:
+    """First-fit decreasing of sequences of which those of a group share a prefix where they share a bin.
+
+    Args:
+      groups: of each sequence; those of one group have equal prefixes.
+      prefixes, counts: tokens that a group pays once a bin, and that a sequence pays for itself.
+      capacity: of a bin, at least prefix + count of every sequence.
+
+    Returns:
+      indices of the sequences of each bin, those of a group together.
+    """
+    size = {group: 0 for group in groups}
+    for group, count in zip(groups, counts, strict=True):
+        size[group] += count
+    order = sorted(range(len(counts)), key=lambda i: (-size[groups[i]], groups[i], -counts[i], i))
     bins: list[list[int]] = []
     room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        for number, left in enumerate(room):
-            if lengths[index] <= left:
-                bins[number].append(index)
-                room[number] -= lengths[index]
-                break
-        else:
-            bins.append([index])
-            room.append(capacity - lengths[index])
+    homes: list[int] = []  # bins that hold the present group
+    for place, index in enumerate(order):
+        if place and groups[index] != groups[order[place - 1]]:
+            homes = []
+        fitting = next((home for home in homes if counts[index] <= room[home]), None)
+        if fitting is None:
+            cost = prefixes[index] + counts[index]
+            fitting = next((number for number, left in enumerate(room) if cost <= left), len(bins))
+            if fitting == len(bins):
+                bins.append([])
+                room.append(capacity)
+            homes.append(fitting)
+            room[fitting] -= prefixes[index]
+        bins[fitting].append(index)
+        room[fitting] -= counts[index]
     return bins
 
 
@@ -189,6 +259,8 @@ def mini_batches(
     row_tokens: int,
     rows: int,
     max_new_tokens: int,
+    counted_B: np.ndarray | None = None,
+    share_prompts: bool = False,
     gather: Gather = one_host,
 ) -> list[list[Rows]]:
     """A rollout batch as `count` mini-batches (optimiser steps), each a list of microbatches of `rows` rows.
@@ -203,9 +275,12 @@ def mini_batches(
       row_tokens: T of the rows.
       rows: rows of a microbatch, over all devices of this host.
       max_new_tokens: the constant of aggregate "constant".
+      counted_B: bool, the sequences that take part in the update; all by default.
+      share_prompts: as for `pack`.
       gather: asks the other hosts.
     """
     size = len(prompts) // count
+    counted_B = np.ones(len(prompts), bool) if counted_B is None else counted_B
     batches = []
     for start in range(0, len(prompts), size):
         part = trajectories.part(start, start + size)
@@ -215,6 +290,7 @@ def mini_batches(
             aggregate=objective.aggregate,
             loss_on_mixed=objective.loss_on_mixed,
             max_new_tokens=max_new_tokens,
+            counted_B=counted_B[start : start + size],
             gather=gather,
         )
         packed = pack(
@@ -224,19 +300,17 @@ def mini_batches(
             weight_BT,
             row_tokens=row_tokens,
             rows_multiple=rows,
+            share_prompts=share_prompts,
         )
         batch = [take(packed, first, rows) for first in range(0, len(packed.targets_RT), rows)]
         longest = max(gather(len(batch)))
-        candidates = packed.inputs.ids.shape[-1]
-        batches.append(batch + [empty_rows(rows, row_tokens, candidates)] * (longest - len(batch)))
+        batches.append(batch + [empty_rows(rows, row_tokens, packed.inputs)] * (longest - len(batch)))
     return batches
 
 
 def take(rows: Rows, start: int, count: int) -> Rows:
     """Rows start..start + count."""
-    cut = slice(start, start + count)
-    inputs = Mixture(rows.inputs.ids[cut], rows.inputs.weights[cut])
-    return Rows(inputs, *(leaf[cut] for leaf in rows[1:]))
+    return jax.tree.map(lambda leaf: leaf[start : start + count], rows)
 
 
 def fill(batches: Sequence[Sequence[Rows]], gather: Gather = one_host) -> float:

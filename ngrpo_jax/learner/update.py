@@ -18,11 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ngrpo_jax.algo.logprobs import token_logprobs
-from ngrpo_jax.algo.objectives import policy_loss
-from ngrpo_jax.learner.packing import Gather, Rows, one_host
-from ngrpo_jax.model import decoder
-from ngrpo_jax.model.config import ModelConfig
+from ngrpo_jax.learner.loss import Computation, join_metrics, row_logprobs, row_loss
+from ngrpo_jax.learner.packing import Rows
 from ngrpo_jax.settings import ObjectiveSettings
 
 Params = Any
@@ -41,8 +38,31 @@ class Scored(NamedTuple):
     """A microbatch on the devices, with its log-probabilities before the update and by the reference."""
 
     rows: Rows
-    old_RT: jax.Array
+    old_RT: jax.Array | None
     ref_RT: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Shelf:
+    """Where arrays wait between two uses: on their devices, or (`away`) in the memory of the hosts.
+
+    The copies either way are whole and wait for no other program, so that a device holds the arrays in the
+    phases that read them alone.
+    """
+
+    shardings: Any
+    away: bool
+
+    def store(self, arrays: Any) -> Any:
+        """`arrays` where they wait."""
+        if not self.away:
+            return arrays
+        host = jax.tree.map(lambda sharding: sharding.with_memory_kind("pinned_host"), self.shardings)
+        return jax.device_put(arrays, host)
+
+    def fetch(self, arrays: Any) -> Any:
+        """`arrays` on their devices."""
+        return jax.device_put(arrays, self.shardings) if self.away else arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +74,8 @@ class Programs:
     accumulate: jax.stages.Wrapped  # (total, Params, *Scored) -> (total, metrics)
     apply: jax.stages.Wrapped  # (TrainState, gradients) -> (TrainState, metrics)
     place: Callable[[Rows], Rows]
+    optimizer: Shelf
+    reference: Shelf
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -61,96 +83,35 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
-def row_loss(
-    params: Params,
-    rows: Rows,
-    old_RT: jax.Array,
-    ref_RT: jax.Array | None,
-    *,
-    config: ModelConfig,
-    objective: ObjectiveSettings,
-    temperature: float,
-    remat: str,
-    logprob_chunk: int,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss (13) of some rows: their part of the optimiser step's, by the weights that they carry.
-
-    Args:
-      old_RT: log-probabilities of the targets before the step's first update.
-      ref_RT: the same under the reference model; None where kl_coef is 0.
-
-    Returns:
-      (loss, metrics of `policy_loss` and the entropy, summed over weights).
-    """
-    logprobs_RT, entropy_RT = _logprobs(
-        params, rows, config=config, temperature=temperature, remat=remat, logprob_chunk=logprob_chunk
-    )
-    loss, metrics = policy_loss(
-        logprobs_RT,
-        old_RT,
-        rows.advantages_RT,
-        rows.weight_RT,
-        algorithm=objective.algorithm,
-        clip_low=objective.clip_low,
-        clip_high=objective.clip_high,
-        dual_clip=objective.dual_clip,
-        ref_logprobs_BT=ref_RT,
-        kl_coef=objective.kl_coef,
-        segment_ids_BT=rows.segment_ids_RT,
-    )
-    return loss, {**metrics, "entropy": jnp.sum(rows.weight_RT * entropy_RT), "loss": loss}
-
-
-def _logprobs(
-    params: Params, rows: Rows, *, config: ModelConfig, temperature: float, remat: str, logprob_chunk: int
-) -> tuple[jax.Array, jax.Array]:
-    """Log-probability and entropy of every target, conditioned on the replayed mixtures, float32 [R, T]."""
-    hidden_RTD = decoder.hidden_states(
-        params,
-        config,
-        rows.inputs,
-        positions_BT=rows.positions_RT,
-        segment_ids_BT=rows.segment_ids_RT,
-        remat=remat,
-    )
-    head_DV = decoder.head(params, config)
-    return token_logprobs(hidden_RTD, head_DV, rows.targets_RT, temperature, chunk=logprob_chunk)
-
-
 def compile_programs(
-    config: ModelConfig,
+    compute: Computation,
     objective: ObjectiveSettings,
     optimizer: optax.GradientTransformation,
     *,
-    temperature: float,
-    remat: str,
-    logprob_chunk: int,
     state_shardings: TrainState,
     rows_sharding: Sharding,
+    offload: str = "none",
 ) -> Programs:
     """Jitted programs whose results keep the given shardings.
 
     Args:
-      temperature: the rollout's; sampler and learner must divide by the same.
-      remat: what the backward pass recomputes, as `decoder.hidden_states` takes it.
-      logprob_chunk: tokens whose logits exist at once.
+      compute: temperature, remat and the like.
       state_shardings: a TrainState of shardings.
       rows_sharding: of arrays whose leading dimension is rows.
+      offload: what waits in the host's memory while it is not used: "none", "optimizer" (its state),
+        "reference" (the model of the KL term) or "both".
     """
-    fixed: dict[str, Any] = dict(
-        config=config, temperature=temperature, remat=remat, logprob_chunk=logprob_chunk
-    )
     whole = jax.sharding.NamedSharding(rows_sharding.mesh, jax.sharding.PartitionSpec())
 
     def score(params, rows):
-        return _logprobs(params, rows, **fixed)[0]  # XLA then leaves the entropy out
+        return row_logprobs(params, rows, compute)
 
     def zeros(params):
         return jax.tree.map(jnp.zeros_like, params)
 
     def accumulate(total, params, rows, old_RT, ref_RT):
         loss = jax.value_and_grad(row_loss, has_aux=True)
-        (_, metrics), grads = loss(params, rows, old_RT, ref_RT, objective=objective, **fixed)
+        (_, metrics), grads = loss(params, rows, old_RT, ref_RT, objective=objective, compute=compute)
         return jax.tree.map(jnp.add, total, grads), metrics
 
     def apply(state, grads):
@@ -160,12 +121,15 @@ def compile_programs(
         return TrainState(params, opt_state, state.step + 1), figures
 
     of_params = state_shardings.params
+    away_optimizer, away_reference = offload in ("optimizer", "both"), offload in ("reference", "both")
     return Programs(
         score=jax.jit(score, out_shardings=rows_sharding),
         zeros=jax.jit(zeros, out_shardings=of_params),
         accumulate=jax.jit(accumulate, donate_argnums=0, out_shardings=(of_params, whole)),
         apply=jax.jit(apply, donate_argnums=0, out_shardings=(state_shardings, whole)),
         place=functools.partial(_place, sharding=rows_sharding),
+        optimizer=Shelf(state_shardings.opt_state, away_optimizer),
+        reference=Shelf(of_params, away_reference),
     )
 
 
@@ -174,21 +138,28 @@ def _place(rows: Rows, *, sharding: Sharding) -> Rows:
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), rows)
 
 
-def _own_rows(array_RT: jax.Array) -> np.ndarray:
-    """This host's part of an array over rows, in the order in which `_place` took it."""
-    starts = {shard.index[0].start or 0: shard.data for shard in array_RT.addressable_shards}
-    return np.concatenate([np.asarray(starts[start]) for start in sorted(starts)])
-
-
 def score(
-    programs: Programs, params: Params, reference: Params | None, batches: Sequence[Sequence[Rows]]
+    programs: Programs,
+    params: Params,
+    reference: Params | None,
+    batches: Sequence[Sequence[Rows]],
+    *,
+    old: str = "learner",
 ) -> list[list[Scored]]:
-    """Puts microbatches on the devices with their old and, given a reference, reference log-probabilities."""
+    """Puts microbatches on the devices with their old and, given a reference, reference log-probabilities.
+
+    Args:
+      old: where the old ones come from: "learner", a pass of `params`; "sampler", the rollout's record; or
+        "update", where the one optimiser step that follows finds them in its own pass.
+    """
+    reference = None if reference is None else programs.reference.fetch(reference)
 
     def one(rows: Rows) -> Scored:
         placed = programs.place(rows)
         of_reference = None if reference is None else programs.score(reference, placed)
-        return Scored(placed, programs.score(params, placed), of_reference)
+        of_sampler = placed.behaviour_RT if old == "sampler" else None
+        of_params = programs.score(params, placed) if old == "learner" else of_sampler
+        return Scored(placed, of_params, of_reference)
 
     return [[one(rows) for rows in batch] for batch in batches]
 
@@ -211,59 +182,40 @@ def update(
     metrics = []
     for batch in batches:
         grads, sums = gradients(programs, state.params, batch)
+        state = state._replace(opt_state=programs.optimizer.fetch(state.opt_state))
         state, norms = programs.apply(state, grads)
+        state = state._replace(opt_state=programs.optimizer.store(state.opt_state))
         metrics.append({**sums, **norms})
     return state, metrics
 
 
 def merge(parts: Sequence[dict[str, jax.Array]]) -> dict[str, jax.Array]:
     """Metrics of microbatches -> of their optimiser step: extremes by their suffix, everything else a sum."""
-
-    def join(name: str) -> jax.Array:
-        values = jnp.stack([part[name] for part in parts])
-        if name.endswith("_max"):
-            return values.max()
-        return values.min() if name.endswith("_min") else values.sum()
-
-    return {name: join(name) for name in parts[0]}
+    return {name: join_metrics(name, jnp.stack([part[name] for part in parts])) for name in parts[0]}
 
 
-def figures(steps: Sequence[dict[str, Any]]) -> dict[str, float]:
+def figures(steps: Sequence[dict[str, Any]], *, gap_of_first: bool = False) -> dict[str, float]:
     """Host metrics of the optimiser steps of a batch -> `learner/...`: extremes, and means of the rest.
 
     What `policy_loss` sums over weights is divided by the step's weight, so that clip fractions, entropy and
-    KL are means over tokens as the loss weighs them.
+    KL are means over tokens as the loss weighs them. The gap to the sampler, over all response tokens alike,
+    goes to `gap/...`: mean and max of |Δ log π|, and the k3 estimate of KL(sampler ‖ trainer), nats a token;
+    `gap_of_first` takes it of the first step alone, where later ones would count what the update has moved.
     """
     summed = {"policy_loss", "kl", "ratio", "clip_low", "clip_high", "dual_clip", "entropy"}
+    summed |= {"importance", "importance_capped"}
+    gap = {"gap": "gap/mean", "gap_max": "gap/max", "gap_kl": "gap/kl"}
 
     def value(step: dict[str, Any], name: str) -> float:
-        weight = float(step["weight"]) if name in summed else 1.0
-        return float(step[name]) / weight if weight else 0.0
+        share = step["weight"] if name in summed else step["scored"] if name in ("gap", "gap_kl") else 1.0
+        return float(step[name]) / float(share) if share else 0.0
 
     def join(name: str) -> float:
-        values = [value(step, name) for step in steps]
+        counted = steps[:1] if gap_of_first and name in gap else steps
+        values = [value(step, name) for step in counted]
         if name.endswith("_max"):
             return max(values)
         return min(values) if name.endswith("_min") else float(np.mean(values))
 
-    return {f"learner/{name}": join(name) for name in steps[0] if name != "weight"}
-
-
-def sampler_gap(
-    batches: Sequence[Sequence[Rows]], scored: Sequence[Sequence[Scored]], gather: Gather = one_host
-) -> dict[str, float]:
-    """How far the trainer's log-probabilities are from the sampler's, over all response tokens of all hosts.
-
-    Returns:
-      gap/mean and gap/max of |Δ log π|, gap/kl: the k3 estimate of KL(sampler ‖ trainer); nats a token.
-    """
-    pairs = [
-        (rows, _own_rows(item.old_RT).astype(np.float64))
-        for batch, items in zip(batches, scored, strict=True)
-        for rows, item in zip(batch, items, strict=True)
-    ]
-    delta = np.concatenate([(old_RT - rows.behaviour_RT)[rows.response_RT] for rows, old_RT in pairs])
-    sums = [delta.size, float(np.abs(delta).sum()), float((np.exp(delta) - delta - 1.0).sum())]
-    *of_hosts, largest = zip(*gather([*sums, float(np.abs(delta).max())]), strict=True)
-    count, gap, kl = map(sum, of_hosts)
-    return {"gap/mean": gap / count, "gap/max": max(largest), "gap/kl": kl / count}
+    names = [name for name in steps[0] if name not in ("weight", "scored")]
+    return {gap.get(name, f"learner/{name}"): join(name) for name in names}

@@ -1,7 +1,12 @@
 """Keys and values of the tokens seen so far: an explicit argument and result, never a hidden collection.
 
-One array per layer rather than one stacked array: a step then writes each in place, while slicing a layer out
-of a stacked cache and putting it back would copy all of it for every token.
+The columns of a cache form a ring. Every row writes its next token into the same column, the one at the
+cursor, however many tokens the row holds; so a step is one slice written in place and never a scatter. A row
+of n tokens holds them in the n columns before the cursor, wrapping round at the end.
+
+One array per layer rather than one stacked array: slicing a layer out of a stacked cache and putting it back
+would copy all of it for every token. Keys stand with their columns last, values with their columns before
+the head's entries: the orders in which the two products of attention read them straight through.
 """
 
 from typing import NamedTuple
@@ -11,35 +16,80 @@ import jax.numpy as jnp
 
 from ngrpo_jax.model.config import ModelConfig
 
+KEY_COLUMNS, VALUE_COLUMNS = 3, 2  # the axis of the columns in keys and in values
+
 
 class KVCache(NamedTuple):
-    """Rotated keys, and values, of B rows with S slots each.
+    """Rotated keys, and values, of B rows with S columns each.
 
-    Slots at and beyond a row's length hold nothing of meaning and are never attended to.
+    Columns that hold no token of a row are finite, of no meaning, and never attended to.
     """
 
-    keys: tuple[jax.Array, ...]  # one [B, S, K, H] per layer
-    values: tuple[jax.Array, ...]
-    lengths_B: jax.Array  # int32: slots filled, which is also the position of the next token
+    keys: tuple[jax.Array, ...]  # one [B, K, H, S] per layer
+    values: tuple[jax.Array, ...]  # one [B, K, S, H] per layer
+    lengths_B: jax.Array  # int32: tokens held, which is also the position of the next token
+    cursor: jax.Array  # int32 scalar: the column of every row's next token
+
+    @property
+    def columns(self) -> int:
+        """S."""
+        return self.keys[0].shape[KEY_COLUMNS]
 
 
 def init(config: ModelConfig, batch: int, length: int, dtype: str | None = None) -> KVCache:
-    """An empty cache of `batch` rows with `length` slots, in `dtype` (by default the compute type)."""
-    shape = (batch, length, config.num_kv_heads, config.head_dim)
-
+    """An empty cache of `batch` rows with `length` columns, in `dtype` (by default the compute type)."""
+    heads, size, dtype = config.num_kv_heads, config.head_dim, dtype or config.dtype
+    layers = range(config.num_layers)
     # Every array is its own buffer: a donated cache may not hold one buffer twice.
-    def empty() -> tuple[jax.Array, ...]:
-        return tuple(jnp.zeros(shape, dtype or config.dtype) for _ in range(config.num_layers))
+    keys = tuple(jnp.zeros((batch, heads, size, length), dtype) for _ in layers)
+    values = tuple(jnp.zeros((batch, heads, length, size), dtype) for _ in layers)
+    return KVCache(keys, values, jnp.zeros((batch,), jnp.int32), jnp.zeros((), jnp.int32))
 
-    return KVCache(empty(), empty(), jnp.zeros((batch,), jnp.int32))
+
+def write(
+    keys_BKHS: jax.Array, values_BKSH: jax.Array, k_BKH: jax.Array, v_BKH: jax.Array, cursor: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """A layer's cache with a token of each row in the column at the cursor; in place where it is donated."""
+    k_BKH1 = k_BKH[..., None].astype(keys_BKHS.dtype)
+    v_BK1H = v_BKH[:, :, None].astype(values_BKSH.dtype)
+    keys_BKHS = jax.lax.dynamic_update_slice_in_dim(keys_BKHS, k_BKH1, cursor, KEY_COLUMNS)
+    return keys_BKHS, jax.lax.dynamic_update_slice_in_dim(values_BKSH, v_BK1H, cursor, VALUE_COLUMNS)
 
 
-def write_token(slots_BSKH: jax.Array, new_B1KH: jax.Array, index_B: jax.Array) -> jax.Array:
-    """`slots_BSKH` with each row's entry at the row's own index; an index beyond the end means the last slot.
+def held(lengths_B: jax.Array, cursor: jax.Array, columns: int) -> jax.Array:
+    """bool [B, S]: the columns that hold a row's token once the one at the cursor is written, too."""
+    age_S = (cursor - jnp.arange(columns, dtype=jnp.int32)) % columns
+    return age_S[None, :] <= lengths_B[:, None]
 
-    A scatter: XLA performs it in place where the buffer is donated or carried by a loop.
+
+def advanced(cache: KVCache) -> KVCache:
+    """The cache after a step: every row one token longer, a full one having lost its oldest."""
+    return cache._replace(
+        lengths_B=jnp.minimum(cache.lengths_B + 1, cache.columns), cursor=(cache.cursor + 1) % cache.columns
+    )
+
+
+def seated(row: jax.Array, columns: int, cursor: jax.Array, axis: int) -> jax.Array:
+    """A row whose T columns end with its newest token -> one of S ≥ T columns that end before the cursor."""
+    room = [(0, 0)] * row.ndim
+    room[axis] = (columns - row.shape[axis], 0)
+    return jnp.roll(jnp.pad(row, room), cursor, axis)
+
+
+def stretched(array: jax.Array, cursor: jax.Array, columns: int, axis: int) -> jax.Array:
+    """Keys or values with another number of columns, for a cursor as `stretched_cursor` tells.
+
+    Of a smaller number, the newest columns are kept.
     """
-    rows_B = jnp.arange(slots_BSKH.shape[0])
-    index_B = jnp.clip(index_B, 0, slots_BSKH.shape[1] - 1)
-    new_BKH = new_B1KH[:, 0].astype(slots_BSKH.dtype)
-    return slots_BSKH.at[rows_B, index_B].set(new_BKH, unique_indices=True, indices_are_sorted=True)
+    straight = jnp.roll(array, -cursor, axis)  # the oldest column first, the newest last
+    before = array.shape[axis]
+    if columns <= before:
+        return jax.lax.slice_in_dim(straight, before - columns, before, axis=axis)
+    room = [(0, 0)] * array.ndim
+    room[axis] = (0, columns - before)
+    return jnp.pad(straight, room)
+
+
+def stretched_cursor(before: int, columns: int) -> int:
+    """Where the next token goes once a cache of `before` columns has `columns`."""
+    return before if columns > before else 0

@@ -1,8 +1,7 @@
-"""The language model as functions of (params, config, inputs): whole sequences, prefill, one-token decoding.
+"""The language model as functions of (params, config, inputs), for whole sequences; columns.py writes tokens.
 
-Parameters come in two layouts. Stacked, the learner's: every leaf under "layers" has a leading [L], and
-layers run under `lax.scan`, so that compile time does not grow with depth. Unstacked, the rollout's: "layers"
-is a tuple of L trees, because slicing a stacked weight inside a decode loop copies it for every token.
+Parameters are stacked: every leaf under "layers" has a leading [L], and layers run under `lax.scan`, so that
+compile time does not grow with depth. A tuple of L trees in their place (`unstack_layers`) works as well.
 
 Inputs are token ids or Mixtures (algo/mixture.py); nothing here knows how a mixture came about.
 """
@@ -16,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from ngrpo_jax.algo.mixture import Mixture, embed, one_hot
-from ngrpo_jax.model.cache import KVCache
+from ngrpo_jax.model import attention as attentions
+from ngrpo_jax.model import products
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.model.layers import Block, RMSNorm, rope_angles
 
@@ -25,7 +25,7 @@ Params = dict[str, Any]
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     # Keeps the outputs of weight products and recomputes attention, whose scores grow with T².
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(products.NAME),
 }
 
 
@@ -40,8 +40,8 @@ def init(key: jax.Array, config: ModelConfig) -> Params:
 
     def layer(layer_key: jax.Array) -> Params:
         positions_BT = jnp.zeros((1, 1), jnp.int32)
-        x_BTD, mask_BTS = jnp.zeros((1, 1, D)), jnp.ones((1, 1, 1), bool)
-        return Block(config).init(layer_key, x_BTD, rope_angles(config, positions_BT), mask_BTS)["params"]
+        rope = rope_angles(config, positions_BT)
+        return Block(config).init(layer_key, jnp.zeros((1, 1, D)), rope, lambda q, k, v: q)["params"]
 
     params = {
         "embed": {"embedding": D**-0.5 * jax.random.normal(embed_key, (V, D))},
@@ -54,7 +54,7 @@ def init(key: jax.Array, config: ModelConfig) -> Params:
 
 
 def unstack_layers(params: Params) -> Params:
-    """`params` in the rollout's layout, "layers" a tuple of per-layer trees; if it is one, as is."""
+    """`params` with "layers" a tuple of per-layer trees; if it is one, as is."""
     layers = params["layers"]
     if isinstance(layers, tuple):
         return params
@@ -69,7 +69,10 @@ def hidden_states(
     *,
     positions_BT: jax.Array | None = None,
     segment_ids_BT: jax.Array | None = None,
+    prefix_ids_BT: jax.Array | None = None,
+    attend: attentions.Attend = attentions.plain,
     remat: str = "none",
+    unroll: bool = False,
 ) -> jax.Array:
     """Outputs of the last layer after the final norm, [B, T, D] in the compute type.
 
@@ -79,8 +82,12 @@ def hidden_states(
       positions_BT: position of every token for the rotary angles; 0..T-1 where missing.
       segment_ids_BT: int; tokens see earlier tokens (by place in the row) of their own segment alone, so that
         several sequences can share a row. Segment 0 is padding. Missing: each row is one segment.
+      prefix_ids_BT: int; a segment that tokens see besides their own, 0 for none.
+      attend: how attention is computed, one of `attention.make`.
       remat: what the backward pass recomputes, layer by layer: "none", "full" (everything), or "dots" (all
         but the products with weights).
+      unroll: write stacked layers out one after the other rather than scan them: a scan copies what the
+        backward pass needs into and out of stacked buffers, but compiles in a time that does not grow with L.
 
     Raises:
       ValueError: for an unknown `remat`.
@@ -90,17 +97,18 @@ def hidden_states(
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
     chex.assert_shape(positions_BT, (B, T))
-    mask_BTS = jnp.tril(jnp.ones((T, T), bool))[None]
-    if segment_ids_BT is not None:
-        chex.assert_shape(segment_ids_BT, (B, T))
-        # Padding sees padding: it needs no rule of its own, and no query is left with nothing to see.
-        mask_BTS = mask_BTS & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
+    own_BT = jnp.ones((B, T), jnp.int32) if segment_ids_BT is None else segment_ids_BT
+    prefix_BT = jnp.zeros((B, T), jnp.int32) if prefix_ids_BT is None else prefix_ids_BT
+    chex.assert_shape([own_BT, prefix_BT], (B, T))
+    segments = attentions.Segments(own_BT, prefix_BT)
     rope = rope_angles(config, positions_BT)
     layers = params["layers"]
+    if unroll and not isinstance(layers, tuple):
+        layers = _unstacked(layers)
     stacked = not isinstance(layers, tuple)
 
     def run_layer(x_BTD: jax.Array, layer: Params) -> jax.Array:
-        return _block(config, layer, x_BTD, rope, mask_BTS)[0]
+        return _block(config, layer, x_BTD, rope, lambda q, k, v: attend(q, k, v, segments))
 
     run_layer = _rematerialised(run_layer, remat, in_scan=stacked)
     if stacked:
@@ -114,6 +122,11 @@ def hidden_states(
 def head(params: Params, config: ModelConfig) -> jax.Array:
     """The output matrix [D, V] as it is stored: the embedding transposed where the two are tied."""
     return params["embed"]["embedding"].T if config.tie_embeddings else params["head"]["kernel"]
+
+
+def table_rows(params: Params, config: ModelConfig, table: str) -> jax.Array:
+    """The rows [V, D] among which neighbours are sought: of the input "embedding", or of the "head"."""
+    return params["embed"]["embedding"] if table == "embedding" else head(params, config).T
 
 
 def forward(
@@ -132,65 +145,17 @@ def forward(
     return jnp.einsum("btd,dv->btv", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
 
 
-def prefill(
-    params: Params, config: ModelConfig, ids_BT: jax.Array, lengths_B: jax.Array, cache_length: int
-) -> tuple[jax.Array, KVCache]:
-    """Reads right-padded prompts: (hidden_BD after each row's last token, a cache of `cache_length` slots).
-
-    What stands beyond a row's length has no influence. A row of length 0 (an idle slot) gives a hidden state
-    of no meaning.
-
-    Raises:
-      ValueError: where the prompts are longer than the cache.
-    """
-    B, T = ids_BT.shape
-    chex.assert_shape(lengths_B, (B,))
-    if cache_length < T:
-        raise ValueError(f"a cache of {cache_length} slots cannot hold prompts of {T} tokens")
-    x_BTD = _embed(params, config, ids_BT)
-    rope = rope_angles(config, jnp.broadcast_to(jnp.arange(T)[None], (B, T)))
-    # Padding stands at the end of each row, where no real token looks.
-    mask_BTS = jnp.tril(jnp.ones((T, T), bool))[None]
-    room = ((0, 0), (0, cache_length - T), (0, 0), (0, 0))
-    keys, values = [], []
-    for layer in unstack_layers(params)["layers"]:
-        x_BTD, (k_BTKH, v_BTKH) = _block(config, layer, x_BTD, rope, mask_BTS)
-        keys.append(jnp.pad(k_BTKH, room))
-        values.append(jnp.pad(v_BTKH, room))
-    last_B11 = jnp.maximum(lengths_B - 1, 0)[:, None, None]
-    x_B1D = jnp.take_along_axis(x_BTD, last_B11, axis=1)
-    cache = KVCache(tuple(keys), tuple(values), lengths_B.astype(jnp.int32))
-    return _final_norm(params, config, x_B1D)[:, 0], cache
+@jax.custom_vjp
+def _unstacked(layers: Params) -> tuple[Params, ...]:
+    """Stacked leaves as a tuple of layers. Left to autodiff, each layer's gradient would be a whole stack."""
+    depth = jax.tree.leaves(layers)[0].shape[0]
+    return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(depth))
 
 
-def decode_step(
-    params: Params, config: ModelConfig, inputs: Mixture, cache: KVCache
-) -> tuple[jax.Array, KVCache]:
-    """Feeds one input per row: (hidden_BD, cache with the input written and every length one more).
-
-    Args:
-      params: in the rollout's layout; stacked ones work too, at the price of a copy of every weight.
-      inputs: Mixture [B, C].
-      cache: written in place where it is donated or carried by a loop. Rows need not be of equal length: each
-        is written at its own. A row that is full is written at its last slot and stays full, which spoils
-        that row and no other.
-    """
-    B, S = cache.keys[0].shape[:2]
-    chex.assert_shape(inputs.ids, (B, None))
-    chex.assert_shape(cache.lengths_B, (B,))
-    x_BTD = _embed(params, config, jax.tree.map(lambda leaf: leaf[:, None], inputs))
-    lengths_B = cache.lengths_B
-    rope = rope_angles(config, lengths_B[:, None])
-    mask_BTS = (jnp.arange(S)[None, :] <= lengths_B[:, None])[:, None]
-    keys, values = [], []
-    layers = unstack_layers(params)["layers"]
-    for layer, layer_keys, layer_values in zip(layers, cache.keys, cache.values, strict=True):
-        layer_cache = (layer_keys, layer_values, lengths_B)
-        x_BTD, (k_BSKH, v_BSKH) = _block(config, layer, x_BTD, rope, mask_BTS, layer_cache)
-        keys.append(k_BSKH)
-        values.append(v_BSKH)
-    cache = KVCache(tuple(keys), tuple(values), jnp.minimum(lengths_B + 1, S))
-    return _final_norm(params, config, x_BTD)[:, 0], cache
+_unstacked.defvjp(
+    lambda layers: (_unstacked(layers), None),
+    lambda _, grads: (jax.tree.map(lambda *leaves: jnp.stack(leaves), *grads),),
+)
 
 
 def _embed(params: Params, config: ModelConfig, inputs: jax.Array | Mixture) -> jax.Array:

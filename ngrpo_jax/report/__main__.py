@@ -1,32 +1,89 @@
-"""python -m ngrpo_jax.report --workdir=DIR: makes DIR/report.html from what a run has written."""
+"""The report command: pages and lists made from what other commands have written.
+
+python -m ngrpo_jax.report --workdir=DIR                        DIR/report.html, one page about a run
+python -m ngrpo_jax.report neighbors --tokens="7, the, Wait" --config=... --workdir=... [--count=8]
+python -m ngrpo_jax.report pca --tokens="7, the, Wait" --config=... --workdir=...      DIR/pca.html (Figure 1)
+python -m ngrpo_jax.report diversity FILE|DIR ...               how much the responses of a group differ
+"""
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from ngrpo_jax.report.page import render
 from ngrpo_jax.report.workdir import read
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Reads the arguments, writes the page, prints where it is; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m ngrpo_jax.report", description="One page about a run.")
-    parser.add_argument("--workdir", required=True, help="folder of the run")
-    workdir = parser.parse_args(argv).workdir
+    """Reads the arguments, does what they ask for; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "neighbors": _neighbors,
+        "pca": _pca,
+        "diversity": _diversity,
+    }
     try:
-        page = render(read(workdir))
-        path = Path(workdir, "report.html")
-        # A page that is being looked at is replaced whole, never half-written.
-        temporary = path.with_suffix(".html.tmp")
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
+        if arguments and not arguments[0].startswith("-"):
+            if arguments[0] not in commands:
+                raise ValueError(
+                    f"report has no {arguments[0]!r}; it has {', '.join(commands)}, and --workdir"
+                )
+            commands[arguments[0]](arguments[1:])
+        else:
+            _page(arguments)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(f"{path} ({len(page.encode()) / 1024:.0f} KiB), open it in a browser")
     return 0
+
+
+def write_page(path: Path, page: str) -> None:
+    """Writes a page and says where; one that is being looked at is replaced whole, never half-written."""
+    temporary = path.with_suffix(f"{path.suffix}.tmp")
+    temporary.write_text(page, encoding="utf-8")
+    os.replace(temporary, path)
+    print(f"{path} ({len(page.encode()) / 1024:.0f} KiB), open it in a browser")
+
+
+def _page(arguments: list[str]) -> None:
+    parser = _Parser(prog="python -m ngrpo_jax.report", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--workdir", required=True, help="folder of the run")
+    workdir = parser.parse_args(arguments).workdir
+    write_page(Path(workdir, "report.html"), render(read(workdir)))
+
+
+# The other three read models or generations: what they import takes seconds, and the page needs none of it.
+
+
+def _neighbors(arguments: list[str]) -> None:
+    from ngrpo_jax.report import embeddings
+
+    print(embeddings.neighbor_list(arguments))
+
+
+def _pca(arguments: list[str]) -> None:
+    from ngrpo_jax.report import embeddings
+
+    write_page(*embeddings.plane_page(arguments))
+
+
+def _diversity(arguments: list[str]) -> None:
+    from ngrpo_jax.report import diversity
+
+    parser = _Parser(prog="python -m ngrpo_jax.report diversity", allow_abbrev=False)
+    parser.add_argument("paths", nargs="+", type=Path)
+    print(diversity.table(parser.parse_args(arguments).paths))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argparse whose complaints are one sentence, like every other of the commands'."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; {self.prog} --help says what there is")
 
 
 if __name__ == "__main__":

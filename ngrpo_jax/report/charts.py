@@ -33,6 +33,15 @@ class Series(NamedTuple):
     color: str
 
 
+class Cloud(NamedTuple):
+    """Points of one kind in a plane [N, 2], their colour and their size in square points."""
+
+    label: str
+    points: np.ndarray
+    color: str
+    size: float
+
+
 def window(points: int) -> int:
     """Width of the running mean for so many points; 1 is none."""
     return max(3, points // 15) if points >= _SMOOTH_FROM else 1
@@ -78,6 +87,26 @@ def stack_chart(series: Sequence[Series], *, unit: str = "") -> str:
             bottom += sum(values)
         _set_steps(axes, set(steps))
     axes.set_ylim(bottom=0)
+    return _svg(figure)
+
+
+def scatter_chart(
+    clouds: Sequence[Cloud], labels: Sequence[tuple[str, np.ndarray]], axis_labels: tuple[str, str]
+) -> str:
+    """Clouds of points, the later above the earlier, some places named."""
+    figure, axes = _axes("")
+    figure.set_size_inches(7.2, 5.0)
+    for cloud in clouds:
+        axes.scatter(
+            cloud.points[:, 0], cloud.points[:, 1], s=cloud.size, color=cloud.color, alpha=0.55, linewidths=0
+        )
+    for text, (x, y) in labels:
+        # A dollar sign would begin matplotlib's own mathematics.
+        name = text.replace("$", r"\$")
+        axes.annotate(name, (x, y), xytext=(3, 3), textcoords="offset points", fontsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.set_xlabel(axis_labels[0], fontsize=9, color=_INK)
+    axes.set_ylabel(axis_labels[1], fontsize=9, color=_INK)
     return _svg(figure)
 
 

@@ -84,6 +84,7 @@ def _subtitle(run: Run) -> str:
 
 def _cards(run: Run) -> str:
     n, k = _setting(run, "eval", "samples") or "n", _setting(run, "eval", "pass_k") or "k"
+    k = max(k) if isinstance(k, list) else k
     cards = [
         _change_card(f"Held-out Mean@{n}", run.summary, "mean_at_n"),
         _change_card(f"Held-out Pass@{k}", run.summary, "pass_at_k"),

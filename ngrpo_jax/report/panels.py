@@ -32,7 +32,11 @@ SECTIONS = (
         "never trained on.",
         (
             Panel("Mean reward", {"reward/mean": "training rollouts"}),
-            Panel("Held-out accuracy", {"eval/mean_at_n": "Mean@n", "eval/pass_at_k": "Pass@k"}, "%"),
+            Panel(
+                "Held-out accuracy",
+                {"eval/mean_at_n": "Mean@n", "eval/pass_at_k": "Pass@k", "eval/maj_at_n": "Maj@n"},
+                "%",
+            ),
             Panel(
                 "Groups without variance",
                 {"groups/zero_variance": "all right or all wrong"},

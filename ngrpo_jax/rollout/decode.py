@@ -14,14 +14,58 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from ngrpo_jax.algo import mixture as mix
-from ngrpo_jax.algo import sampling
+from ngrpo_jax.algo import sampling, strategies
 from ngrpo_jax.model import cache as kv
-from ngrpo_jax.model import decoder
+from ngrpo_jax.model import columns
 from ngrpo_jax.model.config import ModelConfig
 
-Sharding = jax.sharding.Sharding | None
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """How slots are split over a mesh: rows over some axes, key/value heads over at most one."""
+
+    mesh: jax.sharding.Mesh
+    rows: tuple[str, ...]
+    heads: str | None
+
+    @classmethod
+    def of(cls, sharding: NamedSharding, params: Any) -> Placement:
+        """Rows as `sharding` splits its leading dimension, heads as the laid-out parameters are split."""
+        rows = sharding.spec[0]
+        of_weights = params["layers"][0]["attention"]["qkv"]["kernel"].sharding
+        heads = of_weights.spec[0] if isinstance(of_weights, NamedSharding) and of_weights.spec else None
+        assert isinstance(sharding.mesh, jax.sharding.Mesh)
+        return cls(sharding.mesh, rows if isinstance(rows, tuple) else (rows,), heads)
+
+    @property
+    def shards(self) -> int:
+        """Parts that the rows are split into."""
+        return int(np.prod([self.mesh.shape[axis] for axis in self.rows]))
+
+    def constrain_slots(self, slots: Slots) -> Slots:
+        """Left to itself, XLA may choose anew, and no donated buffer could be reused."""
+        rows = self._sharding(P(self.rows))
+        cache = self.constrain_cache(slots.cache, self.rows)
+        others = [jax.lax.with_sharding_constraint(leaf, rows) for leaf in slots[1:]]
+        return Slots(cache, *others)
+
+    def constrain_cache(self, cache: kv.KVCache, rows: tuple[str, ...] | None) -> kv.KVCache:
+        """Keys and values split over rows (None: whole) and heads."""
+        split = self._sharding(P(rows, self.heads))
+        keys, values = (
+            tuple(jax.lax.with_sharding_constraint(x, split) for x in arrays)
+            for arrays in (cache.keys, cache.values)
+        )
+        lengths_B = jax.lax.with_sharding_constraint(cache.lengths_B, self._sharding(P(rows)))
+        return kv.KVCache(keys, values, lengths_B, cache.cursor)
+
+    def _sharding(self, spec: P) -> NamedSharding:
+        return NamedSharding(self.mesh, spec)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,17 +81,6 @@ class Sampler:
     top_k: int
     mixing: mix.Mixing
     stop_ids: tuple[int, ...]
-    max_new_tokens: int
-
-    @property
-    def mixes(self) -> bool:
-        """Whether any input can be a mixture; without, no step pays for the question."""
-        return self.mixing.strategy != "none"
-
-    @property
-    def candidates(self) -> int:
-        """C of the recorded mixtures."""
-        return self.mixing.k if self.mixes else 1
 
 
 class Slots(NamedTuple):
@@ -58,6 +91,7 @@ class Slots(NamedTuple):
       hidden_BD: final hidden state of each row's last input.
       keys_B2: uint32 key data of each sequence.
       written_B: int32, response tokens so far.
+      limits_B: int32, response tokens after which the sequence ends.
       tail_BM: int32, the last tokens of the response, as far as `until_ids` looks back; -1 where none.
       thinking_B: bool, whether mixing may still happen.
       active_B: bool, whether the row's sequence is unfinished.
@@ -67,93 +101,168 @@ class Slots(NamedTuple):
     hidden_BD: jax.Array
     keys_B2: jax.Array
     written_B: jax.Array
+    limits_B: jax.Array
     tail_BM: jax.Array
     thinking_B: jax.Array
     active_B: jax.Array
 
 
 class Written(NamedTuple):
-    """What the steps of a chunk wrote, [steps, B, ...]; `valid_NB` marks rows that were active."""
+    """What the steps of a chunk wrote, [steps, B, ...]; `valid_NB` marks tokens of unfinished rows.
+
+    `failed_NB` marks the step at which a row's logits were not finite; that step writes nothing.
+    """
 
     tokens_NB: jax.Array
     mixtures: mix.Mixture
     mixed_NB: jax.Array
     logprobs_NB: jax.Array
     stopped_NB: jax.Array
+    failed_NB: jax.Array
     valid_NB: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampler", "count", "cache_length", "sharding"))
+class Seats(NamedTuple):
+    """New sequences: N for each shard of the slots, of which the first `count` are real.
+
+    Attributes:
+      count: int32 [shards].
+      slot: int32 [shards · N], the slot within its shard.
+      source: int32 [shards · N], the row of the prefill that the sequence starts from.
+      keys: uint32 [shards · N, 2].
+      limits: int32 [shards · N], response tokens at most.
+    """
+
+    count: Any
+    slot: Any
+    source: Any
+    keys: Any
+    limits: Any
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sampler", "count", "columns", "placement"))
 def empty_slots(
-    config: ModelConfig, sampler: Sampler, count: int, cache_length: int, sharding: Sharding = None
+    config: ModelConfig, sampler: Sampler, count: int, columns: int, placement: Placement | None = None
 ) -> Slots:
-    """`count` slots in which nobody sits, made where they will live."""
+    """`count` slots in which nobody sits, with a cache of `columns`, made where they will live."""
     slots = Slots(
-        cache=kv.init(config, count, cache_length, config.dtype),
+        cache=kv.init(config, count, columns),
         hidden_BD=jnp.zeros((count, config.hidden_size), config.dtype),
         keys_B2=jnp.zeros((count, 2), jnp.uint32),
         written_B=jnp.zeros(count, jnp.int32),
+        limits_B=jnp.zeros(count, jnp.int32),
         tail_BM=jnp.full((count, mix.tail_length(sampler.mixing.until_ids)), -1, jnp.int32),
         thinking_B=jnp.zeros(count, bool),
         active_B=jnp.zeros(count, bool),
     )
-    return _kept(slots, sharding)
+    return slots if placement is None else placement.constrain_slots(slots)
 
 
-def _kept(slots: Slots, sharding: Sharding) -> Slots:
-    """Slots stay split as they began: left to itself, XLA may choose anew, and no buffer could be reused."""
-    return slots if sharding is None else jax.lax.with_sharding_constraint(slots, sharding)
-
-
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames=("config", "placement"))
 def prefill(
-    params: Any, ids_BT: jax.Array, lengths_B: jax.Array, *, config: ModelConfig
+    params: Any,
+    ids_BT: jax.Array,
+    lengths_B: jax.Array,
+    *,
+    config: ModelConfig,
+    placement: Placement | None = None,
 ) -> tuple[jax.Array, kv.KVCache]:
-    """Right-padded prompts -> (hidden state of each last token [B, D], cache of length T)."""
-    return decoder.prefill(params, config, ids_BT, lengths_B, ids_BT.shape[1])
+    """Right-padded prompts -> (hidden state of each last token [B, D], cache of T columns).
+
+    On a mesh the prompts are divided over the shards of the slots (which must divide B), and each shard then
+    gets all of the result, since any of its slots may start from any prompt.
+    """
+    if placement is None:
+        return columns.prefill(params, config, ids_BT, lengths_B)
+    rows = NamedSharding(placement.mesh, P(placement.rows))
+    ids_BT, lengths_B = jax.lax.with_sharding_constraint((ids_BT, lengths_B), rows)
+    hidden_BD, cache = columns.prefill(params, config, ids_BT, lengths_B)
+    hidden_BD = jax.lax.with_sharding_constraint(hidden_BD, NamedSharding(placement.mesh, P()))
+    return hidden_BD, placement.constrain_cache(cache, None)
 
 
-@functools.partial(jax.jit, static_argnames="sharding", donate_argnames="slots")
+@functools.partial(jax.jit, static_argnames="placement", donate_argnames="slots")
 def fill(
     slots: Slots,
     hidden_PD: jax.Array,
     prefix: kv.KVCache,
-    source_B: jax.Array,
-    enters_B: jax.Array,
-    keys_B2: jax.Array,
-    sharding: Sharding = None,
+    seats: Seats,
+    placement: Placement | None = None,
 ) -> Slots:
-    """Seats new sequences: row b of the slots starts from row `source_B[b]` of a prefill where `enters_B[b]`.
+    """Seats new sequences, each at a row of a prefill whose columns are no more than the slots'.
 
-    Many slots may start from one prefill row: a prompt is computed once, whatever its number of samples.
+    Many may start from one row: a prompt is computed once, whatever its number of samples. Only the rows of
+    new sequences are touched; on a mesh each shard seats its own, without a word to the others.
     """
-    depth = prefix.keys[0].shape[1]
+    if placement is None:
+        return _fill_shard(slots, hidden_PD, prefix, seats)
+    rows, whole = P(placement.rows), P()
+    of_cache = kv.KVCache(rows, rows, rows, whole)  # type: ignore[arg-type]
+    of_slots = Slots(of_cache, *(rows,) * (len(Slots._fields) - 1))  # type: ignore[arg-type]
+    filled = jax.shard_map(
+        _fill_shard,
+        mesh=placement.mesh,
+        in_specs=(of_slots, whole, whole, Seats(*(rows,) * len(Seats._fields))),
+        out_specs=of_slots,
+        axis_names=set(placement.rows),
+        check_vma=False,
+    )(slots, hidden_PD, prefix, seats)
+    return placement.constrain_slots(filled)
 
-    def seated(new, old):
-        return jnp.where(enters_B.reshape(-1, *[1] * (old.ndim - 1)), new, old)
 
-    def layer(old_BSKH, new_PTKH):
-        return old_BSKH.at[:, :depth].set(seated(new_PTKH[source_B], old_BSKH[:, :depth]))
+def _fill_shard(slots: Slots, hidden_PD: jax.Array, prefix: kv.KVCache, seats: Seats) -> Slots:
+    """`fill` for the slots of one shard."""
+    size, cursor = slots.cache.columns, slots.cache.cursor
 
-    cache = kv.KVCache(
-        keys=tuple(map(layer, slots.cache.keys, prefix.keys)),
-        values=tuple(map(layer, slots.cache.values, prefix.values)),
-        lengths_B=seated(prefix.lengths_B[source_B], slots.cache.lengths_B),
-    )
-    filled = Slots(
-        cache=cache,
-        hidden_BD=seated(hidden_PD[source_B], slots.hidden_BD),
-        keys_B2=seated(keys_B2, slots.keys_B2),
-        written_B=jnp.where(enters_B, 0, slots.written_B),
-        tail_BM=seated(jnp.full_like(slots.tail_BM, -1), slots.tail_BM),
-        thinking_B=slots.thinking_B | enters_B,
-        active_B=slots.active_B | enters_B,
-    )
-    return _kept(filled, sharding)
+    def seat(i: jax.Array, slots: Slots) -> Slots:
+        slot, source = seats.slot[i], seats.source[i]
+
+        def layers(slots_L: tuple, prefix_L: tuple, axis: int) -> tuple[jax.Array, ...]:
+            rows_L = [jax.lax.dynamic_slice_in_dim(new, source, 1) for new in prefix_L]
+            return tuple(
+                jax.lax.dynamic_update_slice_in_dim(old, kv.seated(row, size, cursor, axis), slot, 0)
+                for old, row in zip(slots_L, rows_L, strict=True)
+            )
+
+        cache = kv.KVCache(
+            keys=layers(slots.cache.keys, prefix.keys, kv.KEY_COLUMNS),
+            values=layers(slots.cache.values, prefix.values, kv.VALUE_COLUMNS),
+            lengths_B=slots.cache.lengths_B.at[slot].set(prefix.lengths_B[source]),
+            cursor=cursor,
+        )
+        return Slots(
+            cache=cache,
+            hidden_BD=slots.hidden_BD.at[slot].set(hidden_PD[source]),
+            keys_B2=slots.keys_B2.at[slot].set(seats.keys[i]),
+            written_B=slots.written_B.at[slot].set(0),
+            limits_B=slots.limits_B.at[slot].set(seats.limits[i]),
+            tail_BM=slots.tail_BM.at[slot].set(-1),
+            thinking_B=slots.thinking_B.at[slot].set(True),
+            active_B=slots.active_B.at[slot].set(True),
+        )
+
+    return jax.lax.fori_loop(0, seats.count[0], seat, slots)
+
+
+_stretch = jax.jit(kv.stretched, static_argnums=(2, 3), donate_argnums=0, keep_unused=True)
+
+
+def stretch(slots: Slots, size: int) -> Slots:
+    """The slots with a cache of `size` columns: every row's newest tokens, as many as find room.
+
+    Array by array, so that no more than one of them ever exists in both sizes.
+    """
+    cache = slots.cache
+    keys, values = list(cache.keys), list(cache.values)
+    for arrays, axis in ((keys, kv.KEY_COLUMNS), (values, kv.VALUE_COLUMNS)):
+        for index in range(len(arrays)):
+            arrays[index] = _stretch(arrays[index], cache.cursor, size, axis)
+    cursor = jnp.full_like(cache.cursor, kv.stretched_cursor(cache.columns, size))
+    return slots._replace(cache=kv.KVCache(tuple(keys), tuple(values), cache.lengths_B, cursor))
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "sampler", "steps", "sharding"), donate_argnames="slots"
+    jax.jit, static_argnames=("config", "sampler", "steps", "placement"), donate_argnames="slots"
 )
 def decode_chunk(
     params: Any,
@@ -163,39 +272,39 @@ def decode_chunk(
     config: ModelConfig,
     sampler: Sampler,
     steps: int,
-    sharding: Sharding = None,
+    placement: Placement | None = None,
 ) -> tuple[Slots, Written]:
     """Writes `steps` tokens in every slot; rows that end on the way write nothing valid after it.
 
     Args:
-      params: rollout layout (a tuple of layers).
-      table_VC: neighbour table, or None where nothing is mixed.
+      params: as `columns.lay_out` makes them.
+      table_VC: neighbour table, or None where the strategy needs none.
       slots: donated; its buffers become the result's.
-      sharding: of the slots, over their leading dimension; None on one device.
     """
-    head_DV = decoder.head(params, config).astype(config.dtype)
 
     def step(slots: Slots, _: None) -> tuple[Slots, Written]:
-        logits_BV = jnp.matmul(slots.hidden_BD, head_DV, preferred_element_type=jnp.float32)
+        logits_BV = columns.logits(params, slots.hidden_BD)
         token_B, mixture, mixed_B, logprob_B = draw(logits_BV, table_VC, slots, sampler)
+        # The log-sum-exp is finite just where no logit is NaN or +inf and not all are -inf.
+        failed_B = slots.active_B & ~jnp.isfinite(logprob_B)
+        valid_B = slots.active_B & ~failed_B
         tail_BM = jnp.concatenate([slots.tail_BM, token_B[:, None]], axis=1)[:, 1:]
-        written_B = slots.written_B + slots.active_B
-        stopped_B = jnp.isin(token_B, jnp.asarray(sampler.stop_ids, jnp.int32)) & slots.active_B
-        hidden_BD, cache = decoder.decode_step(params, config, mixture, slots.cache)
-        written = Written(token_B, mixture, mixed_B, logprob_B, stopped_B, slots.active_B)
-        after = Slots(
+        written_B = slots.written_B + valid_B
+        stopped_B = jnp.isin(token_B, jnp.asarray(sampler.stop_ids, jnp.int32)) & valid_B
+        hidden_BD, cache = columns.decode_step(params, config, mixture, slots.cache)
+        written = Written(token_B, mixture, mixed_B, logprob_B, stopped_B, failed_B, valid_B)
+        after = slots._replace(
             cache=cache,
             hidden_BD=hidden_BD,
-            keys_B2=slots.keys_B2,
             written_B=written_B,
             tail_BM=tail_BM,
             thinking_B=slots.thinking_B & ~mix.completed(sampler.mixing.until_ids, tail_BM),
-            active_B=slots.active_B & ~stopped_B & (written_B < sampler.max_new_tokens),
+            active_B=valid_B & ~stopped_B & (written_B < slots.limits_B),
         )
         return after, written
 
     slots, written = jax.lax.scan(step, slots, None, length=steps)
-    return _kept(slots, sharding), written
+    return slots if placement is None else placement.constrain_slots(slots), written
 
 
 def draw(
@@ -212,20 +321,18 @@ def draw(
         return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key_2), count), (2,))
 
     uniforms_B2 = jax.vmap(uniforms)(slots.keys_B2, slots.written_B)
+    law_BV = sampling.truncate(scaled_BV, top_p=sampler.top_p, top_k=sampler.top_k)
     if sampler.temperature == 0:
         token_B = sampling.greedy(scaled_BV)
     else:
-        token_B = sampling.sample(scaled_BV, uniforms_B2[:, 0], top_p=sampler.top_p, top_k=sampler.top_k)
-    mixture = mix.one_hot(token_B, sampler.candidates)
+        token_B = sampling.sample(law_BV, uniforms_B2[:, 0])
+    mixture = mix.one_hot(token_B, sampler.mixing.candidates)
     mixed_B = jnp.zeros(token_B.shape, bool)
-    if sampler.mixes:
-        assert table_VC is not None
-        mixed_B = slots.thinking_B & slots.active_B & (uniforms_B2[:, 1] < sampler.mixing.rate)
-        blend = mix.neighbor_mixture(scaled_BV, table_VC)
-        token_B = jnp.where(mixed_B, blend.ids[:, 0], token_B)
-        mixture = mix.Mixture(
-            jnp.where(mixed_B[:, None], blend.ids, mixture.ids),
-            jnp.where(mixed_B[:, None], blend.weights, mixture.weights),
+    if sampler.mixing.mixes:
+        open_B = slots.thinking_B & slots.active_B & (uniforms_B2[:, 1] < sampler.mixing.rate)
+        drawn = strategies.Draw(
+            scaled_BV, law_BV, token_B, slots.keys_B2, slots.written_B, table_VC, sampler.temperature
         )
+        token_B, mixture, mixed_B = strategies.next_input(sampler.mixing, drawn, open_B)
     chosen_B = jnp.take_along_axis(scaled_BV, token_B[:, None], axis=1)[:, 0]
     return token_B, mixture, mixed_B, chosen_B - jax.nn.logsumexp(scaled_BV, axis=1)

@@ -1,15 +1,18 @@
 """The scheduler: prompts in, trajectories out, over a fixed number of slots.
 
 Sequences wait in order; whenever slots are free they are filled from a shared prefill of the next prompts,
-then all slots decode one chunk, then the finished ones are handed back. Each sequence brings its own key, so
-that none of this changes what it writes. Knows token ids only: no tokenizer, no rewards, no learner.
+then all slots decode one chunk, then the finished ones are handed back. Where host and device run side by
+side, the flags of a chunk are read while the next one runs. Each sequence brings its own key, so that none of
+this changes what it writes. Knows token ids only: no tokenizer, no rewards, no learner.
 """
 
 from __future__ import annotations
 
-import functools
+import collections
+import dataclasses
+import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +21,60 @@ import numpy as np
 from ngrpo_jax.algo.mixture import Mixing
 from ngrpo_jax.algo.neighbors import neighbor_table
 from ngrpo_jax.model import cache as kv
-from ngrpo_jax.model import decoder
+from ngrpo_jax.model import columns, decoder
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.rollout import decode
+from ngrpo_jax.rollout.checks import check_arguments
+from ngrpo_jax.rollout.seating import Seating, cache_sizes, no_seats, prompt_lengths, smallest
 from ngrpo_jax.rollout.trajectory import Trajectories
 
 NO_MIXING = Mixing(strategy="none")
-SHORTEST_PREFILL = 32  # prompts are padded to this times a power of two: few shapes to compile
 
-Progress = Callable[[int, int, int], None]  # sequences done, sequences in all, tokens written
+
+@dataclasses.dataclass
+class Stats:
+    """What a rollout has done so far; `generate` fills it in as it goes.
+
+    A step runs in every slot, whether somebody sits there or not, so steps × slots is the work that was done
+    and tokens the work that was of use. `waiting_` counts the same over the chunks at whose start sequences
+    waited. Times are wall seconds; decode_s is from the start of a chunk to its results on the host.
+    """
+
+    sequences: int = 0
+    done: int = 0
+    slots: int = 0
+    steps: int = 0
+    tokens: int = 0
+    waiting_steps: int = 0
+    waiting_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+    @property
+    def occupancy(self) -> float:
+        """Share of the decoded rows that wrote a token."""
+        return self.tokens / (self.steps * self.slots) if self.steps else 0.0
+
+    @property
+    def waiting_occupancy(self) -> float:
+        """The same while sequences waited for a slot; 0 where none ever did."""
+        return self.waiting_tokens / (self.waiting_steps * self.slots) if self.waiting_steps else 0.0
+
+
+Progress = Callable[[Stats], None]
+
+
+class Shapes(NamedTuple):
+    """What the compiled programs of a rollout depend on, besides the parameters."""
+
+    config: ModelConfig
+    sampler: decode.Sampler
+    slots: int
+    chunk: int
+    prompts: int  # of one prefill
+    sizes: tuple[int, ...]  # cache columns
+    lengths: tuple[int, ...]  # padded prompt lengths
+    placement: decode.Placement | None
 
 
 def generate(
@@ -44,16 +92,19 @@ def generate(
     stop_ids: Sequence[int],
     seed: int = 0,
     keys_B: Any | None = None,
-    slots: int = 64,
+    lengths_B: Sequence[int] | np.ndarray | None = None,
+    slots: int | None = None,
     chunk: int = 16,
-    cache_length: int | None = None,
-    sharding: jax.sharding.Sharding | None = None,
+    max_prompt_tokens: int | None = None,
+    sharding: jax.sharding.NamedSharding | None = None,
+    lookahead: int | None = None,
+    stats: Stats | None = None,
     progress: Progress | None = None,
 ) -> Trajectories:
     """Draws `samples` responses to each prompt.
 
     Args:
-      params: parameters in either layout (stacked layers, or a tuple of them as `lay_out` makes).
+      params: parameters as `model.hf.load` gives them, or as `columns.lay_out` has made of them.
       config: the model's; `config.dtype` is the dtype of matrix products and of the cache.
       prompts: token ids, ragged, none empty.
       samples: responses a prompt.
@@ -62,15 +113,20 @@ def generate(
       top_p: nucleus, of the law that top_k has left and renormalised.
       top_k: 0 for all tokens.
       mixing: what is done to inputs; None for nothing.
-      table_VC: neighbour table [V, k]; when missing and needed, built over all rows of the input embedding.
+      table_VC: neighbour table [V, k]; when missing and needed, built over all rows of the input embedding
+        (or of the head, by `mixing.table`).
       stop_ids: tokens that end a response; taken as given, may be empty.
       seed: of the default keys, fold_in(key(seed), i) for sequence i.
       keys_B: one key a sequence (typed keys or their uint32 data) instead of those.
-      slots: sequences decoded side by side.
+      lengths_B: a bound of its own for each response, from 1 to max_new_tokens.
+      slots: sequences decoded side by side; None: 64, or as many as there are sequences.
       chunk: decode steps between two refills.
-      cache_length: cache slots a sequence; default: what the longest prompt and response need.
+      max_prompt_tokens: what the cache has room for; None: the longest of these prompts. Given, nothing
+        compiles anew for other prompts.
       sharding: of arrays whose leading dimension is the slots; params must live on the same devices.
-      progress: called after each chunk with (sequences done, all sequences, tokens written).
+      lookahead: chunks started before the flags of the last but so many are read; None: 0 on CPU, else 1.
+      stats: filled in on the way.
+      progress: called with the stats after each chunk.
 
     Returns:
       Trajectories with B = prompts × samples, prompt-major.
@@ -79,129 +135,250 @@ def generate(
       ValueError: an argument that cannot be right, by name.
     """
     sampler = decode.Sampler(
-        float(temperature), float(top_p), int(top_k), mixing or NO_MIXING, tuple(stop_ids), max_new_tokens
+        float(temperature), float(top_p), int(top_k), mixing or NO_MIXING, tuple(stop_ids)
     )
-    cache_length = _check(prompts, config, sampler, samples, slots, chunk, cache_length, table_VC)
-    if isinstance(params["layers"], dict):
-        params = lay_out(params, config)
-    if sampler.mixes and table_VC is None:
-        table_VC = neighbor_table(
-            params["embed"]["embedding"], sampler.mixing.k, metric=sampler.mixing.metric
-        )
     count = len(prompts) * samples
+    slots = min(64, count) if slots is None else slots
+    limits_B = np.full(count, max_new_tokens) if lengths_B is None else np.asarray(lengths_B)
+    check_arguments(
+        prompts, config, sampler, samples, max_new_tokens, limits_B, slots, chunk, max_prompt_tokens, table_VC
+    )
     keys_B2 = _key_data(keys_B, seed, count)
-    slots = _round_up(min(slots, count), 1 if sharding is None else len(sharding.device_set))
-
-    state = decode.empty_slots(config, sampler, slots, cache_length, sharding)
-    results = Trajectories.empty(count, max_new_tokens, sampler.candidates)
-    seating = _Seating(prompts, samples, keys_B2, slots, cache_length)
-    while seating.unfinished:
-        for prefix, assignment in seating.refill(functools.partial(prefill_prompts, params, config)):
-            state = decode.fill(state, *prefix, *assignment, sharding=sharding)
-        state, written = decode.decode_chunk(
-            params, table_VC, state, config=config, sampler=sampler, steps=chunk, sharding=sharding
-        )
-        seating.release(_collect(results, seating.sequence_B, jax.device_get(written), sampler))
-        if progress is not None:
-            progress(seating.done, count, int(results.lengths_B.sum()))
+    table_VC = _table(params, config, sampler, table_VC)
+    if not columns.is_laid_out(params):
+        params = columns.lay_out(params, config)
+    longest = max_prompt_tokens or max(map(len, prompts))
+    shapes = _shapes(params, config, sampler, samples, slots, chunk, longest, max_new_tokens, sharding)
+    stats = Stats() if stats is None else stats
+    stats.sequences, stats.slots = count, shapes.slots
+    seating = Seating(
+        np.array([len(prompt) for prompt in prompts]),
+        limits_B,
+        samples,
+        keys_B2,
+        slots=shapes.slots,
+        shards=_shards(shapes),
+        prompts=shapes.prompts,
+    )
+    results = Trajectories.empty(count, max_new_tokens, sampler.mixing.candidates, noisy=sampler.mixing.noisy)
+    if lookahead is None:
+        lookahead = 0 if jax.default_backend() == "cpu" else 1
+    _run(params, table_VC, prompts, shapes, seating, results, limits_B, lookahead, stats, progress)
     return results
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def lay_out(params: Any, config: ModelConfig) -> Any:
-    """The learner's parameters -> the rollout's: cast to the compute dtype, one tree a layer."""
-    return jax.tree.map(lambda leaf: leaf.astype(config.dtype), decoder.unstack_layers(params))
+def _run(params, table_VC, prompts, shapes, seating, results, limits_B, lookahead, stats, progress) -> None:
+    """Refills, decodes and collects until every sequence has ended."""
+    config, sampler, placement = shapes.config, shapes.sampler, shapes.placement
+    state = decode.empty_slots(config, sampler, shapes.slots, shapes.sizes[0], placement)
+    running: collections.deque = collections.deque()  # (who sat where, whether any waited, what was written)
+    prefix, begun = None, time.perf_counter()
+    while seating.waiting or seating.seated or running:
+        if seating.waiting:
+            state, prefix = _refill(params, prompts, shapes, seating, state, prefix, stats)
+        if seating.seated:
+            state = _fitted(state, seating.columns_needed(shapes.chunk), shapes)
+            state, written = decode.decode_chunk(
+                params, table_VC, state,
+                config=config, sampler=sampler, steps=shapes.chunk, placement=placement,
+            )  # fmt: skip
+            jax.tree.map(lambda leaf: leaf.copy_to_host_async(), written)
+            running.append((seating.advance(shapes.chunk), seating.waiting, written))
+        if len(running) > (lookahead if seating.seated else 0):
+            who_S, waited, written = running.popleft()
+            ended, tokens = _collect(results, who_S, jax.device_get(written), limits_B)
+            seating.release(ended)
+            stats.steps += shapes.chunk
+            stats.tokens += tokens
+            stats.done += len(ended)
+            if waited:
+                stats.waiting_steps += shapes.chunk
+                stats.waiting_tokens += tokens
+            stats.decode_s = time.perf_counter() - begun - stats.prefill_s
+            if progress is not None:
+                progress(stats)
 
 
-def prefill_prompts(
-    params: Any, config: ModelConfig, prompts: Sequence[Sequence[int]], rows: int, longest: int
-) -> tuple[jax.Array, kv.KVCache]:
-    """Prompts, padded to `rows` rows and one of few lengths up to `longest` -> (hidden [rows, D], cache)."""
-    length = SHORTEST_PREFILL
-    while length < max(map(len, prompts)):
-        length *= 2
-    ids_BT = np.zeros((rows, min(length, longest)), np.int32)
-    lengths_B = np.ones(rows, np.int32)
+def compile_ahead(
+    params: Any,
+    config: ModelConfig,
+    *,
+    samples: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    mixing: Mixing | None = None,
+    table_VC: Any | None = None,
+    stop_ids: Sequence[int],
+    slots: int,
+    chunk: int,
+    max_prompt_tokens: int,
+    sharding: jax.sharding.NamedSharding | None = None,
+) -> float:
+    """Runs every program that `generate` may need for such arguments once, with nobody seated; seconds.
+
+    Args: as `generate`'s; `params` laid out.
+    """
+    begun = time.perf_counter()
+    sampler = decode.Sampler(
+        float(temperature), float(top_p), int(top_k), mixing or NO_MIXING, tuple(stop_ids)
+    )
+    shapes = _shapes(
+        params, config, sampler, samples, slots, chunk, max_prompt_tokens, max_new_tokens, sharding
+    )
+    prefixes = [_prefilled(params, [[0] * length], shapes) for length in shapes.lengths]
+    nobody = no_seats(_shards(shapes), shapes.slots // _shards(shapes))
+    state = decode.empty_slots(config, sampler, shapes.slots, shapes.sizes[0], shapes.placement)
+    there_and_back = (*shapes.sizes, *shapes.sizes[-2::-1])
+    for turn, size in enumerate(there_and_back):
+        if size != state.cache.columns:
+            state = decode.stretch(state, size)
+        if turn >= len(shapes.sizes):
+            continue
+        for hidden_PD, prefix in prefixes:
+            if prefix.columns <= size:
+                state = decode.fill(state, hidden_PD, prefix, nobody, placement=shapes.placement)
+        state, _ = decode.decode_chunk(
+            params, table_VC, state,
+            config=config, sampler=sampler, steps=chunk, placement=shapes.placement,
+        )  # fmt: skip
+    jax.block_until_ready(state)
+    return time.perf_counter() - begun
+
+
+def compile_largest(
+    params: Any,
+    config: ModelConfig,
+    sampler: decode.Sampler,
+    *,
+    samples: int,
+    max_new_tokens: int,
+    table_VC: Any | None,
+    slots: int,
+    chunk: int,
+    max_prompt_tokens: int,
+    sharding: jax.sharding.NamedSharding,
+) -> dict[str, jax.stages.Compiled]:
+    """Compiles the largest programs of such a `generate`, by name, from shapes alone: nothing is run.
+
+    Args: as `generate`'s; `params` laid out and, like `table_VC`, jax.ShapeDtypeStruct with a sharding.
+    """
+    shapes = _shapes(
+        params, config, sampler, samples, slots, chunk, max_prompt_tokens, max_new_tokens, sharding
+    )
+    on = shapes.placement
+    ids_BT = jax.ShapeDtypeStruct((shapes.prompts, shapes.lengths[-1]), jnp.int32)
+    lengths_B = jax.ShapeDtypeStruct((shapes.prompts,), jnp.int32)
+    prefill = decode.prefill.lower(params, ids_BT, lengths_B, config=config, placement=on)
+    empty = decode.empty_slots.lower(config, sampler, shapes.slots, shapes.sizes[-1], on)
+    compiled = {"prefill": prefill.compile(), "empty_slots": empty.compile()}
+    hidden_PD, prefix = _results(prefill, compiled["prefill"])
+    state = _results(empty, compiled["empty_slots"])
+    nobody = no_seats(_shards(shapes), shapes.slots // _shards(shapes))
+    fill = decode.fill.lower(state, hidden_PD, prefix, nobody, placement=on)
+    decoding = decode.decode_chunk.lower(
+        params, table_VC, state, config=config, sampler=sampler, steps=chunk, placement=on
+    )
+    return {**compiled, "fill": fill.compile(), "decode_chunk": decoding.compile()}
+
+
+def _results(lowered: jax.stages.Lowered, compiled: jax.stages.Compiled) -> Any:
+    """The shapes of a program's results, with the shardings that the compiler gave them."""
+    return jax.tree.map(
+        lambda info, sharding: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding),
+        lowered.out_info,
+        compiled.output_shardings,
+    )
+
+
+def _shapes(params, config, sampler, samples, slots, chunk, longest, max_new_tokens, sharding) -> Shapes:
+    placement = None if sharding is None else decode.Placement.of(sharding, params)
+    shards = 1 if placement is None else placement.shards
+    slots = -(-slots // shards) * shards
+    prompts = -(-max(1, slots // samples) // shards) * shards
+    lengths = prompt_lengths(longest)
+    sizes = cache_sizes(longest + max_new_tokens)
+    return Shapes(config, sampler, slots, chunk, prompts, sizes, lengths, placement)
+
+
+def _shards(shapes: Shapes) -> int:
+    return 1 if shapes.placement is None else shapes.placement.shards
+
+
+def _refill(params, prompts, shapes, seating, state, prefix, stats):
+    """Prefills and seats until no slot is free or nobody waits: (slots, the last prefill)."""
+    while True:
+        wanted = seating.wants_prefill()
+        if wanted is not None:
+            start = time.perf_counter()
+            prefix = jax.block_until_ready(_prefilled(params, [prompts[i] for i in wanted], shapes))
+            stats.prefill_s += time.perf_counter() - start
+        seats = seating.seat()
+        if seats is None:
+            return state, prefix
+        hidden_PD, cache = prefix
+        if state.cache.columns < cache.columns:
+            state = decode.stretch(state, smallest(shapes.sizes, cache.columns))
+        state = decode.fill(state, hidden_PD, cache, seats, placement=shapes.placement)
+
+
+def _prefilled(params, prompts, shapes: Shapes) -> tuple[jax.Array, kv.KVCache]:
+    """Prompts, padded to the rows of a prefill and to one of its few lengths."""
+    ids_BT = np.zeros((shapes.prompts, smallest(shapes.lengths, max(map(len, prompts)))), np.int32)
+    lengths_B = np.ones(shapes.prompts, np.int32)
     for row, prompt in enumerate(prompts):
         ids_BT[row, : len(prompt)] = prompt
         lengths_B[row] = len(prompt)
-    return decode.prefill(params, ids_BT, lengths_B, config=config)
+    return decode.prefill(params, ids_BT, lengths_B, config=shapes.config, placement=shapes.placement)
 
 
-class _Seating:
-    """Who waits, who sits where, and which prefill the next ones start from. Host bookkeeping alone."""
+def _fitted(state: decode.Slots, need: int, shapes: Shapes) -> decode.Slots:
+    """The slots with a cache that holds the next chunk.
 
-    def __init__(
-        self,
-        prompts: Sequence[Sequence[int]],
-        samples: int,
-        keys_B2: np.ndarray,
-        slots: int,
-        longest: int,
-    ) -> None:
-        self.prompts, self.samples, self.keys_B2, self.longest = prompts, samples, keys_B2, longest
-        self.batch = min(len(prompts), max(1, slots // samples))  # prompts of one prefill
-        self.sequence_B = np.full(slots, -1)  # the sequence in each slot; -1: free
-        self.next = 0  # the first sequence that waits
-        self.done = 0
-        self.prefilled = 0  # prompts below this have been prefilled
-        self.prefix: tuple[jax.Array, kv.KVCache] | None = None
-
-    @property
-    def unfinished(self) -> bool:
-        return self.done < len(self.keys_B2)
-
-    def refill(self, prefill: Callable[..., tuple[jax.Array, kv.KVCache]]):
-        """Yields (prefill, assignment as `fill` takes it) until no slot is free or nobody waits."""
-        while self.next < len(self.keys_B2) and (self.sequence_B < 0).any():
-            if self.next // self.samples >= self.prefilled:
-                batch = self.prompts[self.prefilled : self.prefilled + self.batch]
-                self.prefix = prefill(batch, self.batch, self.longest)
-                self.prefilled += self.batch
-            assert self.prefix is not None
-            yield self.prefix, self._seat()
-
-    def _seat(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        free = np.flatnonzero(self.sequence_B < 0)
-        last = min(self.next + len(free), self.prefilled * self.samples, len(self.keys_B2))
-        sequences = np.arange(self.next, last)
-        free = free[: len(sequences)]
-        source_B = np.zeros(len(self.sequence_B), np.int32)
-        enters_B = np.zeros(len(self.sequence_B), bool)
-        keys_B2 = np.zeros((len(self.sequence_B), 2), np.uint32)
-        source_B[free] = sequences // self.samples - (self.prefilled - self.batch)
-        enters_B[free] = True
-        keys_B2[free] = self.keys_B2[sequences]
-        self.sequence_B[free] = sequences
-        self.next = last
-        return source_B, enters_B, keys_B2
-
-    def release(self, finished_B: np.ndarray) -> None:
-        """Frees the slots whose sequences have ended."""
-        self.sequence_B[finished_B] = -1
-        self.done += int(finished_B.sum())
+    It shrinks by two sizes or more at a time, lest it go back and forth at every refill.
+    """
+    at, wanted = (shapes.sizes.index(size) for size in (state.cache.columns, smallest(shapes.sizes, need)))
+    while at < wanted or at > wanted + 1:
+        at += 1 if at < wanted else -1
+        state = decode.stretch(state, shapes.sizes[at])
+    return state
 
 
 def _collect(
-    results: Trajectories, sequence_B: np.ndarray, written: decode.Written, sampler: decode.Sampler
-) -> np.ndarray:
-    """Copies a chunk's tokens into the results; returns which slots have ended [B]."""
-    finished_B = np.zeros(len(sequence_B), bool)
-    for slot in np.flatnonzero(sequence_B >= 0):
-        sequence = sequence_B[slot]
-        count = int(written.valid_NB[:, slot].sum())
+    results: Trajectories, who_S: np.ndarray, written: decode.Written, limits_B: np.ndarray
+) -> tuple[list[int], int]:
+    """Copies a chunk's tokens into the results; returns the sequences that have ended and the tokens."""
+    ended, tokens = [], 0
+    kept, fresh = jax.tree.leaves(results.mixtures), jax.tree.leaves(written.mixtures)
+    for slot in np.flatnonzero(who_S >= 0):
+        sequence, count = who_S[slot], int(written.valid_NB[:, slot].sum())
         start = results.lengths_B[sequence]
         here, there = (sequence, slice(start, start + count)), (slice(count), slot)
         results.tokens_BT[here] = written.tokens_NB[there]
-        results.mixtures.ids[here] = written.mixtures.ids[there]
-        results.mixtures.weights[here] = written.mixtures.weights[there]
         results.mixed_BT[here] = written.mixed_NB[there]
         results.logprobs_BT[here] = written.logprobs_NB[there]
+        for old, new in zip(kept, fresh, strict=True):
+            old[here] = new[there]
+        was_over = results.over(sequence, limits_B[sequence])
         results.lengths_B[sequence] += count
-        results.stopped_B[sequence] = written.stopped_NB[there].any()
-        full = results.lengths_B[sequence] == sampler.max_new_tokens
-        finished_B[slot] = results.stopped_B[sequence] or full
-    return finished_B
+        results.stopped_B[sequence] |= written.stopped_NB[there].any()
+        results.failed_B[sequence] |= written.failed_NB[:, slot].any()
+        tokens += count
+        if results.over(sequence, limits_B[sequence]) and not was_over:
+            ended.append(int(sequence))
+    return ended, tokens
+
+
+def _table(params: Any, config: ModelConfig, sampler: decode.Sampler, table_VC: Any | None) -> Any | None:
+    """The table given, or one over all rows where a strategy needs it and none is given."""
+    if not sampler.mixing.uses_table or table_VC is not None:
+        return table_VC if sampler.mixing.uses_table else None
+    if columns.is_laid_out(params):
+        rows_VD = columns.table_rows(params, sampler.mixing.table)
+    else:
+        rows_VD = decoder.table_rows(params, config, sampler.mixing.table)
+    return neighbor_table(rows_VD, sampler.mixing.k, metric=sampler.mixing.metric)
 
 
 def _key_data(keys_B: Any | None, seed: int, count: int) -> np.ndarray:
@@ -216,58 +393,3 @@ def _key_data(keys_B: Any | None, seed: int, count: int) -> np.ndarray:
             f"keys_B must hold one key for each of the {count} sequences; got shape {keys_B2.shape}."
         )
     return keys_B2
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
-def _check(
-    prompts: Sequence[Sequence[int]],
-    config: ModelConfig,
-    sampler: decode.Sampler,
-    samples: int,
-    slots: int,
-    chunk: int,
-    cache_length: int | None,
-    table_VC: Any | None,
-) -> int:
-    """Every refusal of `generate`; returns the cache length."""
-    if not prompts:
-        raise ValueError("prompts is empty; generate needs at least one.")
-    for index, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ValueError(f"prompt {index} is empty; it needs at least one token.")
-    for name, value in dict(
-        samples=samples, slots=slots, chunk=chunk, max_new_tokens=sampler.max_new_tokens
-    ).items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be 1 or more.")
-    if sampler.temperature < 0 or not 0 < sampler.top_p <= 1 or sampler.top_k < 0:
-        raise ValueError(
-            f"temperature {sampler.temperature} must be 0 or above, top_p {sampler.top_p} in (0, 1], "
-            f"top_k {sampler.top_k} 0 or above."
-        )
-    if sampler.mixes and sampler.temperature == 0:
-        raise ValueError(
-            "temperature is 0 with mixing on; the weights of a mixture need a temperature above 0."
-        )
-    for stop in sampler.stop_ids:
-        if not 0 <= stop < config.vocab_size:
-            raise ValueError(f"stop id {stop} lies outside the vocabulary of {config.vocab_size} rows.")
-    if (
-        table_VC is not None
-        and sampler.mixes
-        and tuple(table_VC.shape) != (config.vocab_size, sampler.mixing.k)
-    ):
-        raise ValueError(
-            f"the neighbour table has shape {tuple(table_VC.shape)}; this model and k need "
-            f"({config.vocab_size}, {sampler.mixing.k})."
-        )
-    need = max(map(len, prompts)) + sampler.max_new_tokens
-    if cache_length is not None and need > cache_length:
-        raise ValueError(
-            f"the longest prompt of {max(map(len, prompts))} tokens and {sampler.max_new_tokens} new ones do "
-            f"not fit a cache of {cache_length}; lower max_new_tokens or raise cache_length."
-        )
-    return cache_length or _round_up(need, SHORTEST_PREFILL)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
-from ngrpo_jax.algo.mixture import Mixture
+from ngrpo_jax.algo.mixture import Mixture, Noise
 
 
 class Trajectories(NamedTuple):
@@ -18,11 +19,14 @@ class Trajectories(NamedTuple):
     Attributes:
       tokens_BT: int32, the written tokens; 0 beyond the length.
       lengths_B: int32, response tokens, a stop token included.
-      mixtures: ids int32 and weights float32 [B, T, C], the input that stood for each written token.
+      mixtures: ids int32 and weights float32 [B, T, C], the input that stood for each written token; with
+        the noise strategy also what replays its noise (scale 0 where the token was fed as it is).
       mixed_BT: bool, whether that input was a mixture rather than the token itself.
       logprobs_BT: float32, log-probability of the written token when it was written, at the rollout
         temperature, before truncation by top-p or top-k; 0 beyond the length.
-      stopped_B: bool, whether a stop token ended the response (else it ran into its limit).
+      stopped_B: bool, whether a stop token ended the response (else it ran into its limit, or failed).
+      failed_B: bool, whether the model's logits stopped being finite numbers; what was written before stands,
+        which may be nothing.
     """
 
     tokens_BT: np.ndarray
@@ -31,29 +35,44 @@ class Trajectories(NamedTuple):
     mixed_BT: np.ndarray
     logprobs_BT: np.ndarray
     stopped_B: np.ndarray
+    failed_B: np.ndarray
 
     @classmethod
-    def empty(cls, count: int, length: int, candidates: int) -> Trajectories:
-        """`count` responses of which nothing is written yet: token 0, log-probability 0, one-hot 0."""
+    def empty(cls, count: int, length: int, candidates: int, *, noisy: bool = False) -> Trajectories:
+        """`count` responses of which nothing is written yet: token 0, log-probability 0, one-hot 0.
+
+        `noisy`: whether the mixtures carry noise, here of scale 0.
+        """
+        shape = (count, length)
+        noise = None
+        if noisy:
+            noise = Noise(
+                np.zeros((*shape, 2), np.uint32), np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+            )
         weights_BTC = np.zeros((count, length, candidates), np.float32)
         weights_BTC[..., 0] = 1.0
         return cls(
             tokens_BT=np.zeros((count, length), np.int32),
             lengths_B=np.zeros(count, np.int32),
-            mixtures=Mixture(np.zeros((count, length, candidates), np.int32), weights_BTC),
+            mixtures=Mixture(np.zeros((count, length, candidates), np.int32), weights_BTC, noise),
             mixed_BT=np.zeros((count, length), bool),
             logprobs_BT=np.zeros((count, length), np.float32),
             stopped_B=np.zeros(count, bool),
+            failed_B=np.zeros(count, bool),
         )
 
     def response(self, index: int) -> np.ndarray:
         """The written tokens of one response, without padding."""
         return self.tokens_BT[index, : self.lengths_B[index]]
 
+    def over(self, index: int, limit: int) -> bool:
+        """Whether a response of at most `limit` tokens has ended."""
+        return bool(self.stopped_B[index] or self.failed_B[index] or self.lengths_B[index] >= limit)
+
     def part(self, start: int, stop: int) -> Trajectories:
         """The responses start..stop."""
         cut = slice(start, stop)
-        mixtures = Mixture(self.mixtures.ids[cut], self.mixtures.weights[cut])
+        mixtures = jax.tree.map(lambda leaf: leaf[cut], self.mixtures)
         return Trajectories(
             self.tokens_BT[cut],
             self.lengths_B[cut],
@@ -61,4 +80,5 @@ class Trajectories(NamedTuple):
             self.mixed_BT[cut],
             self.logprobs_BT[cut],
             self.stopped_B[cut],
+            self.failed_B[cut],
         )

@@ -76,8 +76,13 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def best_step(self) -> int | None:
-        """The step with the largest `best` metric, the newest of equals; None when none was scored."""
-        return self._manager.best_step() if self._best is not None else None
+        """The step with the largest `best` metric, the newest of equals; None when none was scored by it."""
+        step = self._manager.best_step() if self._best is not None else None
+        if step is None:
+            return None
+        # Where every score on disk is of other metrics, Orbax still names one of them. None: being written.
+        scores = self._manager.metrics(step)
+        return step if scores is None or self._best in scores else None
 
     def save(
         self, step: int, state: Any, host: Mapping[str, Json], metrics: Mapping[str, float] | None = None
@@ -88,8 +93,9 @@ class Checkpoints:
             step: larger than every step saved before.
             state: pytree of jax arrays (of plain dtypes: a PRNG key goes in as its key data).
             host: JSON-able; what a resumed run needs besides arrays.
-            metrics: holds the `best` metric where this step was evaluated. A step without it, or with one
-                that is not finite, is no candidate for the best.
+            metrics: holds the `best` metric where this step was evaluated; the others are kept too, for a
+                later choice by one of them. A step without it, or with one that is not finite, is no
+                candidate for the best.
 
         Raises:
             ValueError: the step is not newer than those on disk, or metrics lacks the `best` key.
@@ -181,8 +187,8 @@ class Checkpoints:
                 f"best is {self._best!r}, which is not among the metrics of this step: "
                 + ", ".join(sorted(metrics))
             )
-        value = float(metrics[self._best])
-        return {self._best: value} if math.isfinite(value) else None
+        finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+        return finite if self._best in finite else None
 
     def _document(self, step: int) -> dict[str, Json]:
         if step not in self.steps():

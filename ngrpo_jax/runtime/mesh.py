@@ -14,7 +14,7 @@ import collections
 import math
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +22,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
-Layout = Literal["learner", "tensor", "replicated"]
 
 # Path of a parameter -> its dimension letters and the mesh axis of each. Layer leaves are written without
 # their leading [L]: it is never split, because a scan over layers slices it at every layer.
@@ -41,12 +40,31 @@ RULES: tuple[tuple[str, str, P], ...] = (
     (r"LAYER/mlp/(gate|up)/kernel", "DF", P("fsdp", "tensor")),
     (r"LAYER/mlp/down/kernel", "FD", P("tensor", "fsdp")),
 )
+# The same for parameters laid out for the rollout (model/columns.py), whose names and orders are others.
+ROLLOUT_RULES: tuple[tuple[str, str, P], ...] = (
+    (r"head/rows", "VD", P("tensor", None)),
+    (r"LAYER/attention/qkv/kernel", "KJHD", P("tensor", None, None, None)),
+    (r"LAYER/attention/qkv/bias", "KJH", P("tensor", None, None)),
+    (r"LAYER/attention/o/kernel", "DKGH", P(None, "tensor", None, None)),
+    (r"LAYER/mlp/gate_up/kernel", "2FD", P(None, "tensor", None)),
+    (r"LAYER/mlp/down/kernel", "DF", P(None, "tensor")),
+)
 # `layers/...` holds stacked leaves [L, ...]; `layers/7/...` holds those of layer 7 alone (rollout layout).
 _LAYER = r"layers(?P<index>/\d+)?"
-_COMPILED = tuple(
-    (re.compile(r"(?:^|/)" + pattern.replace("LAYER", _LAYER) + "$"), letters, spec)
-    for pattern, letters, spec in RULES
-)
+
+
+def _compiled(rules: tuple[tuple[str, str, P], ...]) -> tuple[tuple[re.Pattern, str, P], ...]:
+    return tuple(
+        (re.compile(r"(?:^|/)" + pattern.replace("LAYER", _LAYER) + "$"), letters, spec)
+        for pattern, letters, spec in rules
+    )
+
+
+_TABLES = {
+    "learner": _compiled(RULES),
+    "tensor": _compiled(ROLLOUT_RULES + RULES),
+    "replicated": _compiled(ROLLOUT_RULES + RULES),
+}
 _DIMENSIONS = {
     "V": "vocabulary rows",
     "D": "model width",
@@ -54,6 +72,9 @@ _DIMENSIONS = {
     "K": "key/value heads",
     "H": "head size",
     "F": "feed-forward width",
+    "J": "query heads, key and value of a key/value head",
+    "G": "query heads of a key/value head",
+    "2": "matrices",
     "L": "layers",
 }
 
@@ -158,13 +179,14 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def param_shardings(mesh: Mesh, shapes: Any, *, layout: Layout = "learner") -> Any:
+def param_shardings(mesh: Mesh, shapes: Any, *, layout: str = "learner") -> Any:
     """Shardings of a parameter tree, stacked or a tuple of layers (it shows in the paths).
 
     Args:
         shapes: tree whose leaves have `.shape` (arrays, or jax.ShapeDtypeStruct from jax.eval_shape).
-        layout: "learner" splits over fsdp and tensor; "tensor" over tensor alone (the rollout's copy, whole
-            on each data and fsdp coordinate); "replicated" not at all.
+        layout: "learner" splits over fsdp and tensor; "tensor" over tensor alone (the rollout's copy, laid
+            out by model/columns.py, whole on each data and fsdp coordinate); "replicated" (of the same) not
+            at all.
 
     Returns:
         a tree like `shapes` of NamedSharding.
@@ -202,8 +224,13 @@ def state_shardings(mesh: Mesh, state: Any, *, extra: Iterable[tuple[str, P]] = 
 
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:
-    """Leading dimension over data × fsdp, the rest whole: rows of a batch, slots of a rollout."""
+    """Leading dimension over data × fsdp, the rest whole: rows of a batch."""
     return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def slots_sharding(mesh: Mesh, layout: str) -> NamedSharding:
+    """Slots of a rollout: over data × fsdp, and over tensor as well where its parameters are replicated."""
+    return NamedSharding(mesh, P(AXES if layout == "replicated" else ("data", "fsdp")))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -211,10 +238,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def _param_spec(mesh: Mesh, name: str, shape: tuple[int, ...], layout: Layout) -> P:
-    if layout not in ("learner", "tensor", "replicated"):
+def _param_spec(mesh: Mesh, name: str, shape: tuple[int, ...], layout: str) -> P:
+    if layout not in _TABLES:
         raise ValueError(f"layout is {layout!r}; it is 'learner', 'tensor' or 'replicated'")
-    for pattern, letters, spec in _COMPILED:
+    for pattern, letters, spec in _TABLES[layout]:
         found = pattern.search(name)
         if not found:
             continue

@@ -20,6 +20,7 @@ from ngrpo_jax.runtime.console import format_bytes
 
 _SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 _F32 = 4
+_QUERY_BLOCK = 512  # as in the rollout's prefill
 # float32 master parameters and the two moments of Adam: what is held, and what a checkpoint writes.
 _STATE_BYTES = 3 * _F32
 
@@ -42,12 +43,15 @@ class RunShape:
     Attributes:
         data, fsdp, tensor: mesh sizes.
         rollout_tensor: devices that share one rollout copy: `tensor`, or 1 where each holds a whole one.
+        rollout_shards: parts that the slots are split into.
         slots: sequences decoded side by side, over all devices.
         cache_length: positions of a slot's cache.
-        prefill_rows, prompt_tokens: prompts read at once (on every device), and tokens of the longest.
+        prefill_rows, prompt_tokens: prompts read at once, over all devices, and tokens of the longest.
         rows_per_device, row_tokens: packed rows of a microbatch on one device, and their length.
         logprob_chunk: tokens whose logits exist at once.
         remat: "none", "dots" or "full".
+        attention: "plain", which forms the scores of whole rows, or another, which does not.
+        offload: what waits in host memory: "none", "optimizer", "reference" or "both".
         reference: whether a frozen copy of the model is held for the KL term.
     """
 
@@ -55,6 +59,7 @@ class RunShape:
     fsdp: int
     tensor: int
     rollout_tensor: int
+    rollout_shards: int
     slots: int
     cache_length: int
     prefill_rows: int
@@ -64,6 +69,8 @@ class RunShape:
     logprob_chunk: int
     remat: str
     reference: bool
+    attention: str = "chunked"
+    offload: str = "none"
 
 
 def parameter_count(model: Any) -> int:
@@ -76,6 +83,19 @@ def parameter_count(model: Any) -> int:
     return tables + D + model.num_layers * layer
 
 
+def forward_flops(model: Any, prompt_tokens: int, response_tokens: int) -> float:
+    """Operations of the products that one pass over a sequence needs: two for each weight and token.
+
+    The head counts at response positions alone, the embedding's look-up not at all, and attention with what
+    a causal mask leaves of it.
+    """
+    tokens = prompt_tokens + response_tokens - 1
+    tables = model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
+    body = 2 * (parameter_count(model) - tables) * tokens
+    seen = 2 * model.num_layers * model.num_heads * model.head_dim * tokens * (tokens + 1)
+    return float(body + seen + 2 * model.vocab_size * model.hidden_size * response_tokens)
+
+
 def memory_estimate(model: Any, run: RunShape) -> list[Part]:
     """What one device holds, largest first. Parts of "rollout" and of "update" are never held together."""
     count, compute = parameter_count(model), _SIZE[model.dtype]
@@ -83,7 +103,7 @@ def memory_estimate(model: Any, run: RunShape) -> list[Part]:
     spread = "raise mesh.fsdp"
     parts = [
         Part("master parameters, float32", _F32 * shard, "always", spread),
-        Part("Adam moments, float32", 2 * _F32 * shard, "always", spread),
+        Part("Adam moments, float32", 2 * _F32 * shard, _when(run, "optimizer"), spread),
         # A sum over microbatches and the microbatch that is being added.
         Part("gradients, float32", 2 * _F32 * shard, "update", spread),
         Part(
@@ -95,8 +115,23 @@ def memory_estimate(model: Any, run: RunShape) -> list[Part]:
     ]
     if run.reference:
         remedy = f"{spread} or set objective.kl_coef to 0"
-        parts.append(Part(f"reference model, {model.dtype}", compute * shard, "always", remedy))
+        parts.append(
+            Part(f"reference model, {model.dtype}", compute * shard, _when(run, "reference"), remedy)
+        )
     parts += _rollout_parts(model, run, compute) + _update_parts(model, run, compute)
+    return sorted(parts, key=lambda part: -part.size)
+
+
+def evaluation_estimate(model: Any, run: RunShape) -> list[Part]:
+    """What one device holds while it only writes responses, largest first: nothing that learns."""
+    count, compute = parameter_count(model), _SIZE[model.dtype]
+    master = _F32 * (count // (run.fsdp * run.tensor))
+    copy = compute * (count // run.rollout_tensor)
+    parts = [
+        Part("parameters as read, float32", master, "always", "raise mesh.fsdp"),
+        Part(f"rollout copy, {model.dtype}", copy, "always", "raise mesh.tensor"),
+        *_rollout_parts(model, run, compute),
+    ]
     return sorted(parts, key=lambda part: -part.size)
 
 
@@ -171,25 +206,26 @@ def check_workdir(workdir: str | os.PathLike[str], needed_bytes: int = 0) -> Non
 
 
 def _rollout_parts(model: Any, run: RunShape, compute: int) -> list[Part]:
-    slots = -(-run.slots // (run.data * run.fsdp))
+    slots, prompts = (-(-count // run.rollout_shards) for count in (run.slots, run.prefill_rows))
+    split = run.rollout_tensor
     token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * compute  # keys and values of a token
-    prompts = run.prefill_rows * run.prompt_tokens
-    scores = run.prefill_rows * model.num_heads * run.prompt_tokens**2 * (_F32 + compute)
-    hidden = prompts * (4 * model.hidden_size + 3 * model.intermediate_size) * compute
+    tokens = prompts * run.prompt_tokens
+    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    hidden = tokens * (3 * model.hidden_size + (heads + 3 * model.intermediate_size) // split) * compute
+    block = min(run.prompt_tokens, _QUERY_BLOCK)
+    scores = prompts * model.num_heads * block * run.prompt_tokens * (_F32 + compute) // split
+    logits = 3 * slots * model.vocab_size * _F32  # as they come, transposed, and as probabilities
+    shorter = "lower data.max_prompt_tokens or rollout.slots"
+    scratch = Part("scratch of prefill", hidden + scores, "rollout", shorter)
+    if logits > hidden + scores:  # a prefill and a decode step never run at once
+        scratch = Part("rollout logits", logits, "rollout", "lower rollout.slots")
+    cache = slots * run.cache_length * token // split
+    prefilled = run.prefill_rows * run.prompt_tokens * token // split
+    fewer = "lower rollout.slots, rollout.max_new_tokens or eval.max_new_tokens"
     return [
-        Part(
-            "KV cache",
-            slots * run.cache_length * token // run.rollout_tensor,
-            "rollout",
-            "lower rollout.slots or rollout.max_new_tokens",
-        ),
-        Part(
-            "prefill of prompts",
-            prompts * token + (scores + hidden) // run.rollout_tensor,
-            "rollout",
-            "lower data.max_prompt_tokens or rollout.slots",
-        ),
-        Part("rollout logits", 2 * slots * model.vocab_size * _F32, "rollout", "lower rollout.slots"),
+        Part("KV cache", cache, "rollout", fewer),
+        Part("keys and values of prefilled prompts", prefilled, "rollout", shorter),
+        scratch,
     ]
 
 
@@ -197,7 +233,9 @@ def _update_parts(model: Any, run: RunShape, compute: int) -> list[Part]:
     D, F, L = model.hidden_size, model.intermediate_size, model.num_layers
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     tokens = run.rows_per_device * run.row_tokens
-    scores = run.rows_per_device * model.num_heads * run.row_tokens**2
+    # What is not plain holds the scores of a pair of blocks, which is little.
+    seen = run.row_tokens if run.attention == "plain" else 0
+    scores = tokens * model.num_heads * seen
     # One layer, forward and backward: norms and residuals, projections, gate/up/product, scores and weights.
     working = tokens * (4 * D + (2 * heads + 4 * F) // run.tensor) * compute
     working += scores * (2 * _F32 + compute) // run.tensor
@@ -214,6 +252,11 @@ def _update_parts(model: Any, run: RunShape, compute: int) -> list[Part]:
             "lower train.logprob_chunk",
         ),
     ]
+
+
+def _when(run: RunShape, what: str) -> Phase:
+    """When a device holds something that may wait in host memory."""
+    return "update" if run.offload in (what, "both") else "always"
 
 
 def _meminfo_available(path: str = "/proc/meminfo") -> int | None:

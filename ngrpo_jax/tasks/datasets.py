@@ -10,7 +10,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .sources import FIELDS, Row, read_rows
+from . import cleaning
+from .rows import Row, field_list, is_null, text
+from .sources import FIELDS, read_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,72 +24,91 @@ class Problem:
     answer: str
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainingProblems:
+    """The problems of a training set, and how many rows were left out of it."""
+
+    problems: list[Problem]
+    nulls: int  # without a problem or an answer
+    duplicates: int  # a problem that an earlier row has, but for white space
+
+
 def load_problems(source: str, *, split: str, seed: int, size: int | None = None) -> list[Problem]:
     """Every problem of a source (its grammar stands in `sources`), in the source's own order.
 
     Args:
-      source: "arithmetic:...", "jsonl:PATH", "parquet:PATH", "tfds:NAME" or "package.module:function".
+      source: "arithmetic:...", "jsonl:PATH", "json:PATH", "csv:PATH", "parquet:PATH", "tfds:NAME" or
+        "package.module:function".
       split: for the sources that have splits; a file is read whole.
       seed: for the sources that are generated.
       size: at most so many problems, the first ones; "arithmetic" makes just so many.
     Each row needs a text `problem` and an `answer` (text or a number); `id` is optional, by default the
     row's number. Raises ValueError or OSError, naming the file, the row (from 1) and the field at fault.
     """
+    _check_size(source, size)
+    found = _problems(source, split, seed, size, tolerant=False)
+    return list(itertools.islice((problem for problem in found if problem), size))
+
+
+def load_training(
+    source: str, *, split: str = "train", seed: int, size: int | None = None
+) -> TrainingProblems:
+    """As `load_problems`, but rows without a problem or answer, and repeated problems, are left out."""
+    _check_size(source, size)
+    found = list(_problems(source, split, seed, size, tolerant=True))
+    problems = [problem for problem in found if problem]
+    again = set(cleaning.repeated([problem.problem for problem in problems]))
+    kept = [problem for i, problem in enumerate(problems) if i not in again]
+    if not kept:
+        raise ValueError(f"data source {source!r} has only rows without a problem or answer; fill them in")
+    return TrainingProblems(kept[:size], len(found) - len(problems), len(again))
+
+
+def _check_size(source: str, size: int | None) -> None:
     if size is not None and size < 1:
         raise ValueError(f"data source {source!r}: {size} problems were asked for; ask for at least 1")
+
+
+def _problems(
+    source: str, split: str, seed: int, size: int | None, *, tolerant: bool
+) -> Iterator[Problem | None]:
+    """A problem for each row; where tolerant, None for one without a problem or answer."""
     rows = read_rows(source, split=split, seed=seed, size=size)
-    problems: dict[str, Problem] = {}
-    for number, row in itertools.islice(rows.numbered, size):
+    ids: set[str] = set()
+    empty = True
+    for number, row in rows.numbered:
+        empty = False
         place = f"{rows.origin}, row {number}"
-        problem = _problem(place, f"row-{number}", row, rows.names)
-        if problem.id in problems:
-            raise ValueError(f"{place}: the id {problem.id!r} stands in an earlier row too; ids must differ")
-        problems[problem.id] = problem
-    if not problems:
+        problem = _problem(place, f"row-{number}", row, rows.names, tolerant)
+        if problem is not None:
+            if problem.id in ids:
+                raise ValueError(
+                    f"{place}: the id {problem.id!r} stands in an earlier row too; ids must differ"
+                )
+            ids.add(problem.id)
+        yield problem
+    if empty:
         raise ValueError(f"data source {source!r} (split {split!r}) is empty; give one with at least one row")
-    return list(problems.values())
 
 
-def _problem(place: str, default_id: str, row: Row, names: dict[str, str]) -> Problem:
+def _problem(place: str, default_id: str, row: Row, names: dict[str, str], tolerant: bool) -> Problem | None:
     if not isinstance(row, Mapping):
         raise ValueError(f"{place}: not an object with the fields {names['problem']} and {names['answer']}")
     values = {}
     for field in FIELDS:
         name = names[field]
         value = row.get(name)
-        if value is None and field == "id":
+        if field == "id" and is_null(value):
             value = default_id
+        elif tolerant and name in row and is_null(value):
+            return None
         if value is None:
-            there = ", ".join(map(str, row)) or "none"
             raise ValueError(
-                f"{place}: no field {name!r}; every row needs a problem and an answer (fields here: {there})"
+                f"{place}: no field {name!r}; every row needs a problem and an answer (fields here: "
+                f"{field_list(row)})"
             )
-        values[field] = _text(place, name, value, numbers=field != "problem")
+        values[field] = text(place, name, value, numbers=field != "problem")
     return Problem(**values)
-
-
-def _text(place: str, name: str, value: Any, *, numbers: bool) -> str:
-    """A field's text; TFDS gives bytes, and answers may be numbers."""
-    if isinstance(value, bytes):
-        try:
-            value = value.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{place}: field {name!r} is not UTF-8 text; convert it") from error
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
-        value = value.item()
-    if numbers and isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, str):
-        raise ValueError(f"{place}: field {name!r} is {type(value).__name__}, not text; give it as text")
-    if not value.strip():
-        raise ValueError(f"{place}: field {name!r} is empty; fill it in or leave the row out")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{place}: field {name!r} holds half a character ({error.reason}); correct it"
-        ) from error
-    return value
 
 
 class ProblemStream(Iterator[list[Problem]]):

@@ -8,8 +8,9 @@ child, RLIMIT_AS refuses memory.
 
     python math_worker.py DEADLINE_SECONDS MEMORY_MB
 
-Reads one JSON line [answer, gold] a question; writes READY once, then one of EQUAL, DIFFERENT, FAILED,
-TIMEOUT a question. It ends by itself when its input does.
+Reads one JSON line a question; writes READY once, then one line a question. [answer, gold] asks whether they
+are equal: EQUAL or DIFFERENT. [gold] asks whether there is mathematics in it: READABLE or UNREADABLE. Either
+may end in FAILED or TIMEOUT. It ends by itself when its input does.
 """
 
 import json
@@ -22,9 +23,10 @@ from collections.abc import Callable
 from typing import Any, BinaryIO
 
 READY, EQUAL, DIFFERENT = b"ready\n", b"equal\n", b"different\n"
+READABLE, UNREADABLE = b"readable\n", b"unreadable\n"
 FAILED, TIMEOUT = b"failed\n", b"timeout\n"
 
-Comparison = Callable[[str, str], bool]
+Judge = Callable[[list[str]], bytes]
 
 _START_SECONDS = 60.0
 
@@ -38,8 +40,8 @@ def main(deadline_s: float, memory_mb: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     questions = os.fdopen(os.dup(0), "rb", buffering=0)
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
-    same = load_comparison()
-    same("\\frac{x}{2}", "x/2")  # the first use compiles and caches much
+    judge = load_judge()
+    judge(["\\frac{x}{2}", "x/2"])  # the first use compiles and caches much
     silence = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):  # nothing that a library prints may reach the pipes
         os.dup2(silence, descriptor)
@@ -50,7 +52,7 @@ def main(deadline_s: float, memory_mb: int) -> None:
     while True:
         child = os.fork()
         if child == 0:
-            _answer(same, questions, answers, deadline_s)
+            _answer(judge, questions, answers, deadline_s)
         if signal.SIGTERM in signal.sigpending():  # it came just before the fork, and missed the child
             os.kill(child, signal.SIGTERM)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -59,14 +61,14 @@ def main(deadline_s: float, memory_mb: int) -> None:
         answers.write(TIMEOUT if status == -signal.SIGALRM else FAILED)
 
 
-def _answer(same: Comparison, questions: BinaryIO, answers: BinaryIO, deadline_s: float) -> None:
+def _answer(judge: Judge, questions: BinaryIO, answers: BinaryIO, deadline_s: float) -> None:
     """The child's life: never returns; ends with status 0 when the input does."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     for line in questions:
-        answer, gold = json.loads(line)
+        question = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, deadline_s)
         try:
-            verdict = EQUAL if same(answer, gold) else DIFFERENT
+            verdict = judge(question)
         except MemoryError:
             os._exit(1)  # the heap is full of remains: the next child starts afresh
         except Exception:  # whatever sympy makes of hostile text is a failure to compare
@@ -76,8 +78,8 @@ def _answer(same: Comparison, questions: BinaryIO, answers: BinaryIO, deadline_s
     os._exit(0)
 
 
-def load_comparison() -> Comparison:
-    """math-verify as a function (answer, gold) -> equal?, both LaTeX without its `\\boxed{}`."""
+def load_judge() -> Judge:
+    """math-verify as a function from a question, LaTeX without `\\boxed{}`, to the word that answers it."""
     from math_verify import LatexExtractionConfig, grader, parse, verify
 
     logging.disable(logging.CRITICAL)
@@ -85,11 +87,14 @@ def load_comparison() -> Comparison:
     # Only the box: the looser extraction would fish a number out of "??? 5".
     targets = [LatexExtractionConfig(boxed_match_priority=0)]
 
-    def same(answer: str, gold: str) -> bool:
-        parsed = [parse(f"\\boxed{{{text}}}", targets, parsing_timeout=None) for text in (gold, answer)]
-        return verify(*parsed, timeout_seconds=None)
+    def judge(question: list[str]) -> bytes:
+        parsed = [parse(f"\\boxed{{{text}}}", targets, parsing_timeout=None) for text in question]
+        if len(parsed) == 1:  # text that is no mathematics comes back as nothing but text
+            return UNREADABLE if all(isinstance(part, str) for part in parsed[0]) else READABLE
+        answer, gold = parsed
+        return EQUAL if verify(gold, answer, timeout_seconds=None) else DIFFERENT
 
-    return same
+    return judge
 
 
 def _guarded(numeric_eq: Callable[..., bool]) -> Callable[..., bool]:

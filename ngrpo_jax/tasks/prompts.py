@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -190,6 +191,51 @@ def usable_rows(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
     valid_V[list(vocabulary.values())] = True
     valid_V[[*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder]] = False
     return valid_V
+
+
+def matching_rows(tokenizer: Tokenizer, pattern: str, rows: int) -> np.ndarray:
+    r"""bool [V], V = `rows`: the tokens in whose text the regular expression `pattern` is found anywhere.
+
+    The text is what the token adds to a running text, its leading space included: `^ ?\d+$` is numbers. Rows
+    that no token uses never match. ValueError for a pattern that is malformed, or matches nothing.
+    """
+    try:
+        found = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"mixing.keep_out {pattern!r} is no regular expression: {error}") from error
+    matching_V = np.zeros(rows, bool)
+    for token, text in _token_texts(tokenizer).items():
+        matching_V[token] = found.search(text) is not None
+    if not matching_V.any():
+        raise ValueError(
+            f"mixing.keep_out {pattern!r} matches no token of {tokenizer.name_or_path}; correct it, or set "
+            "it to None to keep none out"
+        )
+    return matching_V
+
+
+def spelling_groups(tokenizer: Tokenizer, rows: int) -> np.ndarray:
+    """int32 [V], V = `rows`: equal for tokens whose texts differ in case or one leading space alone.
+
+    Tokens that are only part of a character have no spelling to compare; each of them is a group of its own,
+    like each row that no token uses.
+    """
+    groups_V = np.arange(rows, dtype=np.int32)
+    first: dict[str, int] = {}
+    for token, text in sorted(_token_texts(tokenizer).items()):
+        if "\N{REPLACEMENT CHARACTER}" not in text:
+            groups_V[token] = first.setdefault(text.removeprefix(" ").lower(), token)
+    return groups_V
+
+
+def _token_texts(tokenizer: Tokenizer) -> dict[int, str]:
+    """What each token adds to a text that it follows: alone, some tokenizers would drop its first space."""
+    ids = sorted(tokenizer.get_vocab().values())
+    before = tokenizer.encode("a", add_special_tokens=False)
+    decode_batch = tokenizer.backend_tokenizer.decode_batch
+    (prefix,) = decode_batch([before], skip_special_tokens=False)
+    texts = decode_batch([[*before, token] for token in ids], skip_special_tokens=False)
+    return {token: text[len(prefix) :] for token, text in zip(ids, texts, strict=True)}
 
 
 def stop_ids(tokenizer: Tokenizer, eos_token_ids: Sequence[int]) -> tuple[int, ...]:

@@ -1,24 +1,18 @@
 r"""Response text to score: the rewards, and the processes that do the algebra.
 
 Most verdicts fall here, by reading alone (`grading`). What takes algebra goes to worker processes
-(`math_worker`), because math-verify can run for minutes or take gigabytes on what a model writes: each has
-a memory limit and, for each question, a deadline at which the kernel ends it. The workers are scripts of
-their own rather than `multiprocessing` children, which would either fork JAX's threads or import the
-parent's main module, and with it JAX, again. Nothing here knows tokens or models.
+(`workers`, `math_worker`), because math-verify can run for minutes or take gigabytes on what a model writes:
+each has a memory limit and, for each question, a deadline at which the kernel ends it. The workers are
+scripts of their own rather than `multiprocessing` children, which would either fork JAX's threads or import
+the parent's main module, and with it JAX, again. Nothing here knows tokens or models.
 """
 
-import contextlib
 import dataclasses
 import functools
-import json
 import math
 import os
-import pathlib
 import queue
 import re
-import signal
-import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -29,10 +23,10 @@ from concurrent.futures import ThreadPoolExecutor
 from . import math_worker
 from .grading import after_thinking, choice_letter, gold_letter, last_boxed, quick_verdict, to_latex
 from .importing import import_function
+from .workers import Worker
 
 Reward = Callable[[str, str], float]
 
-_SCRIPT = pathlib.Path(math_worker.__file__)
 _NUMBER = re.compile(r"-?\d[\d,.]*")
 _LAST_CHARACTERS = 1000  # where the last number is looked for
 _CACHED_VERDICTS = 16_384
@@ -93,6 +87,16 @@ class Counts:
     failures: int = 0  # out of memory, a dead worker, or text that math-verify cannot compare: 0.0
     seconds: float = 0.0  # inside `score`
 
+    @property
+    def per_second(self) -> float:
+        """Verdicts a second of grading; 0.0 before the first."""
+        return self.graded / self.seconds if self.seconds > 0 else 0.0
+
+    def since(self, earlier: "Counts") -> "Counts":
+        """What has been done since `earlier`, as for one batch."""
+        names = [field.name for field in dataclasses.fields(self)]
+        return Counts(**{name: getattr(self, name) - getattr(earlier, name) for name in names})
+
 
 class Grader:
     """Scores batches of responses on `workers` processes.
@@ -114,8 +118,8 @@ class Grader:
         self.counts = Counts()
         self._lock = threading.Lock()
         self._verdicts: OrderedDict[tuple[str, str], bool] = OrderedDict()
-        self._workers = [_Worker(deadline_s, memory_mb) for _ in range(workers)]
-        self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()  # the last used first: few are ever started
+        self._workers = [Worker(deadline_s, memory_mb) for _ in range(workers)]
+        self._idle: queue.LifoQueue[Worker] = queue.LifoQueue()  # the last used first: few are ever started
         for worker in self._workers:
             self._idle.put(worker)
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="grading")
@@ -152,6 +156,11 @@ class Grader:
             self.counts.graded += len(scores)
             self.counts.seconds += time.perf_counter() - started
         return scores
+
+    def snapshot(self) -> Counts:
+        """The counts as they stand, for `Counts.since`."""
+        with self._lock:
+            return dataclasses.replace(self.counts)
 
     def check(self, kind: str) -> None:
         """Raises ValueError for a kind that `score` would refuse, before there is anything to score."""
@@ -195,11 +204,7 @@ class Grader:
                 self.counts.cached += 1
                 self._verdicts.move_to_end(question)
                 return self._verdicts[question]
-        worker = self._idle.get()
-        try:
-            reply = worker.ask(question)
-        finally:
-            self._idle.put(worker)
+        reply = self._ask(question)
         equal = reply == math_worker.EQUAL
         with self._lock:
             self.counts.timeouts += reply == math_worker.TIMEOUT
@@ -210,80 +215,21 @@ class Grader:
                     self._verdicts.popitem(last=False)
         return equal
 
+    def readable(self, golds: Sequence[str]) -> list[bool]:
+        """Whether math-verify finds mathematics in each gold answer within the deadline."""
+        questions = [(to_latex(last_boxed(gold) or gold),) for gold in golds]
+        return [reply == math_worker.READABLE for reply in self._threads.map(self._ask, questions)]
 
-class _Worker:
-    """One grading process, started again if something kills it. Asked by one thread at a time."""
-
-    def __init__(self, deadline_s: float, memory_mb: int):
-        self._command = [sys.executable, "-P", str(_SCRIPT), str(deadline_s), str(memory_mb)]
-        self._process: subprocess.Popen[bytes] | None = None
-        self._ready = False
-        self._closed = False
-        self._lock = threading.Lock()  # `stop` may come from another thread than `ask`
-
-    def start(self) -> subprocess.Popen[bytes]:
-        """Start the process, if it does not run, without waiting until it is ready."""
-        with self._lock:
-            if self._closed:
-                raise RuntimeError("the grader is closed")
-            if self._process is None:
-                pipe = subprocess.PIPE
-                # A session of its own: Ctrl-C is for the parent alone, and the group can be ended as one.
-                self._process = subprocess.Popen(
-                    self._command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True
-                )
-            return self._process
-
-    def ask(self, question: tuple[str, str]) -> bytes:
-        """The worker's reply, a word of `math_worker`. Raises RuntimeError where none can be started."""
-        process = self.start()
-        assert process.stdin is not None and process.stdout is not None
-        if not self._ready:
-            self._wait_until_ready(process)
+    def _ask(self, question: tuple[str, ...]) -> bytes:
+        """An idle worker's reply."""
+        worker = self._idle.get()
         try:
-            process.stdin.write(json.dumps(question).encode() + b"\n")
-            process.stdin.flush()
-            reply = process.stdout.readline()
-        except BrokenPipeError:
-            reply = b""
-        if not reply:
-            self._bury(process)
-        return reply or math_worker.FAILED
-
-    def stop(self) -> None:
-        """End the process and its child, for good."""
-        with self._lock:
-            self._closed = True
-            process = self._process
-        if process is not None:
-            self._bury(process)
-
-    def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
-        assert process.stdout is not None and process.stderr is not None
-        if process.stdout.readline() != math_worker.READY:
-            complaint = process.stderr.read().decode(errors="replace").strip().rpartition("\n")[2]
-            status = self._bury(process)
-            raise RuntimeError(
-                f"a grading worker does not start (exit status {status}: {complaint}); check that "
-                f"math-verify is installed and that {self._command[-1]} MB of memory are enough for it"
-            )
-        self._ready = True
-
-    def _bury(self, process: subprocess.Popen[bytes]) -> int:
-        """End whatever is left of the process and its child and wait for it; its exit status."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        status = process.wait()
-        with self._lock:
-            self._process, self._ready = None, False
-        for pipe in (process.stdin, process.stdout, process.stderr):
-            assert pipe is not None
-            with contextlib.suppress(BrokenPipeError):  # a question that was never read
-                pipe.close()
-        return status
+            return worker.ask(question)
+        finally:
+            self._idle.put(worker)
 
 
-def _stop(threads: ThreadPoolExecutor, workers: Sequence[_Worker]) -> None:
+def _stop(threads: ThreadPoolExecutor, workers: Sequence[Worker]) -> None:
     threads.shutdown(wait=False, cancel_futures=True)
     for worker in workers:
         worker.stop()

@@ -1,11 +1,13 @@
 r"""Where rows come from: a source string to numbered rows, each a dict.
 
-Owns file formats and TFDS, and nothing of what a problem must have: `datasets` checks that.
+Owns the grammar of sources and reads prepared TFDS sets; formats belong to `files`, our own data sets to
+`builders`, and what a problem must have to `datasets`.
 
     arithmetic[:terms=3,digits=2,ops=+-]      generated, see `arithmetic`; splits train and test
     jsonl:PATH[?problem=FIELD&answer=FIELD&id=FIELD]
-    parquet:PATH[?...]                        a file, or a folder of them
-    tfds:NAME[/CONFIG][:VERSION][?...]        prepared as array_record; also ?data_dir=DIR
+    json:PATH, csv:PATH, parquet:PATH         the same; of parquet a folder of files, too
+    tfds:NAME[/CONFIG][?data_dir=DIR&manual_dir=DIR]      one of `builders`, prepared where it is not yet
+    tfds:NAME[/CONFIG][:VERSION][?...]        any other TFDS set, prepared as array_record
     package.module:function                   called with split= and seed=, gives dicts
 
 The part after "?" names the fields that hold the problem, its answer and its id, where they are called
@@ -13,17 +15,19 @@ otherwise; files are read whole whatever the split.
 """
 
 import dataclasses
-import json
+import difflib
+import importlib.util
 import pathlib
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-from . import arithmetic
+from . import arithmetic, builders, files
 from .importing import import_function
+from .rows import Row
 
-Row = Mapping[str, Any]
 FIELDS = ("problem", "answer", "id")
+_KINDS = ("arithmetic", *files.READERS, "tfds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,20 +50,26 @@ def read_rows(source: str, *, split: str, seed: int, size: int | None) -> Rows:
     if kind == "arithmetic":
         made = arithmetic.generate(arithmetic.parse_spec(rest), split=split, seed=seed, size=size)
         return Rows(kind, enumerate(made, 1), _field_names(source, "")[0])
-    if kind in ("jsonl", "parquet", "tfds") and body:
-        names, options = _field_names(source, query, ("data_dir",) if kind == "tfds" else ())
-        if kind == "tfds":
-            return Rows(f"{kind}:{body} {split}", _tfds_rows(body, split, options.get("data_dir")), names)
+    if kind in files.READERS and body:
+        names, _ = _field_names(source, query)
         path = pathlib.Path(body).expanduser()
         if not path.exists():
             raise FileNotFoundError(f"data source {source!r}: there is no file {path}")
-        return Rows(str(path), _jsonl_rows(path) if kind == "jsonl" else _parquet_rows(path), names)
+        return Rows(str(path), files.read(path, kind), names)
+    if kind == "tfds" and body:
+        own = body.partition("/")[0].partition(":")[0] in builders.NAMES
+        names, options = _field_names(source, query, ("data_dir", *(["manual_dir"] if own else [])))
+        return Rows(f"{kind}:{body} {split}", _tfds_rows(body, split, own, **options), names)
     if rest and not body.startswith("//"):
+        near = difflib.get_close_matches(kind, _KINDS, n=1)
+        if near and "." not in kind and importlib.util.find_spec(kind) is None:
+            raise ValueError(f"unknown kind of data source {source!r}; did you mean {near[0]}:{rest}?")
         given = import_function(source, "the data source")(split=split, seed=seed)
         return Rows(source, enumerate(given, 1), _field_names(source, "")[0])
+    near = difflib.get_close_matches(source.lower(), builders.NAMES, n=1)
     raise ValueError(
-        f"unknown data source {source!r}; write arithmetic, jsonl:PATH, parquet:PATH, tfds:NAME or "
-        "package.module:function"
+        f"unknown data source {source!r}; write arithmetic, jsonl:PATH, json:PATH, csv:PATH, parquet:PATH, "
+        f"tfds:NAME or package.module:function{f' (the nearest data set is tfds:{near[0]})' if near else ''}"
     )
 
 
@@ -77,59 +87,49 @@ def _field_names(
     return {field: options.pop(field, field) for field in FIELDS}, options
 
 
-def _jsonl_rows(path: pathlib.Path) -> Iterator[tuple[int, Row]]:
-    # Not splitlines(), which also splits at U+2028 and other characters that JSON allows in strings.
-    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        place = f"{path}, row {number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{place}: not UTF-8 text ({error.reason}); save the file as UTF-8") from error
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{place}: not JSON ({error.msg} at column {error.colno}); correct the row"
-            ) from error
-        yield number, row
-
-
-def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[int, Row]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowInvalid as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is not a readable parquet file ({reason}); fetch it again") from error
-    return enumerate((row for batch in table.to_batches() for row in batch.to_pylist()), 1)
-
-
-def _tfds_rows(name: str, split: str, data_dir: str | None) -> Iterator[tuple[int, Row]]:
-    import tensorflow_datasets as tfds
-
-    where = data_dir or "the default folder (TFDS_DATA_DIR, or ~/tensorflow_datasets)"
-    directory = f", data_dir={data_dir!r}" if data_dir else ""
-    remedy = (
-        'prepare it once with python -c "import tensorflow_datasets as tfds; '
-        f"tfds.builder({name!r}{directory}, file_format='array_record').download_and_prepare()\""
-    )
-    try:
-        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    except tfds.core.DatasetNotFoundError as error:
-        raise ValueError(
-            f"no TFDS data set {name!r}: neither prepared in {where} nor known to tensorflow_datasets; "
-            "check its name and data_dir"
-        ) from error
-    if not builder.is_prepared():
-        raise ValueError(f"the TFDS data set {name!r} is not prepared in {where}; {remedy}")
+def _tfds_rows(
+    name: str, split: str, own: bool, data_dir: str | None = None, manual_dir: str | None = None
+) -> Iterator[tuple[int, Row]]:
+    if own:
+        set_name, _, version = name.partition(":")
+        builder = builders.build(set_name, data_dir=data_dir, manual_dir=manual_dir)
+        if version and version != str(builder.version):
+            raise ValueError(f"data set {set_name} is at version {builder.version}, not {version}")
+    else:
+        builder = _prepared(name, data_dir)
     try:
         rows = builder.as_data_source(split)
     except NotImplementedError as error:
         raise ValueError(
-            f"the TFDS data set {name!r} in {where} is not in the array_record format; delete it and {remedy}"
+            f"the TFDS data set {name!r} in {builder.data_dir} is not in the array_record format; delete it "
+            f"and {_remedy(name, data_dir)}"
         ) from error
     except ValueError as error:
         raise ValueError(f"the TFDS data set {name!r} cannot give the split {split!r}: {error}") from error
     return enumerate((rows[i] for i in range(len(rows))), 1)
+
+
+def _prepared(name: str, data_dir: str | None) -> Any:
+    """The builder of a set that is not ours; ValueError where it is unknown or not prepared."""
+    import tensorflow_datasets as tfds
+
+    where = data_dir or "the default folder (TFDS_DATA_DIR, or ~/tensorflow_datasets)"
+    try:
+        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except tfds.core.DatasetNotFoundError as error:
+        near = difflib.get_close_matches(name.lower(), builders.NAMES, n=1)
+        raise ValueError(
+            f"no TFDS data set {name!r}: neither prepared in {where} nor known to tensorflow_datasets; "
+            + (f"the nearest known one is {near[0]}" if near else "check its name and data_dir")
+        ) from error
+    if not builder.is_prepared():
+        raise ValueError(f"the TFDS data set {name!r} is not prepared in {where}; {_remedy(name, data_dir)}")
+    return builder
+
+
+def _remedy(name: str, data_dir: str | None) -> str:
+    directory = f", data_dir={data_dir!r}" if data_dir else ""
+    return (
+        'prepare it once with python -c "import tensorflow_datasets as tfds; '
+        f"tfds.builder({name!r}{directory}, file_format='array_record').download_and_prepare()\""
+    )

@@ -1,0 +1,132 @@
+"""One decode chunk and one prefill, to be timed by themselves.
+
+The only benchmark that knows how the engine decodes (rollout/decode.py); everything else calls `generate`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import measure
+from ngrpo_jax.algo import strategies
+from ngrpo_jax.algo.mixture import Mixing, Mixture
+from ngrpo_jax.algo.sampling import greedy
+from ngrpo_jax.model.config import ModelConfig
+from ngrpo_jax.rollout import decode
+
+OFF = Mixing(strategy="none")
+
+
+def decoding(
+    params: Any,
+    config: ModelConfig,
+    *,
+    slots: int,
+    context: int,
+    steps: int,
+    mixing: Mixing = OFF,
+    table_VC: jax.Array | None = None,
+) -> Callable[[], float]:
+    """A function that decodes `steps` steps in every slot, up to `context` tokens, and returns the seconds.
+
+    All slots are busy and stay so: every chunk begins `steps` tokens before the end of the cache, whose
+    contents do not matter for time. `table_VC` may hold the rows of `unit_rows` in their place, inside
+    `recomputing`.
+    """
+    sampler = decode.Sampler(1.0, 1.0, 0, mixing, ())
+    state = _rewound(_seated(config, sampler, slots, context), steps)
+    state, _ = jax.block_until_ready(_chunk(params, table_VC, state, config, sampler, steps))  # compiles
+
+    def run() -> float:
+        nonlocal state
+        state = jax.block_until_ready(_rewound(state, steps))
+        start = time.perf_counter()
+        state, _ = jax.block_until_ready(_chunk(params, table_VC, state, config, sampler, steps))
+        return time.perf_counter() - start
+
+    return run
+
+
+def decoding_memory(params: Any, config: ModelConfig, *, slots: int, context: int, steps: int) -> int:
+    """Bytes that XLA sets aside for a chunk: arguments (parameters and slots), results and scratch."""
+    sampler = decode.Sampler(1.0, 1.0, 0, OFF, ())
+    state = jax.eval_shape(lambda: _seated(config, sampler, slots, context))
+    lowered = decode.decode_chunk.lower(params, None, state, config=config, sampler=sampler, steps=steps)
+    figures = lowered.compile().memory_analysis()
+    held = figures.argument_size_in_bytes + figures.output_size_in_bytes - figures.alias_size_in_bytes
+    return held + figures.temp_size_in_bytes
+
+
+def prefilling(params: Any, config: ModelConfig, *, rows: int, tokens: int) -> Callable[[], float]:
+    """A function that prefills `rows` prompts of `tokens` tokens and returns the seconds."""
+    ids_BT = np.random.default_rng(0).integers(config.vocab_size, size=(rows, tokens)).astype(np.int32)
+    lengths_B = np.full(rows, tokens, np.int32)
+
+    def run() -> float:
+        return measure.seconds_of(lambda: decode.prefill(params, ids_BT, lengths_B, config=config))
+
+    run()
+    return run
+
+
+def unit_rows(embedding_VD: jax.Array) -> jax.Array:
+    """Rows of length 1 in the embedding's type."""
+    norms_V1 = jnp.linalg.norm(embedding_VD.astype(jnp.float32), axis=1, keepdims=True)
+    return (embedding_VD / jnp.maximum(norms_V1, 1e-12)).astype(embedding_VD.dtype)
+
+
+def recomputed_mixture(logits_BV: jax.Array, unit_VD: jax.Array, k: int) -> Mixture:
+    """`neighbor_mixture` without a table: the anchor's cosine with the whole vocabulary at every step.
+
+    What the authors' release does, at its cheapest: the rows have been normalised before.
+    """
+    anchor_B = greedy(logits_BV)
+    cosines_BV = unit_VD[anchor_B] @ unit_VD.T
+    every_BV = jax.lax.broadcasted_iota(jnp.int32, cosines_BV.shape, 1)
+    found = [anchor_B]
+    for _ in range(k - 1):  # the k best by as many passes: XLA's top_k sorts, on CPU at four times the step
+        cosines_BV = jnp.where(every_BV == found[-1][:, None], -jnp.inf, cosines_BV)
+        found.append(greedy(cosines_BV))
+    ids_BC = jnp.stack(found, axis=1)
+    logits_BC = jnp.take_along_axis(logits_BV, ids_BC, axis=1).astype(jnp.float32)
+    return Mixture(ids_BC, jax.nn.softmax(logits_BC, axis=1))
+
+
+@contextlib.contextmanager
+def recomputing(k: int) -> Iterator[None]:
+    """Chunks that are compiled inside find neighbours by `recomputed_mixture`."""
+    by_table = strategies.neighbor_mixture
+    strategies.neighbor_mixture = lambda logits_BV, unit_VD, **_: recomputed_mixture(logits_BV, unit_VD, k)
+    try:
+        yield
+    finally:
+        strategies.neighbor_mixture = by_table
+
+
+def _chunk(params, table_VC, state, config, sampler, steps):
+    """One chunk of the engine: (state after it, what was written). `state` is donated."""
+    return decode.decode_chunk(params, table_VC, state, config=config, sampler=sampler, steps=steps)
+
+
+def _seated(config: ModelConfig, sampler: decode.Sampler, slots: int, context: int) -> decode.Slots:
+    """Slots in which everybody sits and thinks, over an empty cache of `context` tokens each."""
+    state = decode.empty_slots(config, sampler, slots, context)
+    return state._replace(
+        keys_B2=jax.random.key_data(jax.random.split(jax.random.key(1), slots)),
+        thinking_B=jnp.ones_like(state.thinking_B),
+        active_B=jnp.ones_like(state.active_B),
+        limits_B=jnp.full_like(state.limits_B, 10**6),
+    )
+
+
+def _rewound(state: decode.Slots, steps: int) -> decode.Slots:
+    """The same slots `steps` tokens before the end of their cache."""
+    room = state.cache.columns - steps
+    return state._replace(cache=state.cache._replace(lengths_B=jnp.full_like(state.cache.lengths_B, room)))

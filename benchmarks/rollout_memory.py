@@ -1,0 +1,108 @@
+"""The memory of a long rollout: by calculation, by XLA's account of it, and as the kernel counted it.
+
+Run as a program it is the measuring child of `benchmarks/rollout.py --memory`: a process of its own, so that
+nothing that came before is counted. It answers one request on stdin, as benchmarks/peer.py sends it.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+import jax
+import numpy as np
+
+from benchmarks import chunks, measure, shapes
+from benchmarks.peer import Peer
+from ngrpo_jax.model.config import ModelConfig
+from ngrpo_jax.rollout import engine
+from ngrpo_jax.runtime import preflight
+from ngrpo_jax.runtime.console import format_bytes
+
+# Narrow but for what the case is about: a vocabulary of 152k and a cache of 4 KiB a token.
+NARROW = ModelConfig("qwen2", 151936, 128, 256, 2, 4, 4, 64, tie_embeddings=True)
+PROMPT, CHUNK = 64, 16
+GOAL = 0.15
+
+
+def report_memory(report: measure.Report, *, slots: int, tokens: int) -> None:
+    """Adds the table: a rollout of `tokens` new tokens in every slot."""
+    predicted = _predicted(slots, tokens)
+    measure.say(f"memory: a rollout of {slots} × {tokens} tokens in a process of its own")
+    with Peer(sys.executable, pathlib.Path(__file__).resolve()) as child:
+        answer = child.ask("measure", slots=slots, tokens=tokens)
+    rows = [("calculation (runtime.preflight)", format_bytes(predicted), None)]
+    for name, size in (
+        ("measured: most memory of the process", answer["peak"]),
+        ("XLA's account of a chunk", answer["chunk"]),
+    ):
+        rows.append((name, format_bytes(size), predicted / size))
+    report.table(
+        f"Memory: {slots} slots, prompt {PROMPT}, {tokens} new tokens, vocabulary {NARROW.vocab_size}",
+        ("", "bytes", "calculation / this"),
+        rows,
+        f"Parameters, cache, prefill and logits of a narrow model. Goal: within {GOAL:.0%} of the measured.",
+    )
+
+
+def _predicted(slots: int, tokens: int) -> int:
+    """What preflight says that a rollout holds: its copy of the parameters and everything of its phase."""
+    run = preflight.RunShape(
+        data=1,
+        fsdp=1,
+        tensor=1,
+        rollout_tensor=1,
+        rollout_shards=1,
+        slots=slots,
+        cache_length=PROMPT + tokens,
+        prefill_rows=slots,
+        prompt_tokens=PROMPT,
+        rows_per_device=1,
+        row_tokens=PROMPT + tokens,
+        logprob_chunk=1024,
+        remat="full",
+        reference=False,
+    )
+    parts = preflight.memory_estimate(NARROW, run)
+    return sum(part.size for part in parts if part.phase == "rollout" or part.name.startswith("rollout copy"))
+
+
+def measured(slots: int, tokens: int) -> dict[str, int]:
+    """Bytes at the worst moment of a real rollout, over what the process needs without its arrays.
+
+    The same rollout has run before with one token a sequence: its programs are compiled, and what compiling
+    left behind is not counted.
+    """
+    params = shapes.random_params(NARROW)
+    prompts = np.random.default_rng(0).integers(NARROW.vocab_size, size=(slots, PROMPT)).tolist()
+
+    def rollout(length: int) -> None:
+        engine.generate(
+            params,
+            NARROW,
+            prompts,
+            samples=1,
+            max_new_tokens=tokens,
+            temperature=1.0,
+            stop_ids=(),
+            slots=slots,
+            chunk=CHUNK,
+            lengths_B=np.full(slots, length, np.int32),
+        )
+
+    chunk = chunks.decoding_memory(params, NARROW, slots=slots, context=PROMPT + tokens, steps=CHUNK)
+    rollout(1)
+    gc.collect()
+    arrays, before = sum(array.nbytes for array in jax.live_arrays()), measure.current_rss()
+    measure.reset_peak_rss()
+    rollout(tokens)
+    return {"peak": measure.peak_rss() - before + arrays, "chunk": chunk}
+
+
+if __name__ == "__main__":
+    request = json.loads(sys.stdin.readline())
+    print(json.dumps(measured(request["slots"], request["tokens"])), flush=True)

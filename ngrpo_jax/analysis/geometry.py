@@ -1,0 +1,131 @@
+"""Where mixed and noisy inputs lie among the embedding rows: Appendix E, Figure 1, and lists of neighbours.
+
+Owns this geometry in NumPy, for a few tokens at a time. Must not know tokenizers, models or files. The table
+that rollouts mix by is `algo.neighbors`; here the nearest rows of a few tokens are found directly.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+NEAR = 0.95  # Appendix E counts the inputs whose cosine to their anchor lies below this
+
+
+def cosine_figures(cosines: np.ndarray) -> dict[str, float]:
+    """Appendix E of some mixed inputs' cosines to their anchors: mean, min and the share below 0.95."""
+    cosines = np.asarray(cosines)
+    return {
+        "mean": float(cosines.mean()),
+        "min": float(cosines.min()),
+        "below_095": float((cosines < NEAR).mean()),
+    }
+
+
+def nearest_rows(
+    embedding_VD: np.ndarray,
+    anchors: Sequence[int],
+    count: int,
+    *,
+    metric: str = "cosine",
+    valid_V: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `count` other rows nearest to each anchor, nearest first, of equals the lower id first.
+
+    Args:
+      metric: "cosine", "dot", "l2" or "l1".
+      valid_V: which rows may be neighbours; default all.
+
+    Returns:
+      (ids [A, count], scores [A, count]): cosine or product, or distance, as the metric says.
+
+    Raises:
+      ValueError: count above the number of other valid rows, or an unknown metric.
+    """
+    rows_VD = np.asarray(embedding_VD, np.float32)
+    valid_V = np.ones(len(rows_VD), bool) if valid_V is None else np.asarray(valid_V, bool)
+    most = int(valid_V.sum()) - 1
+    if not 1 <= count <= most:
+        raise ValueError(f"{count} neighbours were asked for; this vocabulary has 1 to {most} of a token")
+    ids, scores = [], []
+    for anchor in anchors:
+        nearness_V = _nearness(rows_VD, rows_VD[anchor], metric)
+        nearness_V = np.where(valid_V & (np.arange(len(rows_VD)) != anchor), nearness_V, -np.inf)
+        best = np.argsort(-nearness_V, kind="stable")[:count]
+        ids.append(best)
+        scores.append(nearness_V[best] if metric in ("cosine", "dot") else -nearness_V[best])
+    return np.array(ids), np.array(scores)
+
+
+def _nearness(rows_VD: np.ndarray, row_D: np.ndarray, metric: str) -> np.ndarray:
+    """Larger is nearer, float [V]; a zero row has cosine 0 to every row."""
+    if metric == "cosine":
+        norms_V = np.linalg.norm(rows_VD, axis=1) * np.linalg.norm(row_D)
+        return rows_VD @ row_D / np.where(norms_V > 0, norms_V, 1.0)
+    if metric == "dot":
+        return rows_VD @ row_D
+    if metric == "l2":
+        return -np.linalg.norm(rows_VD - row_D, axis=1)
+    if metric == "l1":
+        return -np.abs(rows_VD - row_D).sum(axis=1)
+    raise ValueError(f"metric {metric!r} is unknown: use cosine, dot, l2 or l1")
+
+
+def noisy_points(row_D: np.ndarray, sigma: float, count: int, random: np.random.Generator) -> np.ndarray:
+    """`count` draws of a row under Gaussian noise of `sigma` times its root mean square, as STHT: [S, D]."""
+    rms = np.sqrt(np.mean(np.square(row_D)))
+    return row_D + sigma * rms * random.standard_normal((count, len(row_D)))
+
+
+def mixed_points(rows_CD: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
+    """`count` mixtures of an anchor and its neighbours, anchor first: [S, D].
+
+    Weights are drawn evenly from all that (9) could give with the anchor the most likely of them: the
+    largest weight is the anchor's.
+    """
+    weights_SC = random.dirichlet(np.ones(len(rows_CD)), size=count)
+    largest_S = weights_SC.argmax(axis=1)
+    each_S = np.arange(count)
+    weights_SC[each_S, largest_S], weights_SC[:, 0] = weights_SC[:, 0].copy(), weights_SC.max(axis=1)
+    return weights_SC @ rows_CD
+
+
+class Projection(NamedTuple):
+    """A plane through a cloud of points: `mean_D`, two orthonormal `axes_2D`, the variance along each."""
+
+    mean_D: np.ndarray
+    axes_2D: np.ndarray
+    explained: tuple[float, float]
+
+    def __call__(self, points_ND: np.ndarray) -> np.ndarray:
+        """Coordinates of points in the plane: [N, 2]."""
+        return (points_ND - self.mean_D) @ self.axes_2D.T
+
+
+def principal_plane(points_ND: np.ndarray) -> Projection:
+    """The plane of largest variance (PCA by singular values); `explained` are shares of all variance.
+
+    Each axis points to where its largest entry is positive, so that the same points give the same picture.
+
+    Raises:
+      ValueError: fewer than three points.
+    """
+    points_ND = np.asarray(points_ND, np.float64)
+    if len(points_ND) < 3:
+        raise ValueError(f"a plane through {len(points_ND)} points is not determined; give three or more")
+    mean_D = points_ND.mean(axis=0)
+    _, singular, axes = np.linalg.svd(points_ND - mean_D, full_matrices=False)
+    axes_2D = axes[:2]
+    largest = np.take_along_axis(axes_2D, np.abs(axes_2D).argmax(axis=1)[:, None], axis=1)
+    axes_2D = axes_2D * np.where(largest < 0, -1.0, 1.0)
+    shares = np.square(singular) / max(float(np.square(singular).sum()), np.finfo(float).tiny)
+    return Projection(mean_D, axes_2D, (float(shares[0]), float(shares[1])))
+
+
+def nearest_cosine(points_SD: np.ndarray, rows_VD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(ids [S], cosines [S]): the row that each point is nearest to by angle."""
+    units_SD = points_SD / np.linalg.norm(points_SD, axis=1, keepdims=True)
+    norms_V = np.linalg.norm(rows_VD, axis=1)
+    cosines_SV = units_SD @ (rows_VD / np.where(norms_V > 0, norms_V, 1.0)[:, None]).T
+    ids_S = cosines_SV.argmax(axis=1)
+    return ids_S, cosines_SV[np.arange(len(ids_S)), ids_S]

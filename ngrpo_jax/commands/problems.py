@@ -1,0 +1,53 @@
+"""Which problems are trained on, and what is wrong with a set: found and said before a run starts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+from ngrpo_jax.settings import Settings
+from ngrpo_jax.tasks import cleaning, golds, rows
+from ngrpo_jax.tasks.datasets import Problem, load_problems, load_training
+from ngrpo_jax.tasks.rewards import Grader
+
+
+def training_problems(settings: Settings) -> list[Problem]:
+    """The problems of `data.train`, less empty and repeated rows and, if so set, those of evaluation sets.
+
+    Raises ValueError where none is left.
+    """
+    data = settings.data
+    loaded = load_training(data.train, seed=settings.seed, size=data.train_size)
+    if loaded.nulls or loaded.duplicates:
+        print(f"{data.train}: {loaded.duplicates} repeated and {loaded.nulls} empty rows are left out.")
+    problems = loaded.problems
+    for source in data.held_apart:
+        others = load_problems(source, split="test", seed=settings.seed)
+        pairs = cleaning.shared([p.problem for p in problems], [p.problem for p in others])
+        if not pairs:
+            continue
+        listed = rows.some(f"{problems[i].id} ({others[j].id} there)" for i, j in pairs)
+        what = (
+            "are left out" if data.drop_overlap else "are trained on; data.drop_overlap=true leaves them out"
+        )
+        print(f"{data.train}: {len(pairs)} problems also stand in {source} and {what}: {listed}.")
+        if data.drop_overlap:
+            known = {i for i, _ in pairs}
+            problems = [problem for i, problem in enumerate(problems) if i not in known]
+    if not problems:
+        raise ValueError(f"all problems of {data.train} also stand in an evaluation set; train on others.")
+    return problems
+
+
+def report_unreadable(settings: Settings, source: str, problems: Sequence[Problem]) -> None:
+    """Prints which gold answers math-verify cannot read, where it grades: few are ever right on them."""
+    reward = settings.reward
+    if reward.kind != "math":
+        return
+    with contextlib.closing(Grader(reward.workers, reward.deadline_s, reward.memory_mb)) as grader:
+        bad = golds.unreadable([p.answer for p in problems], grader, golds.default_cache())
+    if bad:
+        print(
+            f"{source}: math-verify cannot read {len(bad)} answers, which only the same spelling will match: "
+            f"{rows.some(problems[i].id for i in bad)}."
+        )

@@ -1,0 +1,67 @@
+"""The two products of a layer whose gradients are worth writing out: activations × weights, and SwiGLU.
+
+Left to autodiff, the gradient of a weight is the transpose of (gradientᵀ · input), and XLA's CPU backend pays
+for it with a transposed copy of the gradient, into which it fuses (and so repeats, with strided reads) the
+arithmetic before it: a third of a small model's update. Written as inputᵀ · gradient nothing of the kind
+happens. On accelerators both ways are one call of the same matrix product.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+# Rematerialisation cannot see the product inside its written-out gradient, so its result bears a name.
+NAME = "dense_product"
+
+
+def dense_product(
+    x: jax.Array, kernel: jax.Array, dimension_numbers: Any, precision: Any = None, **_: Any
+) -> jax.Array:
+    """`jax.lax.dot_general` of the last axes of `x` with the first of `kernel`; for `nn.Dense`."""
+    (contracted, _), _ = dimension_numbers
+    count = len(contracted)
+    width = math.prod(kernel.shape[:count])
+    out = _matmul(x.reshape(-1, width), kernel.reshape(width, -1), precision)
+    return checkpoint_name(out.reshape(*x.shape[: x.ndim - count], *kernel.shape[count:]), NAME)
+
+
+@jax.custom_vjp
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) · up, elementwise; the backward pass keeps the two arguments and one sigmoid is computed."""
+    return nn.silu(gate) * up
+
+
+def _swiglu_forward(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return swiglu(gate, up), (gate, up)
+
+
+def _swiglu_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    gate, up = saved
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    return grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+def _matmul(x_XD: jax.Array, kernel_DF: jax.Array, precision: Any) -> jax.Array:
+    @jax.custom_vjp
+    def multiply(x_XD: jax.Array, kernel_DF: jax.Array) -> jax.Array:
+        return jnp.dot(x_XD, kernel_DF, precision=precision)
+
+    def forward(x_XD: jax.Array, kernel_DF: jax.Array):
+        return multiply(x_XD, kernel_DF), (x_XD, kernel_DF)
+
+    def backward(saved: tuple[jax.Array, jax.Array], grad_XF: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x_XD, kernel_DF = saved
+        to_x = jax.lax.dot_general(grad_XF, kernel_DF, (((1,), (1,)), ((), ())), precision=precision)
+        to_kernel = jax.lax.dot_general(x_XD, grad_XF, (((0,), (0,)), ((), ())), precision=precision)
+        return to_x, to_kernel
+
+    multiply.defvjp(forward, backward)
+    return multiply(x_XD, kernel_DF)

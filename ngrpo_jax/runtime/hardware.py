@@ -1,0 +1,51 @@
+"""What a device can do and has done: its peak arithmetic, the most memory it has held.
+
+Owns the table of peaks. Must not know what was computed; callers bring the count of operations.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+# Dense bfloat16 operations a second of one jax.Device, as the makers state them; by the start of device_kind,
+# the longest that fits. A device of TPU v2 and v3 is one core of a chip of two.
+PEAK_FLOPS = {
+    "TPU v2": 22.5e12,
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v4 lite": 137e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def peak_flops(device: Any) -> float | None:
+    """Dense bfloat16 operations a second of a device; None where the table does not have it (CPUs)."""
+    fitting = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
+    return PEAK_FLOPS[max(fitting, key=len)] if fitting else None
+
+
+def peak_memory(device: Any) -> int | None:
+    """The most bytes that a device has held since the process began; of a CPU, what the process has.
+
+    None where nobody tells.
+    """
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("peak_bytes_in_use")
+    status = Path("/proc/self/status")
+    for line in status.read_text(encoding="ascii", errors="replace").split("\n") if status.exists() else []:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return None

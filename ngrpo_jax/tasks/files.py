@@ -1,0 +1,118 @@
+"""Data files to numbered rows: JSONL, JSON, CSV, Parquet.
+
+Owns the formats, and nothing of what a row must hold. Every reader gives (number, row), numbers from 1, and
+raises ValueError with one sentence that names the file and, where there is one, the row.
+"""
+
+import csv
+import io
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from .rows import Row
+
+Numbered = Iterator[tuple[int, Row]]
+
+
+def read(path: pathlib.Path, kind: str | None = None) -> Numbered:
+    """The rows of a file of that kind, a key of `READERS`; by default what its suffix says.
+
+    Raises FileNotFoundError without the file, and ValueError for a suffix that stands for no format.
+    """
+    kind = kind or path.suffix.removeprefix(".").lower()
+    if kind not in READERS:
+        raise ValueError(f"{path} is no data file by its suffix; give one of .{', .'.join(READERS)}")
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path}")
+    return READERS[kind](path)
+
+
+def _jsonl(path: pathlib.Path) -> Numbered:
+    # Not splitlines(), which also splits at U+2028 and other characters that JSON allows in strings.
+    for number, line in enumerate(_bytes(path).split(b"\n"), 1):
+        if line.strip():
+            yield number, _parsed(line, f"{path}, row {number}")
+
+
+def _json(path: pathlib.Path) -> Numbered:
+    """An array of objects. Many a .json holds JSON lines instead: those are read as such."""
+    content = _bytes(path)
+    if not content.lstrip().startswith(b"["):
+        return _jsonl(path)
+    return enumerate(_parsed(content, str(path)), 1)
+
+
+def _csv(path: pathlib.Path) -> Numbered:
+    content = _decoded(_bytes(path), str(path))
+    reader = csv.reader(io.StringIO(content, newline=""), strict=True)
+    try:
+        header = next(reader, [])
+        number = 0
+        for cells in reader:
+            if not cells:
+                continue
+            number += 1
+            if len(cells) != len(header):
+                raise ValueError(
+                    f"{path}, row {number}: {len(cells)} fields where the header has {len(header)}; "
+                    "put fields that hold commas or line breaks in quotes"
+                )
+            yield number, dict(zip(header, cells, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error}); correct it") from error
+
+
+def _parquet(path: pathlib.Path) -> Numbered:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except pyarrow.ArrowInvalid as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is not a readable parquet file ({reason}); fetch it again") from error
+    number = 0
+    for batch in table.to_batches():
+        try:
+            rows = batch.to_pylist()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path}: among rows {number + 1} to {number + batch.num_rows} there is text that is not "
+                f"UTF-8 ({error.reason}); write the file anew"
+            ) from error
+        yield from enumerate(rows, number + 1)
+        number += batch.num_rows
+
+
+READERS: dict[str, Callable[[pathlib.Path], Numbered]] = {
+    "jsonl": _jsonl,
+    "json": _json,
+    "csv": _csv,
+    "parquet": _parquet,
+}
+
+
+def _bytes(path: pathlib.Path) -> bytes:
+    return path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+
+
+def _decoded(content: bytes, place: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        if ", row " not in place:
+            place = f"{place}, line {line}"
+        raise ValueError(f"{place}: not UTF-8 text ({error.reason}); save the file as UTF-8") from error
+
+
+def _parsed(content: bytes, place: str) -> Any:
+    try:
+        return json.loads(_decoded(content, place))
+    except json.JSONDecodeError as error:
+        where = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}"
+        raise ValueError(f"{place}: not JSON ({error.msg} at {where}); correct it") from error
+    except RecursionError as error:
+        raise ValueError(f"{place}: JSON nested too deeply; correct it") from error

@@ -1,0 +1,140 @@
+"""The decoder laid out for writing: prefill, one-token steps and the ring cache, against the full forward."""
+
+import dataclasses
+import functools
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ngrpo_jax.algo.mixture import Mixture, one_hot
+from ngrpo_jax.model import cache as kv
+from ngrpo_jax.model import columns, decoder, hf
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+NAMES = ("qwen2_tied", "qwen2_untied", "qwen3", "llama", "llama_llama3", "llama_tied")
+CLOSE = 5e-5  # of logits up to 20, where float32 rounding alone makes about 1e-5
+
+prefill = jax.jit(columns.prefill, static_argnums=1)
+decode_step = jax.jit(columns.decode_step, static_argnums=1, donate_argnums=3)
+
+
+@functools.cache
+def golden(name):
+    """(config, laid-out parameters, ids [2, T], logits [2, T, V]) of one golden directory."""
+    config, params = hf.load(GOLDEN / name)
+    expected = np.load(GOLDEN / name / "expected.npz")
+    return config, columns.lay_out(params, config), expected["ids"], expected["logits"]
+
+
+def largest(difference):
+    return float(np.max(np.abs(difference)))
+
+
+def stretched(cache, size):
+    """A cache with another number of columns."""
+    keys = tuple(kv.stretched(x, cache.cursor, size, kv.KEY_COLUMNS) for x in cache.keys)
+    values = tuple(kv.stretched(x, cache.cursor, size, kv.VALUE_COLUMNS) for x in cache.values)
+    return cache._replace(
+        keys=keys, values=values, cursor=jnp.int32(kv.stretched_cursor(cache.columns, size))
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prefill_and_decode_equal_the_full_forward_for_ragged_rows(name):
+    """Through a ring that wraps round, grows and shrinks on the way."""
+    config, params, ids, logits = golden(name)
+    assert columns.is_laid_out(params)
+    ids, logits = np.tile(ids[:, :24], (2, 1)), np.tile(logits[:, :24], (2, 1, 1))
+    rows, lengths = np.arange(4), np.array([3, 9, 1, 6])
+    prompts = np.where(np.arange(10)[None] < lengths[:, None], ids[:, :10], 0)
+    hidden, cache = prefill(params, config, prompts, lengths)
+    assert largest(columns.logits(params, hidden) - logits[rows, lengths - 1]) <= CLOSE
+    for step in range(10):
+        if step in (1, 6):
+            cache = stretched(cache, {1: 13, 6: 20}[step])
+        hidden, cache = decode_step(params, config, one_hot(ids[rows, lengths], 2), cache)
+        held = lengths < cache.columns  # a row that has outgrown the ring has lost its beginning
+        assert largest((columns.logits(params, hidden) - logits[rows, lengths])[held]) <= CLOSE
+        lengths = lengths + 1
+    cache = stretched(cache, 19)
+    hidden, cache = decode_step(params, config, one_hot(ids[rows, lengths], 2), cache)
+    kept = [0, 2, 3]
+    assert largest((columns.logits(params, hidden) - logits[rows, lengths])[kept]) <= CLOSE
+
+
+def test_prefill_in_blocks_of_queries_equals_prefill_at_once(monkeypatch):
+    config, params, ids, logits = golden("qwen2_untied")
+    monkeypatch.setattr(columns, "_QUERY_BLOCK", 8)
+    hidden, _ = columns.prefill(params, config, jnp.asarray(ids[:, :21]), jnp.array([21, 13]))
+    assert largest(columns.logits(params, hidden) - logits[[0, 1], [20, 12]]) <= CLOSE
+
+
+def test_decoding_mixtures_equals_the_full_forward_over_them():
+    config, params, _, _ = golden("qwen2_untied")
+    _, trained = hf.load(GOLDEN / "qwen2_untied")
+    rng = np.random.default_rng(0)
+    weights = rng.dirichlet(np.ones(3), size=(2, 8)).astype(np.float32)
+    mixture = Mixture(rng.integers(0, config.vocab_size, (2, 8, 3)).astype(np.int32), weights)
+    expected = decoder.hidden_states(trained, config, mixture)
+    cache = kv.init(config, 2, 8)
+    for t in range(8):
+        inputs = Mixture(mixture.ids[:, t], mixture.weights[:, t])
+        hidden, cache = decode_step(params, config, inputs, cache)
+        assert largest(hidden - expected[:, t]) <= CLOSE
+
+
+def test_a_full_row_spoils_no_other():
+    config, params, ids, logits = golden("qwen2_tied")
+    _, cache = prefill(params, config, ids[:, :4], jnp.array([4, 2]))
+    for t in (2, 3):
+        hidden, cache = decode_step(params, config, one_hot(ids[:, t], 1), cache)
+        got = columns.logits(params, hidden)
+        assert np.all(np.isfinite(got))
+        assert largest(got[1] - logits[1, t]) <= CLOSE
+    assert np.array_equal(cache.lengths_B, [4, 4])
+
+
+def test_bfloat16_cache_and_hidden_states():
+    config, params, ids, _ = golden("qwen2_tied")
+    config = dataclasses.replace(config, dtype="bfloat16")
+    params = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), params)
+    hidden, cache = prefill(params, config, ids[:, :4], jnp.array([4, 4]))
+    assert cache.keys[0].dtype == cache.values[0].dtype == jnp.bfloat16
+    hidden, _ = decode_step(params, config, one_hot(ids[:, 4], 1), cache)
+    assert hidden.dtype == jnp.bfloat16
+    assert columns.logits(params, hidden).dtype == jnp.float32
+
+
+def test_decode_copies_no_cache():
+    """The compiled loop has no copy and no transpose of an array as large as one layer's keys."""
+    config, params, _, _ = golden("qwen2_untied")
+    B, S = 8, 64
+
+    def chunk(params, cache, ids_B):
+        def body(carry, _):
+            cache, ids_B = carry
+            hidden, cache = columns.decode_step(params, config, one_hot(ids_B, 1), cache)
+            return (cache, jnp.argmax(columns.logits(params, hidden), axis=-1)), None
+
+        return jax.lax.scan(body, (cache, ids_B), None, length=4)[0]
+
+    cache = kv.init(config, B, S)
+    compiled = jax.jit(chunk, donate_argnums=1).lower(params, cache, jnp.zeros(B, jnp.int32)).compile()
+    size = B * S * config.num_kv_heads * config.head_dim
+    instructions = re.findall(r"= \w+\[([\d,]+)\]\S* (copy|transpose)\(", compiled.as_text())
+    large = [dims for dims, _ in instructions if np.prod([int(d) for d in dims.split(",")]) >= size]
+    assert not large
+    compiled(params, cache, jnp.zeros(B, jnp.int32))
+    assert all(leaf.is_deleted() for leaf in cache.keys + cache.values)
+
+
+def test_an_empty_cache_holds_no_buffer_twice():
+    config = golden("qwen3")[0]
+    cache = kv.init(config, 2, 4, "bfloat16")
+    assert cache.keys[0].shape == (2, config.num_kv_heads, config.head_dim, 4)
+    assert cache.keys[0].dtype == jnp.bfloat16
+    assert len({leaf.unsafe_buffer_pointer() for leaf in cache.keys + cache.values}) == 2 * config.num_layers

@@ -1,0 +1,135 @@
+"""What is wrong with a set: repeated and shared problems, and gold answers that nobody can read."""
+
+import pytest
+
+from configs import tiny
+from ngrpo_jax.commands import problems as run_problems
+from ngrpo_jax.settings import resolve
+from ngrpo_jax.tasks import cleaning, golds
+from ngrpo_jax.tasks.datasets import load_training
+from ngrpo_jax.tasks.rewards import Grader
+
+# Repeated and shared problems
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("Find $x$ if $\\dfrac{x}{2}=3$.", "Find \\(x\\) if \\[\\frac{x}{2} = 3\\]", True),
+        ("What is  1 + 1?", "what is\n1+1", True),
+        ("\\left( 1 , 2\\right)", "(1,2)", True),
+        ("\\leftarrow", "arrow", False),
+        ("ａｂ", "ab", True),
+        ("What is 1+1?", "What is 1+2?", False),
+        ("What is $-x$?", "What is $x$?", False),
+        ("Find 10 1", "Find 1 01", True),  # the price of not caring for space
+    ],
+)
+def test_typesetting_does_not_hide_a_problem(one, other, same):
+    assert bool(cleaning.shared([one], [other])) is same
+
+
+def test_shared_names_both_places():
+    assert cleaning.shared(["a", "b?", "c"], ["x", "B", "b", "A."]) == [(0, 3), (1, 1)]
+
+
+def test_repeated_minds_everything_but_white_space():
+    assert cleaning.repeated(["a b", "A b", "a\n b ", "a b", "ab"]) == [2, 3]
+
+
+def test_training_rows_that_are_empty_or_repeated_are_left_out_and_counted(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        '{"problem": "p", "answer": "1"}\n{"problem": "q", "answer": null}\n{"problem": "p ", "answer": 2}\n'
+        '{"problem": "", "answer": "3"}\n{"problem": "r", "answer": 4}\n{"problem": "s", "answer": NaN}\n'
+    )
+    loaded = load_training(f"jsonl:{tmp_path / 'a.jsonl'}", seed=0)
+    assert [(p.problem, p.answer) for p in loaded.problems] == [("p", "1"), ("r", "4")]
+    assert (loaded.nulls, loaded.duplicates) == (3, 1)
+    assert len(load_training(f"jsonl:{tmp_path / 'a.jsonl'}", seed=0, size=1).problems) == 1
+    (tmp_path / "b.csv").write_text("problem,answer\n,5\n")
+    with pytest.raises(ValueError, match="has only rows without a problem or answer"):
+        load_training(f"csv:{tmp_path / 'b.csv'}", seed=0)
+    (tmp_path / "c.jsonl").write_text('{"problem": "p"}\n')
+    with pytest.raises(ValueError, match="row 1: no field 'answer'"):
+        load_training(f"jsonl:{tmp_path / 'c.jsonl'}", seed=0)
+
+
+def settings(tmp_path, **data):
+    """Those of tiny.py, with three problems to train on, two of which stand in evaluation sets."""
+    config = tiny.get_config()
+    for name, rows in (("train", "p,1\nq,2\nr,3\n"), ("eval", "x,1\nP.,1\n"), ("more", "$r$,3\n")):
+        (tmp_path / f"{name}.csv").write_text("problem,answer\n" + rows)
+    config.data.train, config.data.eval = f"csv:{tmp_path / 'train.csv'}", f"csv:{tmp_path / 'eval.csv'}"
+    config.data.train_size = None
+    config.data.overlap_with = f"csv:{tmp_path / 'more.csv'}; {config.data.eval}"
+    config.data.update(data)
+    return resolve(config)
+
+
+def test_overlap_with_evaluation_sets_is_told(tmp_path, capsys):
+    assert [p.problem for p in run_problems.training_problems(settings(tmp_path))] == ["p", "q", "r"]
+    told = capsys.readouterr().out
+    assert "1 problems also stand in" in told and "eval.csv and are trained on" in told
+    assert "row-1 (row-2 there)" in told and "row-3 (row-1 there)" in told
+
+
+def test_overlap_is_left_out_when_asked(tmp_path, capsys):
+    kept = run_problems.training_problems(settings(tmp_path, drop_overlap=True))
+    assert [p.problem for p in kept] == ["q"]
+    assert "are left out: row-3 (row-1 there)" in capsys.readouterr().out
+    (tmp_path / "all.csv").write_text("problem,answer\np,1\nq,2\nr,3\n")
+    with pytest.raises(ValueError, match=r"all problems of .* also stand in an evaluation set"):
+        everything = f"csv:{tmp_path / 'all.csv'}"
+        run_problems.training_problems(settings(tmp_path, drop_overlap=True, eval=everything))
+
+
+# Gold answers
+
+
+UNREADABLE = {1: "??? 5", 3: "\\begin{tabular}{c}x\\end{tabular}", 5: "x + = 3 (", 6: "9" * 5000}
+
+
+def mixed_golds():
+    fine = ["5", "\\frac{1}{2}", "x^2+1", "\\text{Evelyn}", "\\boxed{(1, 2)}", "2\\pi", "7,000", "odd"]
+    return [UNREADABLE.get(i, fine[i]) for i in range(len(fine))]
+
+
+def test_unreadable_golds_are_found_and_readable_ones_remembered(tmp_path, monkeypatch):
+    cache = tmp_path / "deep" / "cache.txt"
+    with Grader(workers=1) as grader:
+        assert golds.unreadable(mixed_golds(), grader, cache) == list(UNREADABLE)
+        asked = []
+        monkeypatch.setattr(grader, "readable", lambda some: asked.extend(some) or [False] * len(some))
+        cache.write_text(cache.read_text() + "half a li\ne")
+        assert golds.unreadable(mixed_golds(), grader, cache) == list(UNREADABLE)
+        assert asked == [UNREADABLE[i] for i in (1, 3, 5)]
+
+
+def test_plain_golds_start_no_worker(tmp_path):
+    grader = Grader(workers=1, memory_mb=128)
+    assert golds.unreadable(["5", "1/2", "7,425,000", "odd", "\\text{Evelyn}"], grader) == []
+    assert grader._workers[0]._process is None
+    grader.close()
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with Grader(workers=1) as grader:
+        assert golds.unreadable(["x^2+1"], grader, tmp_path / "file" / "cache.txt") == []
+
+
+def test_a_gold_that_hangs_the_parser_counts_as_unreadable():
+    with Grader(workers=1, deadline_s=0.5) as grader:
+        assert golds.unreadable(["\\frac{1}{" * 400 + "x" + "}" * 400, "x^2+2"], grader) == [0]
+
+
+def test_unreadable_golds_are_told_by_id(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    given = settings(tmp_path)
+    loaded = load_training(given.data.train, seed=0).problems
+    run_problems.report_unreadable(given, "csv:a", loaded)
+    assert not capsys.readouterr().out
+    broken = [*loaded, type(loaded[0])("odd-one", "p", "??? 5")]
+    run_problems.report_unreadable(given, "csv:a", broken)
+    assert "csv:a: math-verify cannot read 1 answers" in (told := capsys.readouterr().out)
+    assert told.endswith("match: odd-one.\n") and not golds.default_cache().exists()

@@ -1,0 +1,52 @@
+"""Peaks of devices by their names, and the most memory that one has held."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from ngrpo_jax.model.config import ModelConfig
+from ngrpo_jax.runtime import hardware, preflight
+
+
+@dataclasses.dataclass
+class Device:
+    device_kind: str
+    platform: str = "tpu"
+    stats: dict | None = None
+
+    def memory_stats(self):
+        return self.stats
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("TPU v4", 275e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("cpu", None),
+    ],
+)
+def test_the_longest_name_that_fits_decides(kind, peak):
+    assert hardware.peak_flops(Device(kind)) == peak
+
+
+def test_peak_memory_is_the_devices_or_on_cpu_the_processs():
+    assert hardware.peak_memory(Device("x", stats={"peak_bytes_in_use": 5})) == 5
+    assert hardware.peak_memory(Device("x", stats=None)) is None
+    held = hardware.peak_memory(jax.devices()[0])
+    assert held is None or held > 1e7
+
+
+def test_forward_flops_count_products_head_at_responses_and_causal_attention():
+    model = ModelConfig("llama", 100, 16, 24, 3, 4, 2, 8)
+    tokens = 5 + 7 - 1
+    layer = 16 * 4 * 8 * 2 + 16 * 2 * 8 * 2 + 3 * 16 * 24
+    norms = 3 * 2 * 16 + 16  # counted with the weights; nothing beside them
+    attention = sum(2 * 2 * 4 * 8 * (t + 1) for t in range(tokens)) * 3
+    expected = 2 * tokens * (3 * layer + norms) + attention + 2 * 16 * 100 * 7
+    assert preflight.forward_flops(model, 5, 7) == expected
