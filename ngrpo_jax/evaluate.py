@@ -70,6 +70,7 @@ def main(argv: Sequence[str]) -> None:
         ]
         actor = make_actor(settings, source, devices, params)
         announce(settings, source, sets, held_out, stores)
+        compile_rollouts(actor, sets, held_out, stores)
         for one, problems, store in zip(sets, held_out, stores, strict=True):
             complete(actor, one, problems, grader, store)
     stored.show([store.path for store in stores], None, regrade=False)
@@ -105,6 +106,20 @@ def announce(
         )
     if evaluation.evaluation_draws(settings).mixes:
         print(f"mixing     on, rate {settings.mixing.rate}")
+
+
+def compile_rollouts(
+    actor: evaluation.Actor, sets: Sequence[EvalSet], held_out: Sequence[ProblemSet], stores: Sequence[Store]
+) -> None:
+    """Compiles the rollouts of the sets that are not done yet, and says how long it took."""
+    draws = {
+        evaluation.evaluation_draws(one.settings): one.settings
+        for one, problems, store in zip(sets, held_out, stores, strict=True)
+        if store.done < len(problems.problems)
+    }
+    seconds = sum(evaluation.compile_ahead(actor, settings, each) for each, settings in draws.items())
+    if draws:
+        print(f"rollouts   compiled for every size in {console.format_seconds(seconds)}", flush=True)
 
 
 def complete(

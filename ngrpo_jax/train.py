@@ -26,7 +26,7 @@ from ngrpo_jax.commands.run import Position, Run, best_key, old_logprobs, prepar
 from ngrpo_jax.learner import credit, packing, update
 from ngrpo_jax.model import hf
 from ngrpo_jax.rollout.trajectory import Trajectories
-from ngrpo_jax.runtime import distributed, ending, hardware, mesh, metrics, preflight
+from ngrpo_jax.runtime import console, distributed, ending, hardware, mesh, metrics, preflight
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.settings import TrainSettings, resolve
 from ngrpo_jax.tasks.rewards import Grader
@@ -69,6 +69,7 @@ def train(run: Run, position: Position, grader: Grader, checkpoints: Checkpoints
     settings, here = run.settings, distributed.place()
     resume = position.step or None
     summary.announce(run, position)
+    compile_rollouts(run, position)
     if not position.before:
         position = dataclasses.replace(position, before=evaluate(run, position, grader, "evaluation before"))
     began_at, clock = position.step, time.monotonic()
@@ -102,6 +103,18 @@ def train(run: Run, position: Position, grader: Grader, checkpoints: Checkpoints
     summary.finish(run, position, after, checkpoints, time.monotonic() - begun)
 
 
+def compile_rollouts(run: Run, position: Position) -> None:
+    """Compiles the rollouts of training and evaluation for all sizes, and says how long it took."""
+    settings = run.settings
+    actor = evaluation.make_actor(
+        run.source, run.mesh, position.state.params, position.table_VC, settings.rollout.layout
+    )
+    draws = (evaluation.training_draws(settings), evaluation.evaluation_draws(settings))
+    seconds = sum(evaluation.compile_ahead(actor, settings, one) for one in draws)
+    if distributed.place().primary:
+        print(f"rollouts   compiled for every size in {console.format_seconds(seconds)}", flush=True)
+
+
 def train_step(
     run: Run, position: Position, grader: Grader
 ) -> tuple[Position, dict[str, float], list[dict[str, Any]]]:
@@ -124,6 +137,13 @@ def train_step(
             label=f"step {step}: rollout",
             stream=step,
             draws=evaluation.training_draws(settings),
+        )
+    own = evaluation.failures(trajectories, rollout.group, [problem.id for problem in problems])
+    sentence = "; ".join(filter(None, distributed.exchange("failures", own)))  # all hosts stop with one
+    if sentence:
+        raise FloatingPointError(
+            f"step {step}: {sentence}; the run in {run.workdir} goes on from its last checkpoint, with a "
+            "lower optimizer.learning_rate in a new --workdir if it happens again"
         )
     with _timed(seconds, "reward"):
         texts = evaluation.response_texts(run.source.language, trajectories)

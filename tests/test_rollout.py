@@ -13,7 +13,7 @@ from ngrpo_jax.algo.neighbors import neighbor_table
 from ngrpo_jax.learner import packing
 from ngrpo_jax.model import columns, decoder
 from ngrpo_jax.model.config import ModelConfig, RopeScaling
-from ngrpo_jax.rollout import decode, engine
+from ngrpo_jax.rollout import engine
 
 BASE = ModelConfig(
     architecture="qwen2",
@@ -267,15 +267,82 @@ def test_top_k_one_draws_the_argmax():
     np.testing.assert_array_equal(_generate(params, BASE, top_k=1, samples=1).tokens_BT, greedy.tokens_BT)
 
 
-def test_nothing_compiles_after_the_first_rollout():
+def _compilations():
+    """A list that grows by a name for each program that XLA compiles from now on."""
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **facts: (
+            compiled.append(facts) if name.endswith("backend_compile_duration") else None
+        )
+    )
+    return compiled
+
+
+def test_nothing_compiles_after_compile_ahead():
+    """All cache sizes, prompt lengths and refills are there, whatever the lengths turn out to be."""
     params = columns.lay_out(_params(BASE), BASE)
     mixing = Mixing(rate=0.3, k=3, until_ids=UNTIL)
     table_VC = neighbor_table(params["embed"]["embedding"], 3)
-    options = dict(mixing=mixing, table_VC=table_VC, slots=4, chunk=8, max_prompt_tokens=32)
-    _generate(params, BASE, **options)
-    counts = [f._cache_size() for f in (decode.prefill, decode.fill, decode.decode_chunk)]
-    _generate(params, BASE, [[5, 6], [4] * 9, [8, 8, 8], [3]], seed=9, **options)
-    assert counts == [f._cache_size() for f in (decode.prefill, decode.fill, decode.decode_chunk)]
+    options = dict(samples=2, max_new_tokens=150, temperature=0.9, mixing=mixing, table_VC=table_VC)
+    options |= dict(stop_ids=STOP, slots=4, chunk=8, max_prompt_tokens=70)
+    assert engine.compile_ahead(params, BASE, **options) > 0
+    keys = jax.random.key_data(jax.random.split(jax.random.key(0), 8))
+    compiled = _compilations()
+    rng = np.random.default_rng(0)
+    sizes = set()
+    for lengths in ((2, 3, 9, 1), (60, 8, 70, 33), (5, 5, 5, 5)):
+        prompts = [rng.integers(3, 97, size=n).tolist() for n in lengths]
+        bounds = rng.integers(1, 151, size=8)
+        engine.generate(params, BASE, prompts, keys_B=keys, lengths_B=bounds, **options)
+        sizes.add(max(lengths))
+    assert len(sizes) == 3
+    assert not compiled
+    jax.jit(lambda x: x + 3)(jnp.ones(3))
+    assert compiled, "the listener heard nothing: the test would prove nothing"
+
+
+def test_each_response_can_have_a_bound_of_its_own():
+    params = _params(BASE)
+    bounds = np.array([1, 5, 24, 7, 2, 9, 16, 3, 11])
+    free = _generate(params, BASE, stop_ids=())
+    stats = engine.Stats()
+    written = _generate(params, BASE, stop_ids=(), lengths_B=bounds, slots=4, chunk=4, stats=stats)
+    np.testing.assert_array_equal(written.lengths_B, bounds)
+    for row, bound in enumerate(bounds):
+        np.testing.assert_array_equal(written.tokens_BT[row, :bound], free.tokens_BT[row, :bound])
+    assert stats.tokens == bounds.sum() and stats.done == stats.sequences == 9
+    assert 0 < stats.waiting_steps < stats.steps
+    assert stats.occupancy == stats.tokens / (stats.steps * 4) and 0 < stats.waiting_occupancy <= 1
+
+
+def test_reading_flags_a_chunk_late_changes_nothing():
+    params = _params(BASE)
+    stop_ids = tuple(range(0, 97, 9))
+    now = _generate(params, BASE, stop_ids=stop_ids, samples=6, slots=4, chunk=4, lookahead=0)
+    late = _generate(params, BASE, stop_ids=stop_ids, samples=6, slots=4, chunk=4, lookahead=1)
+    _same(now, late)
+
+
+def test_logits_that_are_no_numbers_end_their_sequence_and_no_other():
+    """A poisoned row of the embedding: who writes that token has NaN logits from the next step on."""
+    params = _params(BASE)
+    clean = _generate(params, BASE, stop_ids=())
+    token = int(clean.tokens_BT[0, 5])
+    poisoned = jax.tree.map(lambda x: x, params)
+    untied = dataclasses.replace(BASE, tie_embeddings=False)
+    head = params["embed"]["embedding"].T
+    poisoned["embed"] = {"embedding": params["embed"]["embedding"].at[token].set(jnp.nan)}
+    poisoned["head"] = {"kernel": head}
+    prompts = [[t for t in prompt if t != token] for prompt in PROMPTS]
+    clean = _generate(params | {"head": {"kernel": head}}, untied, prompts, stop_ids=())
+    written = _generate(poisoned, untied, prompts, stop_ids=(), slots=4, chunk=4)
+    assert written.failed_B.any() and not written.failed_B.all()
+    for row in range(9):
+        places = np.flatnonzero(clean.tokens_BT[row] == token)
+        length = places[0] + 1 if len(places) and places[0] < 23 else 24
+        assert written.failed_B[row] == (length < 24) and written.lengths_B[row] == length
+        np.testing.assert_array_equal(written.tokens_BT[row, :length], clean.tokens_BT[row, :length])
+        assert np.isfinite(written.logprobs_BT[row]).all() and not written.stopped_B[row]
 
 
 @pytest.mark.parametrize(
@@ -287,7 +354,9 @@ def test_nothing_compiles_after_the_first_rollout():
         (dict(temperature=-1.0), "temperature -1.0"),
         (dict(top_p=0.0), "top_p 0.0"),
         (dict(stop_ids=(97,)), "stop id 97"),
-        (dict(cache_length=20), "cache of 20"),
+        (dict(max_prompt_tokens=10), "prompt 2 has 11 tokens, but the cache has room for 10"),
+        (dict(prompts=[[97]]), "prompt 0 holds a token outside the vocabulary"),
+        (dict(lengths_B=np.full(9, 25)), "lengths_B must hold a number from 1 to max_new_tokens = 24"),
         (dict(temperature=0.0, mixing=Mixing()), "temperature is 0 with mixing on"),
         (dict(mixing=Mixing(), table_VC=np.zeros((96, 3), np.int32)), r"shape \(96, 3\)"),
         (dict(keys_B=np.zeros((4, 2), np.uint32)), "one key for each of the 9"),

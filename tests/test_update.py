@@ -80,7 +80,7 @@ def _programs(
     shardings = meshes.state_shardings(mesh, shapes)
     attend = attentions.make(attention, mesh, block=16)
     programs = update.compile_programs(
-        Computation(CONFIG, TEMPERATURE, remat, logprob_chunk, attend, unroll),
+        Computation(CONFIG, TEMPERATURE, remat, logprob_chunk, attend, unroll, meshes.lookup_sharding(mesh)),
         objective,
         optimizer,
         state_shardings=shardings,

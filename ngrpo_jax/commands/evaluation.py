@@ -125,6 +125,11 @@ def evaluation_draws(settings: Settings) -> Draws:
     return Draws(own.samples, own.max_new_tokens, own.temperature, own.top_p, own.top_k, mixes)
 
 
+def own_slots(settings: Settings) -> int:
+    """This host's part of `rollout.slots`."""
+    return -(-settings.rollout.slots // distributed.place().count)
+
+
 def write_responses(
     actor: Actor,
     prompt_ids: Sequence[Sequence[int]],
@@ -165,12 +170,50 @@ def write_responses(
             table_VC=actor.table_VC if draws.mixes else None,
             stop_ids=actor.language.stop_ids,
             keys_B=keys_B,
-            slots=-(-settings.rollout.slots // here.count),
+            slots=own_slots(settings),
             chunk=settings.rollout.chunk,
             max_prompt_tokens=settings.data.max_prompt_tokens,
             sharding=actor.sharding,
             progress=lambda stats: line.update(done_before + stats.done, _in_words(stats)),
         )
+
+
+def compile_ahead(actor: Actor, settings: Settings, draws: Draws) -> float:
+    """Compiles everything that `write_responses` will need for such draws; seconds."""
+    mixing, table_VC = actor.language.mixing, None
+    if draws.mixes and mixing.uses_table:
+        table_VC = actor.table_VC
+        if table_VC is None:  # of the right shape and place; its entries do not matter here
+            table_VC = jax.device_put(
+                np.zeros((actor.config.vocab_size, mixing.k), np.int32),
+                mesh.replicated(actor.sharding.mesh),  # type: ignore[arg-type]
+            )
+    return engine.compile_ahead(
+        actor.params,
+        actor.config,
+        samples=draws.samples,
+        max_new_tokens=draws.max_new_tokens,
+        temperature=draws.temperature,
+        top_p=draws.top_p,
+        top_k=draws.top_k,
+        mixing=mixing if draws.mixes else None,
+        table_VC=table_VC,
+        stop_ids=actor.language.stop_ids,
+        slots=own_slots(settings),
+        chunk=settings.rollout.chunk,
+        max_prompt_tokens=settings.data.max_prompt_tokens,
+        sharding=actor.sharding,
+    )
+
+
+def failures(trajectories: Trajectories, samples: int, ids: Sequence[str]) -> str | None:
+    """A sentence about the responses that ended in logits that are no finite numbers; None without any."""
+    failed = np.flatnonzero(trajectories.failed_B).tolist()
+    found = sorted({ids[index // samples] for index in failed})
+    if not found:
+        return None
+    named = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+    return f"{len(failed)} responses ended in logits that are not finite, to the problems {named}"
 
 
 def _in_words(stats: engine.Stats) -> str:
@@ -259,6 +302,9 @@ def answer_problems(
         progress=progress,
         done_before=done_before,
     )
+    sentence = failures(trajectories, samples, [held_out.problems[index].id for index in problems])
+    if sentence:
+        print(f"warning: {name}: {sentence}; they are graded as they stand", flush=True)
     texts = response_texts(actor.language, trajectories)
     golds = [held_out.problems[index].answer for index in problems for _ in range(samples)]
     rewards = np.asarray(grader.score(texts, golds, settings.reward.kind), np.float32)

@@ -82,7 +82,7 @@ def compile_rollout(
             samples=draws.samples,
             max_new_tokens=draws.max_new_tokens,
             table_VC=table_VC if mixing.uses_table else None,
-            slots=-(-settings.rollout.slots // jax.process_count()),
+            slots=evaluation.own_slots(settings),
             chunk=settings.rollout.chunk,
             max_prompt_tokens=settings.data.max_prompt_tokens,
             sharding=mesh.slots_sharding(local, layout),

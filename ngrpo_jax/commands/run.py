@@ -150,6 +150,7 @@ def computation(settings: Settings, config: ModelConfig, devices: jax.sharding.M
         logprob_chunk=train.logprob_chunk * settings.mesh.data * settings.mesh.fsdp,
         attend=attention.make(name, devices),
         unroll=train.unroll,
+        table=mesh.lookup_sharding(devices),
     )
 
 

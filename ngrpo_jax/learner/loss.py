@@ -32,6 +32,8 @@ class Computation(NamedTuple):
       logprob_chunk: tokens whose logits exist at once.
       attend: how attention is computed, one of `attention.make`.
       unroll: whether layers are written out rather than scanned, as `decoder.hidden_states` takes it.
+      table: sharding of the embedding while tokens are looked up in it. Left to XLA, a table split over both
+        of its dimensions is gathered whole. None: as it lies.
     """
 
     config: ModelConfig
@@ -40,6 +42,7 @@ class Computation(NamedTuple):
     logprob_chunk: int = 1024
     attend: attention.Attend = attention.plain
     unroll: bool = False
+    table: jax.sharding.Sharding | None = None
 
 
 class Facts(NamedTuple):
@@ -146,6 +149,9 @@ def _loss_of_tokens(
 
 def _hidden(params: Params, rows: Rows, compute: Computation) -> jax.Array:
     """Hidden states of the replayed mixtures, [R, T, D]."""
+    if compute.table is not None:
+        table_VD = jax.lax.with_sharding_constraint(params["embed"]["embedding"], compute.table)
+        params = {**params, "embed": {"embedding": table_VD}}
     return decoder.hidden_states(
         params,
         compute.config,

@@ -171,7 +171,9 @@ def _layer(
         q = _norm(q, attention["q_norm"]["scale"], config)
         k = _norm(k, attention["k_norm"]["scale"], config)
     out, kept = attend(_rotated(q, rope), _rotated(k, rope)[:, 0], v)
-    x_DM = x_DM + jnp.einsum("dkgh,kghm->dm", attention["o"]["kernel"], out)
+    # As one matrix: with the three dimensions apart, XLA transposes the weight at every step.
+    output = attention["o"]["kernel"].reshape(config.hidden_size, -1)
+    x_DM = x_DM + jnp.einsum("dn,nm->dm", output, out.reshape(output.shape[1], -1))
     normed = _norm(x_DM, layer["post_attention_norm"]["scale"], config)
     gate, up = jnp.einsum("tfd,dm->tfm", mlp["gate_up"]["kernel"], normed)
     return x_DM + jnp.einsum("df,fm->dm", mlp["down"]["kernel"], jax.nn.silu(gate) * up), kept

@@ -244,19 +244,21 @@ def _fill_shard(slots: Slots, hidden_PD: jax.Array, prefix: kv.KVCache, seats: S
     return jax.lax.fori_loop(0, seats.count[0], seat, slots)
 
 
-_stretch = jax.jit(kv.stretched, static_argnums=(2, 3), donate_argnums=0, keep_unused=True)
+_stretched = jax.jit(kv.stretched, static_argnums=(2, 3))
 
 
 def stretch(slots: Slots, size: int) -> Slots:
     """The slots with a cache of `size` columns: every row's newest tokens, as many as find room.
 
-    Array by array, so that no more than one of them ever exists in both sizes.
+    The given ones are no more: array by array, so that only one at a time exists in both sizes.
     """
     cache = slots.cache
     keys, values = list(cache.keys), list(cache.values)
     for arrays, axis in ((keys, kv.KEY_COLUMNS), (values, kv.VALUE_COLUMNS)):
         for index in range(len(arrays)):
-            arrays[index] = _stretch(arrays[index], cache.cursor, size, axis)
+            old = arrays[index]
+            arrays[index] = _stretched(old, cache.cursor, size, axis)
+            old.delete()
     cursor = jnp.full_like(cache.cursor, kv.stretched_cursor(cache.columns, size))
     return slots._replace(cache=kv.KVCache(tuple(keys), tuple(values), cache.lengths_B, cursor))
 

@@ -233,6 +233,11 @@ def slots_sharding(mesh: Mesh, layout: str) -> NamedSharding:
     return NamedSharding(mesh, P(AXES if layout == "replicated" else ("data", "fsdp")))
 
 
+def lookup_sharding(mesh: Mesh) -> NamedSharding:
+    """The embedding while tokens are looked up in it: split over the vocabulary, whole rows."""
+    return NamedSharding(mesh, P("tensor", None))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """A whole copy on every device."""
     return NamedSharding(mesh, P())
