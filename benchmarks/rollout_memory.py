@@ -18,6 +18,7 @@ import numpy as np
 
 from benchmarks import chunks, measure, shapes
 from benchmarks.peer import Peer
+from ngrpo_jax.model import columns
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.rollout import engine
 from ngrpo_jax.runtime import preflight
@@ -61,6 +62,7 @@ def _predicted(slots: int, tokens: int) -> int:
         cache_length=PROMPT + tokens,
         prefill_rows=slots,
         prompt_tokens=PROMPT,
+        query_block=columns.QUERY_BLOCK,
         rows_per_device=1,
         row_tokens=PROMPT + tokens,
         logprob_chunk=1024,

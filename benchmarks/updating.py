@@ -14,7 +14,9 @@ import numpy as np
 from benchmarks import bounds, measure, shapes
 from ngrpo_jax.algo.mixture import Mixture
 from ngrpo_jax.learner import packing, update
+from ngrpo_jax.learner.loss import Computation
 from ngrpo_jax.learner.optimizer import make_optimizer
+from ngrpo_jax.model import attention
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.rollout.trajectory import Trajectories
 from ngrpo_jax.settings import ObjectiveSettings, OptimizerSettings
@@ -32,6 +34,14 @@ OBJECTIVE = ObjectiveSettings(
     scale_by_std=True,
     aggregate="sequence",
     loss_on_mixed=True,
+    kl_estimator="k3",
+    skip_zero_variance=False,
+    overlong="keep",
+    overlong_penalty=1.0,
+    overlong_interval=0,
+    old_logprobs="trainer",
+    importance_cap=None,
+    entropy_coef=0.0,
 )
 OPTIMIZER = OptimizerSettings(
     learning_rate=1e-6, warmup_steps=0, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01, clip_norm=1.0
@@ -93,18 +103,18 @@ class _Learner:
         device = jax.make_mesh(
             (1,), ("device",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1]
         )
+        implementation = attention.choose(
+            "auto", platform=jax.devices()[0].platform, row_tokens=tokens, shared_prefixes=False
+        )
         here = jax.sharding.NamedSharding(device, jax.sharding.PartitionSpec())
         params = shapes.random_params(config, stacked=True, dtype="float32")
         self._state = jax.jit(
             lambda params: update.init_state(params, optimizer), donate_argnums=0, out_shardings=here
         )(params)
         self._programs = update.compile_programs(
-            config,
+            Computation(config, 1.0, "full", LOGPROB_CHUNK, attention.make(implementation, device)),
             OBJECTIVE,
             optimizer,
-            temperature=1.0,
-            remat="full",
-            logprob_chunk=LOGPROB_CHUNK,
             state_shardings=jax.tree.map(lambda _: here, self._state),
             rows_sharding=here,
         )
@@ -152,6 +162,7 @@ def _rows(config: ModelConfig, rows: int, tokens: int) -> packing.Rows:
         mixed_BT=mixed_BT,
         logprobs_BT=np.full((rows, new), -1.0, np.float32),
         stopped_B=np.zeros(rows, bool),
+        failed_B=np.zeros(rows, bool),
     )
     weight_BT = packing.token_weights(
         lengths_B, mixed_BT, aggregate="sequence", loss_on_mixed=True, max_new_tokens=new

@@ -16,7 +16,7 @@ from benchmarks import bounds, chunks, measure, rollout, shapes
 from benchmarks.peer import Peer
 from ngrpo_jax.algo.mixture import neighbor_mixture
 from ngrpo_jax.algo.neighbors import neighbor_table
-from ngrpo_jax.model import decoder
+from ngrpo_jax.model import columns, decoder
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.runtime import preflight
 
@@ -123,12 +123,14 @@ def test_random_parameters_have_the_decoders_shapes(stacked):
     config = ModelConfig("qwen3", 50, 16, 24, 3, 4, 2, 8, dtype="bfloat16")
     made = shapes.random_params(config, stacked=stacked)
     wanted = jax.eval_shape(lambda key: decoder.init(key, config), jax.random.key(0))
-    wanted = wanted if stacked else jax.eval_shape(decoder.unstack_layers, wanted)
+    wanted = wanted if stacked else jax.eval_shape(lambda tree: columns.lay_out(tree, config), wanted)
     assert jax.tree.structure(made) == jax.tree.structure(wanted)
     for leaf, shape in zip(jax.tree.leaves(made), jax.tree.leaves(wanted), strict=True):
         assert leaf.shape == shape.shape and leaf.dtype == jnp.bfloat16
-    layers = made["layers"]["mlp"]["up"]["kernel"][:2] if stacked else None
-    first, second = layers if stacked else [made["layers"][i]["mlp"]["up"]["kernel"] for i in (0, 1)]
+    layers = made["layers"]
+    first, second = (
+        layers["mlp"]["up"]["kernel"][:2] if stacked else [layers[i]["mlp"]["down"]["kernel"] for i in (0, 1)]
+    )
     assert not np.array_equal(first, second)
 
 

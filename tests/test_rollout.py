@@ -13,7 +13,8 @@ from ngrpo_jax.algo.neighbors import neighbor_table
 from ngrpo_jax.learner import packing
 from ngrpo_jax.model import columns, decoder
 from ngrpo_jax.model.config import ModelConfig, RopeScaling
-from ngrpo_jax.rollout import engine
+from ngrpo_jax.rollout import decode, engine
+from ngrpo_jax.runtime import mesh as meshes
 
 BASE = ModelConfig(
     architecture="qwen2",
@@ -202,6 +203,27 @@ def test_eight_devices_write_what_one_does():
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     placed, table_VC = jax.device_put((params, table_VC), whole)
     _same(one, _generate(placed, BASE, mixing=mixing, table_VC=table_VC, sharding=rows, slots=8, chunk=8))
+
+
+@pytest.mark.parametrize("layout", ["tensor", "replicated"])
+def test_tensor_parallel_rollouts_mix_and_write_what_one_device_does(layout):
+    """Heads and vocabulary over two devices, or whole copies; slots over what is left; refills on the way."""
+    config = dataclasses.replace(BASE, vocab_size=98, tie_embeddings=False)
+    params = _params(config)
+    mixing = Mixing(rate=0.3, k=3, until_ids=UNTIL)
+    table_VC = neighbor_table(params["embed"]["embedding"], 3)
+    one = _generate(params, config, mixing=mixing, table_VC=table_VC)
+    mesh = meshes.make_mesh(2, 2, 2)
+    laid_out = columns.lay_out(params, config)
+    placed = jax.device_put(laid_out, meshes.param_shardings(mesh, laid_out, layout=layout))
+    table_VC = jax.device_put(table_VC, meshes.replicated(mesh))
+    sharding = meshes.slots_sharding(mesh, layout)
+    placement = decode.Placement.of(sharding, placed)
+    assert (placement.heads, placement.shards) == {"tensor": ("tensor", 4), "replicated": (None, 8)}[layout]
+    stats = engine.Stats()
+    options = dict(mixing=mixing, table_VC=table_VC, sharding=sharding, slots=4, chunk=8, stats=stats)
+    _same(one, _generate(placed, config, **options))
+    assert one.mixed_BT.any() and (stats.waiting_steps > 0 or layout == "replicated")
 
 
 def test_mixing_ends_with_the_thinking_and_writes_the_anchor():

@@ -22,7 +22,7 @@ from ngrpo_jax.algo.mixture import Mixing
 from ngrpo_jax.algo.neighbors import neighbor_table
 from ngrpo_jax.commands.problems import report_unreadable, training_problems
 from ngrpo_jax.learner.supervised import train_supervised
-from ngrpo_jax.model import attention, decoder, hf
+from ngrpo_jax.model import attention, columns, decoder, hf
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.runtime import console, distributed, mesh, preflight
 from ngrpo_jax.settings import WARM_START, Settings, WarmStartSettings
@@ -209,6 +209,7 @@ def memory_parts(settings: Settings, config: ModelConfig) -> list[preflight.Part
         + max(rollout.max_new_tokens, settings.eval.max_new_tokens),
         prefill_rows=max(1, rollout.slots // min(rollout.group, settings.eval.samples)),
         prompt_tokens=settings.data.max_prompt_tokens,
+        query_block=columns.QUERY_BLOCK,
         rows_per_device=settings.train.rows_per_device,
         row_tokens=settings.row_tokens,
         logprob_chunk=settings.train.logprob_chunk,
@@ -310,6 +311,7 @@ def evaluation_memory(settings: Settings, config: ModelConfig) -> list[preflight
         cache_length=settings.data.max_prompt_tokens + settings.eval.max_new_tokens,
         prefill_rows=max(1, slots // settings.eval.samples),
         prompt_tokens=settings.data.max_prompt_tokens,
+        query_block=columns.QUERY_BLOCK,
         rows_per_device=0,
         row_tokens=0,
         logprob_chunk=0,

@@ -28,6 +28,7 @@ from ngrpo_jax.algo.mixture import Mixture, embed, one_hot
 from ngrpo_jax.model import cache as kv
 from ngrpo_jax.model.cache import KVCache
 from ngrpo_jax.model.config import ModelConfig
+from ngrpo_jax.model.decoder import unstack_layers
 from ngrpo_jax.model.layers import inverse_frequencies
 
 Params = dict[str, Any]
@@ -36,7 +37,7 @@ Rope = tuple[jax.Array, jax.Array]  # cosines and sines, float32 [H/2, M]
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, tuple[jax.Array, jax.Array]]]
 
 _MASKED = float(np.finfo(np.float32).min)
-_QUERY_BLOCK = 512  # queries of a prompt whose scores exist at once
+QUERY_BLOCK = 512  # queries of a prompt whose scores exist at once
 
 
 def is_laid_out(params: Params) -> bool:
@@ -48,12 +49,7 @@ def is_laid_out(params: Params) -> bool:
 @functools.partial(jax.jit, static_argnames="config")
 def lay_out(params: Params, config: ModelConfig) -> Params:
     """The learner's parameters (decoder.py's, stacked or not), in the compute type and the layout above."""
-    layers = params["layers"]
-    if not isinstance(layers, tuple):
-        layers = tuple(
-            jax.tree.map(lambda leaf, i=i: leaf[i], layers)  # type: ignore[misc]
-            for i in range(config.num_layers)
-        )
+    layers = unstack_layers(params)["layers"]
     laid_out = {
         "embed": params["embed"],
         "final_norm": params["final_norm"],
@@ -210,8 +206,8 @@ def _attend_prompts(
     keys_BKHT = jnp.moveaxis(k_KHM.reshape(*k_KHM.shape[:2], B, T), 2, 0)
     values_BKTH = jnp.transpose(v_KHM.reshape(*v_KHM.shape[:2], B, T), (2, 0, 3, 1))
     outs = []
-    for start in range(0, T, _QUERY_BLOCK):
-        stop = min(start + _QUERY_BLOCK, T)
+    for start in range(0, T, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, T)
         seen_TS = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :]
         mask = (seen_TS[None] & real_BT[:, None, :stop])[:, None, None]
         scores = jnp.einsum(

@@ -72,7 +72,9 @@ class Seating:
         self.sequence_S = np.full(slots, FREE)  # the sequence in each slot
         self._steps_S = np.zeros(slots, np.int64)  # decode steps since it sat down
         self._next = 0  # the first sequence that waits
-        self._prefilled = 0  # prompts below this have been prefilled
+        self._first = self._prefilled = (
+            0  # the last prefill holds the prompts from the first to below the second
+        )
 
     @property
     def waiting(self) -> bool:
@@ -90,10 +92,9 @@ class Seating:
             return None
         if self._next // self._samples < self._prefilled:
             return None
-        start = self._prefilled
-        self._prefilled = min(start + self._prompts, len(self._lengths_B) // self._samples)
-        self._first = start
-        return range(start, self._prefilled)
+        self._first = self._prefilled
+        self._prefilled = min(self._first + self._prompts, len(self._lengths_B) // self._samples)
+        return range(self._first, self._prefilled)
 
     def seat(self) -> Seats | None:
         """Seats as many waiting sequences of the last prefill as there are free slots; None for nobody."""

@@ -20,7 +20,6 @@ from ngrpo_jax.runtime.console import format_bytes
 
 _SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 _F32 = 4
-_QUERY_BLOCK = 512  # as in the rollout's prefill
 # float32 master parameters and the two moments of Adam: what is held, and what a checkpoint writes.
 _STATE_BYTES = 3 * _F32
 
@@ -47,6 +46,7 @@ class RunShape:
         slots: sequences decoded side by side, over all devices.
         cache_length: positions of a slot's cache.
         prefill_rows, prompt_tokens: prompts read at once, over all devices, and tokens of the longest.
+        query_block: tokens of a prompt whose attention scores exist at once.
         rows_per_device, row_tokens: packed rows of a microbatch on one device, and their length.
         logprob_chunk: tokens whose logits exist at once.
         remat: "none", "dots" or "full".
@@ -64,6 +64,7 @@ class RunShape:
     cache_length: int
     prefill_rows: int
     prompt_tokens: int
+    query_block: int
     rows_per_device: int
     row_tokens: int
     logprob_chunk: int
@@ -212,7 +213,7 @@ def _rollout_parts(model: Any, run: RunShape, compute: int) -> list[Part]:
     tokens = prompts * run.prompt_tokens
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     hidden = tokens * (3 * model.hidden_size + (heads + 3 * model.intermediate_size) // split) * compute
-    block = min(run.prompt_tokens, _QUERY_BLOCK)
+    block = min(run.prompt_tokens, run.query_block)
     scores = prompts * model.num_heads * block * run.prompt_tokens * (_F32 + compute) // split
     logits = 3 * slots * model.vocab_size * _F32  # as they come, transposed, and as probabilities
     shorter = "lower data.max_prompt_tokens or rollout.slots"
