@@ -306,13 +306,13 @@ def test_nothing_compiles_after_compile_ahead():
     mixing = Mixing(rate=0.3, k=3, until_ids=UNTIL)
     table_VC = neighbor_table(params["embed"]["embedding"], 3)
     options = dict(samples=2, max_new_tokens=150, temperature=0.9, mixing=mixing, table_VC=table_VC)
-    options |= dict(stop_ids=STOP, slots=4, chunk=8, max_prompt_tokens=70)
+    options |= dict(stop_ids=STOP, slots=4, chunk=8, max_prompt_tokens=120)
     assert engine.compile_ahead(params, BASE, **options) > 0
     keys = jax.random.key_data(jax.random.split(jax.random.key(0), 8))
     compiled = _compilations()
     rng = np.random.default_rng(0)
     sizes = set()
-    for lengths in ((2, 3, 9, 1), (60, 8, 70, 33), (5, 5, 5, 5)):
+    for lengths in ((2, 3, 9, 1), (60, 8, 70, 33), (5, 5, 5, 120)):
         prompts = [rng.integers(3, 97, size=n).tolist() for n in lengths]
         bounds = rng.integers(1, 151, size=8)
         engine.generate(params, BASE, prompts, keys_B=keys, lengths_B=bounds, **options)

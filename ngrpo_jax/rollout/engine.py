@@ -37,7 +37,8 @@ class Stats:
 
     A step runs in every slot, whether somebody sits there or not, so steps × slots is the work that was done
     and tokens the work that was of use. `waiting_` counts the same over the chunks at whose start sequences
-    waited. Times are wall seconds; decode_s is from the start of a chunk to its results on the host.
+    waited. Times are wall seconds: prefill_s of the prefills beside which no chunk was under way, decode_s of
+    everything else.
     """
 
     sequences: int = 0
@@ -175,7 +176,7 @@ def _run(params, table_VC, prompts, shapes, seating, results, limits_B, lookahea
     prefix, begun = None, time.perf_counter()
     while seating.waiting or seating.seated or running:
         if seating.waiting:
-            state, prefix = _refill(params, prompts, shapes, seating, state, prefix, stats)
+            state, prefix = _refill(params, prompts, shapes, seating, state, prefix, stats, running)
         if seating.seated:
             state = _fitted(state, seating.columns_needed(shapes.chunk), shapes)
             state, written = decode.decode_chunk(
@@ -306,20 +307,22 @@ def _shards(shapes: Shapes) -> int:
     return 1 if shapes.placement is None else shapes.placement.shards
 
 
-def _refill(params, prompts, shapes, seating, state, prefix, stats):
+def _refill(params, prompts, shapes, seating, state, prefix, stats, running):
     """Prefills and seats until no slot is free or nobody waits: (slots, the last prefill)."""
     while True:
         wanted = seating.wants_prefill()
         if wanted is not None:
             start = time.perf_counter()
-            prefix = jax.block_until_ready(_prefilled(params, [prompts[i] for i in wanted], shapes))
-            stats.prefill_s += time.perf_counter() - start
+            prefix = _prefilled(params, [prompts[i] for i in wanted], shapes)
+            if not running:  # beside a running chunk, waiting here would leave the device idle after it
+                jax.block_until_ready(prefix)
+                stats.prefill_s += time.perf_counter() - start
         seats = seating.seat()
         if seats is None:
             return state, prefix
         hidden_PD, cache = prefix
         if state.cache.columns < cache.columns:
-            state = decode.stretch(state, smallest(shapes.sizes, cache.columns))
+            state = _fitted(state, cache.columns, shapes)
         state = decode.fill(state, hidden_PD, cache, seats, placement=shapes.placement)
 
 
@@ -334,9 +337,10 @@ def _prefilled(params, prompts, shapes: Shapes) -> tuple[jax.Array, kv.KVCache]:
 
 
 def _fitted(state: decode.Slots, need: int, shapes: Shapes) -> decode.Slots:
-    """The slots with a cache that holds the next chunk.
+    """The slots with a cache of at least so many columns, reached by one size after the other.
 
-    It shrinks by two sizes or more at a time, lest it go back and forth at every refill.
+    So the stretches to compile are those between neighbouring sizes. Where the cache shrinks, it keeps one
+    size more than is needed, lest it go back and forth at every refill.
     """
     at, wanted = (shapes.sizes.index(size) for size in (state.cache.columns, smallest(shapes.sizes, need)))
     while at < wanted or at > wanted + 1:
