@@ -157,10 +157,10 @@ def _model(given: argparse.Namespace, scratch: str) -> Model:
         name = os.path.basename(os.path.normpath(given.model))
         return Model(config, columns.lay_out(params, config), given.model, name)
     config = shapes.SHAPES["small"]
-    params = shapes.random_params(config)
+    params = shapes.random_params(config, stacked=True)
     directory = os.path.join(scratch, "small")
     hf.save(directory, config, params)
-    return Model(config, params, directory, "small Qwen2, random weights")
+    return Model(config, columns.lay_out(params, config), directory, "small Qwen2, random weights")
 
 
 def _start_peer(stack: contextlib.ExitStack, model: Model, given: argparse.Namespace) -> Peer:
