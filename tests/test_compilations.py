@@ -37,6 +37,7 @@ def test_a_run_compiles_each_program_once(tmp_path, monkeypatch):
         return result
 
     monkeypatch.setattr(train, "train_step", counted)
+    jax.clear_caches()  # else what another test compiled in this process would not be counted
     logger = logging.getLogger("jax")
     logger.addHandler(counter)
     try:
