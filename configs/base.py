@@ -112,6 +112,8 @@ def get_config() -> ml_collections.ConfigDict:
         unroll=False,  # true: layers written out, not scanned: a little faster, longer to compile
         share_prompts=False,  # true: a row has the prompt of a group once; pays where prompts are long
         offload="none",  # to host memory between uses: "optimizer" (its state), "reference", "both"
+        profile_from=placeholder(int),  # first step that is traced into WORKDIR/profile; None: no trace
+        profile_steps=1,  # steps that are traced
     )
     config.mesh = _section(data=1, fsdp=1, tensor=1)  # must multiply to the number of devices
     config.checkpoint = _section(

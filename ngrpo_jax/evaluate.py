@@ -25,7 +25,7 @@ from ngrpo_jax.commands.composition import ProblemSet
 from ngrpo_jax.commands.evalsets import EvalSet
 from ngrpo_jax.commands.generations import Store, blocks, file_of, make_header, rows_of
 from ngrpo_jax.commands.run import best_key, open_checkpoint
-from ngrpo_jax.runtime import console, mesh, preflight
+from ngrpo_jax.runtime import console, distributed, mesh, preflight
 from ngrpo_jax.settings import Settings, resolve
 from ngrpo_jax.tasks import prompts
 from ngrpo_jax.tasks.rewards import Grader
@@ -44,6 +44,7 @@ def main(argv: Sequence[str]) -> None:
         config.eval.sets = evalsets.split(flags["sets"])
     settings = resolve(config)
     workdir = pathlib.Path(flags["workdir"])
+    distributed.require_alone("evaluate")
     folder = pathlib.Path(flags["generations"] or workdir)
     sets = evalsets.eval_sets(settings)
     devices = mesh.make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
@@ -133,7 +134,14 @@ def complete(
     with line as progress:
         for numbers in blocks(done_before, count, size):
             answered = evaluation.answer_problems(
-                actor, problems, numbers, settings, grader, name=one.name, progress=progress
+                actor,
+                problems,
+                numbers,
+                settings,
+                grader,
+                name=one.name,
+                progress=progress,
+                done_before=numbers.start * samples,
             )
             cosines = evaluation.mixed_cosines(actor, answered.trajectories) if mixes else None
             store.append(rows_of(answered, problems, numbers, settings.reward.kind, cosines))

@@ -13,7 +13,7 @@ import jax
 from ngrpo_jax.commands import commandline, composition
 from ngrpo_jax.commands.run import best_key, open_checkpoint
 from ngrpo_jax.model import hf
-from ngrpo_jax.runtime import console, mesh, preflight
+from ngrpo_jax.runtime import console, distributed, mesh, preflight
 from ngrpo_jax.settings import resolve
 
 
@@ -23,6 +23,7 @@ def main(argv: Sequence[str]) -> None:
     settings = resolve(config)
     workdir = pathlib.Path(flags["workdir"])
     out = pathlib.Path(flags["out"] or workdir / "export")
+    distributed.require_alone("export")
     devices = mesh.make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
     source = composition.open_source(settings, workdir)
     step, params = open_checkpoint(source, workdir, devices, flags["step"], best_key(settings))

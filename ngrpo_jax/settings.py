@@ -325,9 +325,16 @@ class TrainSettings:
     unroll: bool
     share_prompts: bool
     offload: str
+    profile_from: int | None
+    profile_steps: int
 
     def __post_init__(self) -> None:
         _positive("train", self, "steps", "mini_batch_prompts", "rows_per_device", "logprob_chunk")
+        _positive("train", self, "profile_steps")
+        require(
+            self.profile_from is None or self.profile_from > 0,
+            f"train.profile_from is {self.profile_from}; steps count from 1, and None traces none.",
+        )
         _one_of("train.remat", self.remat, ("none", "full", "dots"))
         _one_of("train.attention", self.attention, ("auto", "plain", "chunked", "cudnn", "splash"))
         _one_of("train.offload", self.offload, ("none", "optimizer", "reference", "both"))

@@ -1,14 +1,16 @@
 """The training command: the only place that knows the whole ring.
 
-    python -m ngrpo_jax.train --config=configs/NAME.py --workdir=DIR [--config.a.b=value]
+    python -m ngrpo_jax.train --config=configs/NAME.py --workdir=DIR [--config.a.b=value] [--preflight]
 
 prompts -> rollout -> reward -> update -> next rollout, with an evaluation before, on a schedule, and after.
-A workdir that holds a checkpoint is resumed from it; one that is finished says so.
+A workdir that holds a checkpoint is resumed from it; one that is finished says so. `--preflight` trains
+nothing: it says whether this run could start here and would fit (commands/checklist.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 import time
@@ -19,14 +21,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from ngrpo_jax.commands import commandline, composition, evaluation, summary, table
-from ngrpo_jax.commands.run import Position, Run, best_key, prepare, save
+from ngrpo_jax.commands import checklist, commandline, composition, evaluation, summary, table
+from ngrpo_jax.commands.run import Position, Run, best_key, old_logprobs, prepare, save
 from ngrpo_jax.learner import credit, packing, update
 from ngrpo_jax.model import hf
 from ngrpo_jax.rollout.trajectory import Trajectories
-from ngrpo_jax.runtime import console, hardware, mesh, metrics, preflight
+from ngrpo_jax.runtime import console, distributed, ending, hardware, mesh, metrics, preflight
 from ngrpo_jax.runtime.checkpoints import Checkpoints
-from ngrpo_jax.settings import resolve
+from ngrpo_jax.settings import TrainSettings, resolve
 from ngrpo_jax.tasks.rewards import Grader
 
 SAMPLES_A_STEP = 2  # responses of each step that go to samples.jsonl
@@ -34,9 +36,14 @@ SAMPLES_A_STEP = 2  # responses of each step that go to samples.jsonl
 
 def main(argv: Sequence[str]) -> None:
     """Parses flags, checks everything, trains."""
-    config, flags = commandline.parse_flags(argv)
-    settings = resolve(config)
+    config, flags = commandline.parse_flags(argv, preflight=False)
     workdir = pathlib.Path(flags["workdir"])
+    if flags["preflight"]:
+        raise SystemExit(checklist.run(config, workdir))
+    settings = resolve(config)
+    here = distributed.initialize()
+    composition.check_hosts(settings, here.count)
+    distributed.check_shared(workdir)
     if summary.already_finished(settings, workdir):
         return
     devices = mesh.make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
@@ -51,13 +58,15 @@ def main(argv: Sequence[str]) -> None:
             run, position = prepare(settings, workdir, parts, devices, params, checkpoints)
             del params  # donated
             workdir.mkdir(parents=True, exist_ok=True)
-            (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=1), encoding="utf-8")
-            train(run, position, grader, checkpoints, begun)
+            if here.primary:
+                (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=1), encoding="utf-8")
+            with commandline.last_words():
+                train(run, position, grader, checkpoints, begun)
 
 
 def train(run: Run, position: Position, grader: Grader, checkpoints: Checkpoints, begun: float) -> None:
     """Steps until `train.steps`, then evaluates, exports and sums up."""
-    settings = run.settings
+    settings, here = run.settings, distributed.place()
     resume = position.step or None
     summary.announce(run, position)
     compile_rollouts(run, position)
@@ -66,11 +75,13 @@ def train(run: Run, position: Position, grader: Grader, checkpoints: Checkpoints
     began_at, clock = position.step, time.monotonic()
     after: dict[str, float] = {}
     with (
-        metrics.MetricsWriter(run.workdir, resume_step=resume) as writer,
-        metrics.JsonLines(run.workdir / "samples.jsonl", resume_step=resume) as samples,
+        metrics.MetricsWriter(run.workdir, resume_step=resume, primary=here.primary) as writer,
+        metrics.JsonLines(run.workdir / "samples.jsonl", resume_step=resume, primary=here.primary) as samples,
+        ending.Signals() as signals,
     ):
         while position.step < settings.train.steps:
-            position, row, rows = train_step(run, position, grader)
+            with profiled(settings.train, position.step + 1, run.workdir):
+                position, row, rows = train_step(run, position, grader)
             last = position.step == settings.train.steps
             # Only the schedule decides what a step's row holds, so that a run that stopped here and was
             # resumed has the rows of one that never stopped.
@@ -79,10 +90,14 @@ def train(run: Run, position: Position, grader: Grader, checkpoints: Checkpoints
             row |= {f"eval/{name}": value for name, value in after.items()}
             writer.write(position.step, row)
             samples.write(rows)
-            if last or scheduled or position.step % settings.checkpoint.every == 0:
+            stop = max(distributed.exchange("signals", signals.received))
+            if last or scheduled or position.step % settings.checkpoint.every == 0 or stop:
                 save(position, settings, checkpoints, row if scheduled else None)
             pace = (time.monotonic() - clock) / (position.step - began_at)
-            print(summary.step_line(position.step, row, settings.train.steps, pace), flush=True)
+            if here.primary:
+                print(summary.step_line(position.step, row, settings.train.steps, pace), flush=True)
+            if stop and not last:
+                raise commandline.Stopped(stop, position.step)
     checkpoints.wait()
     after = after or evaluate(run, position, grader, "evaluation after")
     summary.finish(run, position, after, checkpoints, time.monotonic() - begun)
@@ -94,7 +109,8 @@ def compile_rollouts(run: Run, position: Position) -> None:
     actor = make_actor(run, position, None)
     draws = (evaluation.training_draws(settings), evaluation.evaluation_draws(settings))
     seconds = sum(evaluation.compile_ahead(actor, settings, one) for one in draws)
-    print(f"rollouts   compiled for every size in {console.format_seconds(seconds)}", flush=True)
+    if distributed.place().primary:
+        print(f"rollouts   compiled for every size in {console.format_seconds(seconds)}", flush=True)
 
 
 def train_step(
@@ -119,7 +135,8 @@ def train_step(
             stream=step,
             draws=evaluation.training_draws(settings),
         )
-    sentence = evaluation.failures(trajectories, rollout.group, [problem.id for problem in problems])
+    own = evaluation.failures(trajectories, rollout.group, [problem.id for problem in problems])
+    sentence = "; ".join(filter(None, distributed.exchange("failures", own)))  # all hosts stop with one
     if sentence:
         raise FloatingPointError(
             f"step {step}: {sentence}; the run in {run.workdir} goes on from its last checkpoint, with a "
@@ -129,7 +146,8 @@ def train_step(
         texts = evaluation.response_texts(run.source.language, trajectories)
         golds = [problem.answer for problem in problems for _ in range(rollout.group)]
         rewards_B = np.asarray(grader.score(texts, golds, settings.reward.kind), np.float32)
-    figures = evaluation.rollout_figures(actor, trajectories)
+    outcome = evaluation.gather_outcome("rollout", trajectories, rewards_B, rollout.group)
+    figures = evaluation.rollout_figures(actor, trajectories, outcome)
     del actor  # the rollout's copy of the parameters must not outlive the rollout
 
     rewards_PG = rewards_B.reshape(len(problems), rollout.group)
@@ -143,14 +161,14 @@ def train_step(
     with _timed(seconds, "table"):
         followed = table.after_update(run, served, before_VD, state.params)
     row = {
-        **reward_figures(rewards_PG),
+        **reward_figures(outcome.rewards_PG),
         **figures,
         **learned,
         **({} if served is None else served.figures),
         **{f"time/{name}": value for name, value in seconds.items()},
         "time/step": sum(seconds.values()),
-        "speed/rollout_tokens": int(trajectories.lengths_B.sum()) / seconds["rollout"],
-        "speed/step_tokens": int(trajectories.lengths_B.sum()) / sum(seconds.values()),
+        "speed/rollout_tokens": int(outcome.lengths_B.sum()) / seconds["rollout"],
+        "speed/step_tokens": int(outcome.lengths_B.sum()) / sum(seconds.values()),
         **learner_speed(run, prompts, trajectories, seconds, jax.local_devices()[0]),
     }
     samples = [
@@ -172,8 +190,12 @@ def learn(
     rewards_PG: np.ndarray,
     seconds: dict[str, float],
 ) -> tuple[update.TrainState, dict[str, float]]:
-    """Advantages, packed rows, old and reference log-probabilities, one optimiser step a mini-batch."""
-    settings = run.settings
+    """Advantages, packed rows, old and reference log-probabilities, one optimiser step a mini-batch.
+
+    Groups, and so advantages, are whole on their host; what is a mean over the step is one over all hosts.
+    """
+    settings, hosts = run.settings, distributed.place().count
+    gather = functools.partial(distributed.exchange, "learning")
     earned = credit.assign(rewards_PG, trajectories, settings.objective, settings.rollout.max_new_tokens)
     batches = packing.mini_batches(
         [prompt for prompt in prompts for _ in range(settings.rollout.group)],
@@ -182,22 +204,21 @@ def learn(
         settings.objective,
         count=settings.mini_batches,
         row_tokens=settings.row_tokens,
-        rows=settings.train.rows_per_device * settings.mesh.data * settings.mesh.fsdp,
+        rows=settings.train.rows_per_device * settings.mesh.data * settings.mesh.fsdp // hosts,
         max_new_tokens=settings.rollout.max_new_tokens,
         counted_B=earned.counted_PG.reshape(-1),
         share_prompts=settings.train.share_prompts,
+        gather=gather,
     )
-    # The first optimiser step of a batch computes the old log-probabilities itself: they are its own.
-    old = "update" if settings.mini_batches == 1 else "learner"
-    if settings.objective.old_logprobs == "sampler":
-        old = "sampler"
+    old = old_logprobs(settings)
     with _timed(seconds, "logprobs"):
         scored = update.score(run.programs, state.params, run.reference, batches, old=old)
         jax.block_until_ready(scored)
     with _timed(seconds, "update"):
         state, steps = update.update(run.programs, state, scored)
         figures = update.figures(jax.device_get(steps), gap_of_first=old == "sampler")
-    return state, {**figures, **earned.figures, "rows/fill": packing.fill(batches)}
+    figures |= credit.join_figures(gather(earned.figures))
+    return state, {**figures, "rows/fill": packing.fill(batches, gather)}
 
 
 def learner_speed(
@@ -209,9 +230,10 @@ def learner_speed(
 ) -> dict[str, float]:
     """Tokens a second of scoring and update, their model FLOP utilisation, and the device's peak memory.
 
-    Tokens are those of prompts and responses, each prompt once a response. The utilisation counts the
-    products that these need (a forward pass for each model scored, three for an update), over the peak of the
-    device's bfloat16 arithmetic; it is left out where that is unknown.
+    Tokens are those of prompts and responses of all hosts, each prompt once a response. The utilisation
+    counts the products that these need (a forward pass for each model scored, three for an update), over the
+    peak of the device's bfloat16 arithmetic; it is left out where that is unknown. Memory is that of the
+    fullest of the hosts' first devices. Every process has to call this.
     """
     settings, config = run.settings, run.source.config
     lengths = [
@@ -219,17 +241,18 @@ def learner_speed(
         for i, prompt in enumerate(prompts)
         for j in range(settings.rollout.group)
     ]
-    tokens = sum(prompt + response for prompt, response in lengths)
+    forward = sum(preflight.forward_flops(config, *length) for length in lengths)
+    own = [sum(prompt + response for prompt, response in lengths), forward, hardware.peak_memory(device)]
+    of_tokens, of_work, of_memory = zip(*distributed.exchange("speed", own), strict=True)
     figures = {
-        "speed/logprob_tokens": tokens / seconds["logprobs"],
-        "speed/update_tokens": tokens / seconds["update"],
+        "speed/logprob_tokens": sum(of_tokens) / seconds["logprobs"],
+        "speed/update_tokens": sum(of_tokens) / seconds["update"],
     }
     peak = hardware.peak_flops(device)
     if peak is not None:
-        work = 3 * sum(preflight.forward_flops(config, *length) for length in lengths)
-        figures["speed/update_mfu"] = work / seconds["update"] / (peak * run.mesh.size)
-    held = hardware.peak_memory(device)
-    return figures if held is None else {**figures, "speed/peak_memory": float(held)}
+        figures["speed/update_mfu"] = 3 * sum(of_work) / seconds["update"] / (peak * run.mesh.size)
+    held = [memory for memory in of_memory if memory is not None]
+    return {**figures, "speed/peak_memory": float(max(held))} if held else figures
 
 
 def reward_figures(rewards_PG: np.ndarray) -> dict[str, float]:
@@ -260,6 +283,17 @@ def evaluate(run: Run, position: Position, grader: Grader, label: str) -> dict[s
         grader,
         label=label,
     ).figures
+
+
+@contextmanager
+def profiled(settings: TrainSettings, step: int, workdir: pathlib.Path) -> Iterator[None]:
+    """Traces the step into WORKDIR/profile where the settings ask for it: one trace a step and process."""
+    first = settings.profile_from
+    if first is None or not first <= step < first + settings.profile_steps:
+        yield
+        return
+    with jax.profiler.trace(workdir / "profile" / f"step-{step}-process-{distributed.place().index}"):
+        yield
 
 
 @contextmanager

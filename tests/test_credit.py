@@ -17,9 +17,10 @@ LENGTHS = np.array([3, 10, 8, 2, 10, 5, 4, 4, 10])
 STOPPED = np.array([1, 0, 1, 1, 0, 1, 1, 1, 1], bool)
 
 
-def _assign(**changes):
+def _assign(groups=slice(0, 3), **changes):
     made = Trajectories.empty(9, 10, 2)._replace(lengths_B=LENGTHS, stopped_B=STOPPED)
-    return credit.assign(REWARDS, made, dataclasses.replace(OBJECTIVE, **changes), 10)
+    part = made.part(3 * groups.start, 3 * groups.stop)
+    return credit.assign(REWARDS[groups], part, dataclasses.replace(OBJECTIVE, **changes), 10)
 
 
 @pytest.mark.parametrize("scale", [True, False])
@@ -61,3 +62,33 @@ def test_what_is_left_out_has_no_weight_and_the_rest_is_the_mean_of_the_rest(agg
         weights[counted], packing.token_weights(LENGTHS[counted], mixed[counted], **options)
     )
     assert not packing.token_weights(LENGTHS, mixed, counted_B=np.zeros(9, bool), **options).any()
+
+
+@pytest.mark.parametrize("aggregate", ["sequence", "token", "constant"])
+def test_hosts_weigh_tokens_by_what_all_of_them_have_kept(aggregate):
+    counted, mixed = np.arange(9) % 4 != 1, np.zeros((9, 10), bool)
+    options = dict(aggregate=aggregate, loss_on_mixed=True, max_new_tokens=10)
+    hosts = [slice(0, 3), slice(3, 9)]
+    said = [[int(counted[host].sum()), int(LENGTHS[host][counted[host]].sum())] for host in hosts]
+
+    def share(host, own):
+        def gather(value):
+            assert value == own
+            return said
+
+        return packing.token_weights(
+            LENGTHS[host], mixed[host], counted_B=counted[host], gather=gather, **options
+        )
+
+    shares = [share(host, own) for host, own in zip(hosts, said, strict=True)]
+    whole = packing.token_weights(LENGTHS, mixed, counted_B=counted, **options)
+    np.testing.assert_array_equal(np.concatenate(shares), whole)
+
+
+def test_figures_of_hosts_join_to_those_of_the_whole_step():
+    changes = dict(overlong="penalize", overlong_penalty=0.5, overlong_interval=0, skip_zero_variance=True)
+    parts = [_assign(slice(group, group + 1), **changes).figures for group in range(3)]
+    joined, whole = credit.join_figures(parts), _assign(**changes).figures
+    assert joined.keys() == whole.keys() and whole["groups/left_out"] > 0 < whole["reward/overlong_penalty"]
+    for name, value in whole.items():
+        assert joined[name] == pytest.approx(value, rel=1e-6), name

@@ -291,7 +291,7 @@ def test_report_lists_neighbours_and_draws_the_plane(model, tmp_path, capsys):
     flags = [f"--config={TINY}", f"--workdir={tmp_path}", f"--config.model.path={model}"]
     flags.append("--config.mesh.data=8")
     status, out, _ = _reported(capsys, "neighbors", "--tokens=7, +", "--count=3", *flags)
-    assert status == 0 and "cosine, k 3: the first 2 are mixed in" in out
+    assert status == 0 and "cosine in the embedding, k 3: the first 2 are mixed in" in out
     lines = out.rstrip().split("\n")
     assert [line.split()[0] for line in lines[-2:]] == ["7", "+"] and lines[-1].count(".") == 3
     status, out, _ = _reported(capsys, "pca", "--tokens", "7,+", *flags)

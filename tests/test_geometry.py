@@ -11,10 +11,11 @@ ROWS = RANDOM.standard_normal((60, 8)).astype(np.float32)
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_nearest_rows_are_those_of_the_table_that_rollouts_mix_by(metric):
-    valid = np.arange(60) % 7 != 0
-    table = np.asarray(neighbor_table(ROWS, 6, metric=metric, valid_V=valid))
-    ids, scores = geometry.nearest_rows(ROWS, [3, 7, 59], 5, metric=metric, valid_V=valid)
+@pytest.mark.parametrize("group", [None, np.arange(60) // 3], ids=["any", "other spelling"])
+def test_nearest_rows_are_those_of_the_table_that_rollouts_mix_by(metric, group):
+    allowed = dict(valid_V=np.arange(60) % 7 != 0, group_V=group)
+    table = np.asarray(neighbor_table(ROWS, 6, metric=metric, **allowed))
+    ids, scores = geometry.nearest_rows(ROWS, [3, 7, 59], 5, metric=metric, **allowed)
     np.testing.assert_array_equal(ids, table[[3, 7, 59], 1:])
     nearest_first = np.diff(scores, axis=1) * (1 if metric in ("l1", "l2") else -1)
     assert (nearest_first >= 0).all()

@@ -5,7 +5,8 @@
 #
 # One process drives all GPUs. The same workdir resumes a run. What follows "--" goes to the train command.
 #   --processes N   so many processes, which share the GPUs evenly and talk as several hosts would: 1.
-#                   Their output is in DIR/logs/process-N.log
+#                   Their output is in DIR/logs/process-N.log. Without GPUs each has one CPU device: a run of
+#                   several hosts in small, with --config.mesh.data=N
 #   --port P        where process 0 listens for the others: 29400
 #   --cache DIR     folder for compiled programs: a restart does not compile again
 #   --dry-run       print what would be started and start nothing
@@ -38,14 +39,25 @@ start_process() {
   pids+=($!)
 }
 
-# Ends with the status of the first process that fails, and ends the others: they would wait for it in vain.
+# Ends with the status of the first process that fails. The others learn of it and end by themselves; what is left
+# after half a minute is killed.
 wait_for_all() {
-  local status=0
-  trap 'kill "${pids[@]}" 2>/dev/null || true' EXIT
+  local status=0 ended
+  trap 'kill -KILL "${pids[@]}" 2>/dev/null || true' EXIT
+  # They agree on the step after which all stop, and write a checkpoint.
+  trap 'note "stopping after this step"; kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM
   for ((left = processes; left > 0; left--)); do
-    wait -n "${pids[@]}" || { status=$? && break; }
+    ended=0
+    wait -n || ended=$?
+    if ((ended > 128)) && (($(jobs -pr | wc -l) >= left)); then
+      left=$((left + 1)) # a signal to this script ended the wait, not a process
+    elif ((ended != 0 && status == 0)); then
+      status=$ended
+      note "error: a process ended with status $status; see $NGRPO_WORKDIR/logs"
+      (sleep 30 && kill -KILL "${pids[@]}") &>/dev/null &
+      disown
+    fi
   done
-  ((status == 0)) || note "error: a process ended with status $status; see $NGRPO_WORKDIR/logs"
   exit "$status"
 }
 

@@ -29,12 +29,14 @@ def nearest_rows(
     *,
     metric: str = "cosine",
     valid_V: np.ndarray | None = None,
+    group_V: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The `count` other rows nearest to each anchor, nearest first, of equals the lower id first.
 
     Args:
       metric: "cosine", "dot", "l2" or "l1".
       valid_V: which rows may be neighbours; default all.
+      group_V: rows of equal entries are no neighbours of one another; default none are so.
 
     Returns:
       (ids [A, count], scores [A, count]): cosine or product, or distance, as the metric says.
@@ -44,13 +46,16 @@ def nearest_rows(
     """
     rows_VD = np.asarray(embedding_VD, np.float32)
     valid_V = np.ones(len(rows_VD), bool) if valid_V is None else np.asarray(valid_V, bool)
-    most = int(valid_V.sum()) - 1
-    if not 1 <= count <= most:
-        raise ValueError(f"{count} neighbours were asked for; this vocabulary has 1 to {most} of a token")
+    group_V = np.arange(len(rows_VD)) if group_V is None else np.asarray(group_V)
     ids, scores = [], []
     for anchor in anchors:
-        nearness_V = _nearness(rows_VD, rows_VD[anchor], metric)
-        nearness_V = np.where(valid_V & (np.arange(len(rows_VD)) != anchor), nearness_V, -np.inf)
+        allowed_V = valid_V & (group_V != group_V[anchor])
+        most = int(allowed_V.sum())
+        if not 1 <= count <= most:
+            raise ValueError(
+                f"{count} neighbours of token {anchor} were asked for; this vocabulary has 1 to {most} of it"
+            )
+        nearness_V = np.where(allowed_V, _nearness(rows_VD, rows_VD[anchor], metric), -np.inf)
         best = np.argsort(-nearness_V, kind="stable")[:count]
         ids.append(best)
         scores.append(nearness_V[best] if metric in ("cosine", "dot") else -nearness_V[best])

@@ -6,43 +6,91 @@ whatever a user can get wrong ends as one sentence on stderr with status 2.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib.util
 import os
 import pathlib
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags as absl_flags
 from ml_collections import config_flags
 
+from ngrpo_jax.runtime import ending
 from ngrpo_jax.settings import require
 
 DEBUG = "NGRPO_DEBUG"  # set in the environment: refusals show where they come from
+REFUSALS = (ValueError, OSError, ImportError, FloatingPointError)  # what a user can mend
+
+
+class Stopped(Exception):
+    """All processes of a run have agreed to stop after a step, because one of them got a signal."""
+
+    def __init__(self, number: int, step: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}; the run goes on from step {step}.")
+        self.signal = number
+
+
+AGREED = (Stopped, FloatingPointError, SystemExit)  # what all processes raise at the same place, or none
 
 
 def run_command(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
     """Runs a command's main. What a user can mend says `error: …` in one sentence, and ends with status 2."""
     try:
-        command(sys.argv if argv is None else argv)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        with last_words():
+            command(sys.argv if argv is None else argv)
+            ending.say_goodbye()
+    except REFUSALS as error:
         if os.environ.get(DEBUG):
             traceback.print_exc()
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        ending.say_goodbye()
         raise SystemExit(2) from error
+    except Stopped as stopped:
+        ending.say_goodbye()
+        print(stopped, file=sys.stderr)
+        raise SystemExit(128 + stopped.signal) from None
     except KeyboardInterrupt:
         print("stopped by the keyboard; the run goes on from its last checkpoint.", file=sys.stderr)
         raise SystemExit(130) from None
 
 
-def parse_flags(argv: Sequence[str], **extra: str | None) -> tuple[Any, dict[str, Any]]:
+@contextlib.contextmanager
+def last_words() -> Iterator[None]:
+    """Ends a process that runs with others as soon as something goes wrong in it, and tells them why.
+
+    Nothing is unwound: what would be closed on the way may wait for the others, which wait for this one. What
+    all processes raise together passes, and so does everything in a run of one process.
+    """
+    try:
+        yield
+    except AGREED:
+        raise
+    except BaseException as error:
+        if not ending.watched():
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        status = 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, REFUSALS) else 1
+        news = ending.announce_end(text, status, communication=ending.is_communication_error(error))
+        if news is None:
+            if status == 1 or os.environ.get(DEBUG):
+                traceback.print_exc()
+            print(f"error: {text}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status if news is None else news["status"])
+
+
+def parse_flags(argv: Sequence[str], **extra: str | bool | None) -> tuple[Any, dict[str, Any]]:
     """Command line -> (ConfigDict, other flags). ValueError with one sentence on anything wrong.
 
     Args:
       argv: program name first, then `--config=FILE`, `--workdir=DIR`, `--config.a.b=value`, extra flags.
-      extra: further string flags with their defaults.
+      extra: further flags with their defaults; one whose default is False is a switch without a value.
 
     Returns:
       The locked ConfigDict with its overrides applied, and a dict of `workdir` and the extra flags.
@@ -53,7 +101,10 @@ def parse_flags(argv: Sequence[str], **extra: str | None) -> tuple[Any, dict[str
     )
     absl_flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     for name, default in extra.items():
-        absl_flags.DEFINE_string(name, default, name, flag_values=values)
+        if isinstance(default, bool):
+            absl_flags.DEFINE_boolean(name, default, name, flag_values=values)
+        else:
+            absl_flags.DEFINE_string(name, default, name, flag_values=values)
     _check_flag_names(argv, extra)
     try:
         rest = values([argument for argument in argv if not _is_none(argument)])
@@ -78,7 +129,7 @@ def _set_none(config: Any, leaf: str) -> None:
     config[name] = None
 
 
-def _check_flag_names(argv: Sequence[str], extra: dict[str, str | None]) -> None:
+def _check_flag_names(argv: Sequence[str], extra: Mapping[str, str | bool | None]) -> None:
     """Names the unknown flag or setting, and the nearest one that exists, before absl parses anything."""
     given = [argument.partition("=")[0].lstrip("-") for argument in argv[1:] if argument.startswith("-")]
     paths = [argument.partition("=")[2] for argument in argv[1:] if argument.startswith("--config=")]

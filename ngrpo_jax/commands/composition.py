@@ -26,7 +26,7 @@ from ngrpo_jax.commands.problems import report_unreadable, training_problems
 from ngrpo_jax.learner.supervised import train_supervised
 from ngrpo_jax.model import attention, columns, decoder, hf
 from ngrpo_jax.model.config import ModelConfig
-from ngrpo_jax.runtime import console, mesh, preflight
+from ngrpo_jax.runtime import console, distributed, mesh, preflight
 from ngrpo_jax.settings import WARM_START, Settings, WarmStartSettings
 from ngrpo_jax.tasks import arithmetic, prompts
 from ngrpo_jax.tasks.datasets import Problem, load_problems
@@ -106,7 +106,7 @@ def compose(
     """The model, the training problems and the held-out ones; no weights are read yet, for they take longest.
 
     With model.path "warm-start" and none made yet, the model is trained here, into WORKDIR/warm_start, and
-    that is the only thing that is written.
+    that is the only thing that is written; of several processes the first one does it, and the others wait.
     """
     directory = locate_model(settings, workdir)
     made = directory.is_dir()
@@ -125,8 +125,10 @@ def compose(
         preflight.check_workdir(workdir, 0 if begun else preflight.checkpoint_bytes(config, kept=2))
         training = load_set(settings, tokenizer, "train")
         held_out = load_set(settings, tokenizer, "test")
-        if not made:
+        here = distributed.place()
+        if not made and here.primary:
             warm_start(settings, config, tokenizer, training, folder, directory)
+        distributed.exchange("the starting model is there", None)
     return Source(str(directory), config, language), training, held_out
 
 
@@ -145,7 +147,7 @@ def load_params(source: Source, devices: jax.sharding.Mesh) -> Any:
     shardings = mesh.param_shardings(devices, parameter_shapes(source.config))
 
     def place(path: tuple[str, ...], leaf: np.ndarray) -> jax.Array:
-        return jax.device_put(leaf, functools.reduce(operator.getitem, path, shardings))
+        return mesh.put(leaf, functools.reduce(operator.getitem, path, shardings))
 
     return hf.read(source.directory, dtype="float32", place=place)[1]
 
@@ -232,11 +234,23 @@ def memory_parts(settings: Settings, config: ModelConfig) -> list[preflight.Part
     return preflight.memory_estimate(config, shape)
 
 
+def check_hosts(settings: Settings, hosts: int) -> None:
+    """Refuses prompts that cannot be divided evenly over the hosts."""
+    for name, value in (
+        ("rollout.prompts", settings.rollout.prompts),
+        ("train.mini_batch_prompts", settings.train.mini_batch_prompts),
+    ):
+        if value % hosts:
+            raise ValueError(
+                f"{name} is {value}, no multiple of the {hosts} processes; each takes an equal share."
+            )
+
+
 def attention_name(settings: Settings) -> str:
     """The learner's attention, "auto" resolved; ValueError where these devices cannot run it."""
     return attention.choose(
         settings.train.attention,
-        platform=jax.devices()[0].platform,
+        platform=jax.local_devices()[0].platform,
         row_tokens=settings.row_tokens,
         shared_prefixes=settings.train.share_prompts,
     )
@@ -246,7 +260,7 @@ def check_offload(settings: Settings) -> None:
     """Refuses to move arrays to the memory of the host where devices have none of their own."""
     if settings.train.offload == "none":
         return
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     kinds = {memory.kind for memory in device.addressable_memories()}
     if device.platform == "cpu" or "pinned_host" not in kinds:
         raise ValueError(
@@ -257,6 +271,12 @@ def check_offload(settings: Settings) -> None:
 
 def check_sizes(settings: Settings, config: ModelConfig) -> None:
     """Refuses a run longer than the model's positions, or too large for its devices by the estimate."""
+    check_positions(settings, config)
+    check_memory(settings, config)
+
+
+def check_positions(settings: Settings, config: ModelConfig) -> None:
+    """Refuses a run whose sequences can become longer than the model's positions."""
     longest = settings.data.max_prompt_tokens + max(
         settings.rollout.max_new_tokens, settings.eval.max_new_tokens
     )
@@ -265,7 +285,6 @@ def check_sizes(settings: Settings, config: ModelConfig) -> None:
             f"the model has {config.max_positions} positions, but data.max_prompt_tokens with the larger of "
             f"rollout.max_new_tokens and eval.max_new_tokens needs {longest}; lower one of them."
         )
-    _refuse_too_large(memory_parts(settings, config))
 
 
 def rollout_shards(settings: Settings) -> int:
@@ -274,9 +293,18 @@ def rollout_shards(settings: Settings) -> int:
     return grid.data * grid.fsdp * (grid.tensor if settings.rollout.layout == "replicated" else 1)
 
 
+def available_memory() -> int | None:
+    """Bytes that one device of this host may use; None where nobody tells."""
+    return preflight.device_memory(jax.local_devices()[0], sharers=jax.local_device_count())
+
+
+def check_memory(settings: Settings, config: ModelConfig) -> None:
+    """Refuses a run that is too large for its devices by the estimate."""
+    _refuse_too_large(memory_parts(settings, config))
+
+
 def _refuse_too_large(parts: list[preflight.Part]) -> None:
-    device = jax.local_devices()[0]
-    available = preflight.device_memory(device, sharers=jax.local_device_count())
+    available = available_memory()
     allowed = None if available is None else int(ESTIMATE_ERROR * available)
     problem = preflight.memory_problem(parts, allowed)
     if problem:
@@ -347,7 +375,7 @@ def fingerprint(source: Source, params: Any) -> dict[str, Any]:
     del facts["dtype"]
     digest = hashlib.sha256()
     for leaf in (params["embed"]["embedding"][:64], params["final_norm"]["scale"]):
-        digest.update(np.asarray(leaf, np.float32).tobytes())
+        digest.update(mesh.to_host(leaf).astype(np.float32).tobytes())
     return {**facts, "weights": digest.hexdigest()[:16]}
 
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from ngrpo_jax.model import columns
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.rollout import engine
 from ngrpo_jax.rollout.trajectory import Trajectories
-from ngrpo_jax.runtime import console, mesh
+from ngrpo_jax.runtime import console, distributed, mesh
 from ngrpo_jax.settings import Settings
 from ngrpo_jax.tasks import prompts
 from ngrpo_jax.tasks.rewards import Grader
@@ -45,17 +45,24 @@ class Actor:
 def make_actor(
     source: Source, devices: jax.sharding.Mesh, params: Any, table_VC: Any | None, layout: str
 ) -> Actor:
-    """The rollout's copy of parameters: compute dtype, laid out for decoding, split as `layout` says."""
+    """The rollout's copy of parameters: compute dtype, laid out for decoding, split as `layout` says.
+
+    Each host gets its own, on its own devices; every process has to call this.
+    """
     laid_out = columns.lay_out(params, source.config)
-    laid_out = jax.device_put(laid_out, mesh.param_shardings(devices, laid_out, layout=layout))
+    laid_out = mesh.on_this_host(laid_out, mesh.param_shardings(devices, laid_out, layout=layout))
     if table_VC is not None:
-        table_VC = jax.device_put(table_VC, mesh.replicated(devices))
-    return Actor(laid_out, source.config, source.language, table_VC, mesh.slots_sharding(devices, layout))
+        table_VC = mesh.on_this_host(table_VC, mesh.replicated(devices))
+    slots = mesh.slots_sharding(mesh.local_mesh(devices), layout)
+    return Actor(laid_out, source.config, source.language, table_VC, slots)
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What a model wrote for some problems (P, n samples each), graded."""
+    """What a model wrote for some problems (P, n samples each), graded.
+
+    The responses are those of this host's share of the problems; rewards and figures are of all.
+    """
 
     trajectories: Trajectories
     texts: list[str]
@@ -63,13 +70,24 @@ class Evaluation:
     figures: dict[str, float]
 
 
-def sequence_keys(seed: int, stream: int, count: int) -> jax.Array:
+def sequence_keys(seed: int, stream: int, numbers_B: np.ndarray) -> jax.Array:
     """One key a sequence: a function of the run's seed, the stream (training step), and its number."""
     key = jax.random.fold_in(jax.random.key(seed), stream)
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(numbers_B))
 
 
-def evaluation_keys(seed: int, name: str, problems: range, samples: int) -> jax.Array:
+def sequence_numbers(prompts: int, samples: int) -> np.ndarray:
+    """The numbers of this host's sequences among those of all hosts, int [B], given its prompts.
+
+    Hosts take turns prompt by prompt, as in ProblemStream; so a sequence has the key that it would have in a
+    run of one process.
+    """
+    here = distributed.place()
+    prompts_P = here.index + here.count * np.arange(prompts)
+    return (prompts_P[:, None] * samples + np.arange(samples)).reshape(-1)
+
+
+def evaluation_keys(seed: int, name: str, problems: Sequence[int], samples: int) -> jax.Array:
     """One key a response of these problems of a data set, prompt-major.
 
     A function of the seed, the set's name, the problem's number and the sample's number alone: what a
@@ -107,6 +125,11 @@ def evaluation_draws(settings: Settings) -> Draws:
     return Draws(own.samples, own.max_new_tokens, own.temperature, own.top_p, own.top_k, mixes)
 
 
+def own_slots(settings: Settings) -> int:
+    """This host's part of `rollout.slots`."""
+    return -(-settings.rollout.slots // distributed.place().count)
+
+
 def write_responses(
     actor: Actor,
     prompt_ids: Sequence[Sequence[int]],
@@ -119,15 +142,19 @@ def write_responses(
     progress: console.Progress | None = None,
     done_before: int = 0,
 ) -> Trajectories:
-    """Responses to each prompt, with a live line of sequences done, tokens and time left.
+    """Responses to each of this host's prompts, with a live line of sequences done, tokens and time left.
 
     Args:
       keys_B: the sequences' keys; None for those of the seed and the stream.
       progress: a line that these responses are part of; None for one of their own.
       done_before: sequences that this line already counts.
     """
-    count = len(prompt_ids) * draws.samples
-    own_line = console.Progress(label, count, "sequences", keep=False) if progress is None else None
+    count, here = len(prompt_ids) * draws.samples, distributed.place()
+    own_line = None
+    if progress is None:
+        own_line = console.Progress(label, count, "sequences", keep=False, enabled=here.primary)
+    if keys_B is None:
+        keys_B = sequence_keys(settings.seed, stream, sequence_numbers(len(prompt_ids), draws.samples))
     with own_line or contextlib.nullcontext(progress) as line:
         assert line is not None
         return engine.generate(
@@ -142,8 +169,8 @@ def write_responses(
             mixing=actor.language.mixing if draws.mixes else None,
             table_VC=actor.table_VC if draws.mixes else None,
             stop_ids=actor.language.stop_ids,
-            keys_B=sequence_keys(settings.seed, stream, count) if keys_B is None else keys_B,
-            slots=settings.rollout.slots,
+            keys_B=keys_B,
+            slots=own_slots(settings),
             chunk=settings.rollout.chunk,
             max_prompt_tokens=settings.data.max_prompt_tokens,
             sharding=actor.sharding,
@@ -172,7 +199,7 @@ def compile_ahead(actor: Actor, settings: Settings, draws: Draws) -> float:
         mixing=mixing if draws.mixes else None,
         table_VC=table_VC,
         stop_ids=actor.language.stop_ids,
-        slots=settings.rollout.slots,
+        slots=own_slots(settings),
         chunk=settings.rollout.chunk,
         max_prompt_tokens=settings.data.max_prompt_tokens,
         sharding=actor.sharding,
@@ -197,57 +224,83 @@ def _in_words(stats: engine.Stats) -> str:
 def evaluate_set(
     actor: Actor, held_out: ProblemSet, settings: Settings, grader: Grader, *, label: str
 ) -> Evaluation:
-    """The figures of a model on the problems of `data.eval` (METHOD section 6)."""
-    name, problems = set_name(settings.data.eval), range(len(held_out.problems))
-    with console.Progress(label, len(problems) * settings.eval.samples, "sequences", keep=False) as progress:
-        answered = answer_problems(actor, held_out, problems, settings, grader, name=name, progress=progress)
+    """The figures of a model on `data.eval` (METHOD section 6); each host writes a share of the problems."""
+    name, samples, here = set_name(settings.data.eval), settings.eval.samples, distributed.place()
+    share = here.share(len(held_out.problems))
+    with console.Progress(
+        label, len(share) * samples, "sequences", keep=False, enabled=here.primary
+    ) as progress:
+        answered = answer_problems(actor, held_out, share, settings, grader, name=name, progress=progress)
     graded = answered.graded(settings.reward.kind)
     figures = benchmark.training_figures(graded, settings.eval.largest_k)
-    return Evaluation(answered.trajectories, answered.texts, answered.rewards_PN, figures)
+    return Evaluation(answered.trajectories, answered.texts, graded.rewards_PN, figures)
 
 
 @dataclasses.dataclass(frozen=True)
 class Answered:
-    """Responses to some problems (P, n samples each) of a set, with their scores."""
+    """Responses to some problems (P, n samples each) of a set, with their scores; of this host's share."""
 
     trajectories: Trajectories
     texts: list[str]
     rewards_PN: np.ndarray
 
     def graded(self, kind: str) -> benchmark.Graded:
-        """What figures are made of; `kind` says where a response's answer stands."""
+        """What figures are made of, over all hosts; `kind` says where a response's answer stands.
+
+        The problems come in the order of a run of one process. Every process has to call this.
+        """
         shape = self.rewards_PN.shape
-        votes = [vote(final_answer(text, kind)) for text in self.texts]
+        written = self.trajectories
+        fields = (
+            self.rewards_PN.reshape(-1).tolist(),
+            [final_answer(text, kind) for text in self.texts],
+            written.lengths_B.tolist(),
+            written.stopped_B.tolist(),
+        )
+        responses = list(zip(*fields, strict=True))
+        own = [responses[start : start + shape[1]] for start in range(0, len(responses), shape[1])]
+        rows = distributed.merge("evaluation", own)
+        rewards_PN, finals_PN, lengths_PN, stopped_PN = (
+            [[response[field] for response in row] for row in rows] for field in range(4)
+        )
         return benchmark.Graded(
-            self.rewards_PN,
-            [votes[start : start + shape[1]] for start in range(0, len(votes), shape[1])],
-            self.trajectories.lengths_B.reshape(shape),
-            self.trajectories.stopped_B.reshape(shape),
+            np.asarray(rewards_PN, np.float32),
+            [[vote(final) for final in finals] for finals in finals_PN],
+            np.asarray(lengths_PN),
+            np.asarray(stopped_PN),
         )
 
 
 def answer_problems(
     actor: Actor,
     held_out: ProblemSet,
-    problems: range,
+    problems: Sequence[int],
     settings: Settings,
     grader: Grader,
     *,
     name: str,
     progress: console.Progress,
+    done_before: int = 0,
 ) -> Answered:
-    """Writes and grades `eval.samples` responses to the problems of these numbers of the set `name`."""
-    samples = settings.eval.samples
+    """Writes and grades `eval.samples` responses to the problems of these numbers of the set `name`.
+
+    Args:
+      done_before: sequences that the line `progress` already counts.
+    """
+    samples, draws = settings.eval.samples, evaluation_draws(settings)
+    if not problems:  # a share of fewer problems than hosts
+        nothing = Trajectories.empty(0, draws.max_new_tokens, 1)
+        return Answered(nothing, [], np.zeros((0, samples), np.float32))
     trajectories = write_responses(
         actor,
         [held_out.prompts[index] for index in problems],
         settings,
         label=name,
         stream=EVAL_STREAM,
-        draws=evaluation_draws(settings),
+        draws=draws,
         keys_B=evaluation_keys(settings.seed, name, problems, samples),
         progress=progress,
-        done_before=problems.start * samples,
+        done_before=done_before,
     )
     sentence = failures(trajectories, samples, [held_out.problems[index].id for index in problems])
     if sentence:
@@ -258,47 +311,91 @@ def answer_problems(
     return Answered(trajectories, texts, rewards.reshape(len(problems), samples))
 
 
+class Outcome(NamedTuple):
+    """A rollout in numbers, over all hosts, in the order of a run of one process."""
+
+    rewards_PG: np.ndarray
+    lengths_B: np.ndarray
+    stopped_B: np.ndarray
+    mixed_B: np.ndarray  # mixed inputs of each response
+
+
+def gather_outcome(name: str, trajectories: Trajectories, rewards_B: np.ndarray, samples: int) -> Outcome:
+    """The outcome of all hosts from this one's graded responses. Every process has to call this."""
+    mixed_B = trajectories.mixed_BT.sum(axis=1)
+    own_B4 = np.stack([rewards_B, trajectories.lengths_B, trajectories.stopped_B, mixed_B], axis=1)
+    own = own_B4.astype(np.float64).reshape(-1, samples, 4).tolist()
+    all_PG4 = np.asarray(distributed.merge(name, own))
+    return Outcome(
+        all_PG4[..., 0].astype(np.float32),
+        all_PG4[..., 1].astype(np.int32).reshape(-1),
+        all_PG4[..., 2].astype(bool).reshape(-1),
+        all_PG4[..., 3].astype(np.int32).reshape(-1),
+    )
+
+
 def response_texts(language: Language, trajectories: Trajectories) -> list[str]:
     """The text of each response, as it is graded."""
     count = len(trajectories.lengths_B)
     return [prompts.response_text(language.tokenizer, trajectories.response(i)) for i in range(count)]
 
 
-def rollout_figures(actor: Actor, trajectories: Trajectories) -> dict[str, float]:
-    """Lengths, truncation and mixing of a rollout; cosines (Appendix E) over a sample of its mixed inputs."""
-    lengths_B, mixed_BT = trajectories.lengths_B, trajectories.mixed_BT
+def rollout_figures(actor: Actor, trajectories: Trajectories, outcome: Outcome) -> dict[str, float]:
+    """Lengths, truncation and mixing of a rollout; cosines (Appendix E) over a sample of its mixed inputs.
+
+    Args:
+      trajectories: this host's.
+      outcome: that of all hosts.
+    """
     figures = {
-        "rollout/length_mean": float(lengths_B.mean()),
-        "rollout/length_max": float(lengths_B.max()),
-        "rollout/truncated": float(1.0 - trajectories.stopped_B.mean()),
-        "rollout/mixed_fraction": float(mixed_BT.sum() / lengths_B.sum()),
+        "rollout/length_mean": float(outcome.lengths_B.mean()),
+        "rollout/length_max": float(outcome.lengths_B.max()),
+        "rollout/truncated": float(1.0 - outcome.stopped_B.mean()),
+        "rollout/mixed_fraction": float(outcome.mixed_B.sum() / outcome.lengths_B.sum()),
     }
-    places = np.argwhere(mixed_BT)
-    if len(places):
-        chosen = places[np.linspace(0, len(places) - 1, COSINE_SAMPLE).astype(int)]
-        cosines = cosines_at(actor, trajectories, chosen)
-        for name, value in geometry.cosine_figures(cosines).items():
-            figures[f"rollout/mix_cosine_{name}"] = value
-        anchors = _at(trajectories.mixtures, chosen).weights[:, 0]
-        figures["rollout/mix_anchor_weight"] = float(anchors.mean())
+    if outcome.mixed_B.any():
+        figures |= _mixing_figures(actor, trajectories, outcome)
     return figures
+
+
+def _mixing_figures(actor: Actor, trajectories: Trajectories, outcome: Outcome) -> dict[str, float]:
+    """Cosine to the anchor and its weight, over COSINE_SAMPLE of all hosts' mixed inputs, spread evenly.
+
+    Each host looks at those of the sample that it wrote, so that hosts do not change which they are.
+    """
+    prompts, samples = outcome.rewards_PG.shape
+    own = len(distributed.place().share(prompts))
+    starts_B = (np.cumsum(outcome.mixed_B) - outcome.mixed_B)[sequence_numbers(own, samples)]
+    places = np.argwhere(trajectories.mixed_BT)
+    before = np.concatenate([[0], np.cumsum(trajectories.mixed_BT.sum(axis=1))])
+    numbers = starts_B[places[:, 0]] + np.arange(len(places)) - before[places[:, 0]]  # increasing
+    sample = np.linspace(0, int(outcome.mixed_B.sum()) - 1, COSINE_SAMPLE).astype(int)
+    chosen = places[np.searchsorted(numbers, sample[np.isin(sample, numbers)])]
+    seen = []
+    if len(chosen):
+        cosines = _padded_cosines(actor, trajectories, chosen)
+        anchors = _at(trajectories.mixtures, chosen).weights[:, 0]
+        seen = np.stack([cosines, anchors], axis=1).tolist()
+    of_all = [pair for pairs in distributed.exchange("cosines", seen) for pair in pairs]
+    cosines, anchors = np.asarray(of_all, np.float32).T
+    figures = {f"rollout/mix_cosine_{name}": x for name, x in geometry.cosine_figures(cosines).items()}
+    return {**figures, "rollout/mix_anchor_weight": float(anchors.mean())}
 
 
 def mixed_cosines(actor: Actor, trajectories: Trajectories) -> tuple[np.ndarray, np.ndarray]:
     """(places [M, 2], cosines [M]): each mixed input's sequence and position, and how near to its anchor."""
     places = np.argwhere(trajectories.mixed_BT)
-    found = [np.zeros(0, np.float32)]
-    for start in range(0, len(places), COSINE_SAMPLE):
-        part = places[start : start + COSINE_SAMPLE]
-        padded = np.concatenate([part, np.repeat(part[-1:], COSINE_SAMPLE - len(part), axis=0)])
-        found.append(cosines_at(actor, trajectories, padded)[: len(part)])
-    return places, np.concatenate(found)
+    parts = [places[start : start + COSINE_SAMPLE] for start in range(0, len(places), COSINE_SAMPLE)]
+    found = [_padded_cosines(actor, trajectories, part) for part in parts]
+    return places, np.concatenate([np.zeros(0, np.float32), *found])
 
 
-def cosines_at(actor: Actor, trajectories: Trajectories, places_N2: np.ndarray) -> np.ndarray:
-    """Cosine of the inputs at these (sequence, position) to their anchors, float32 [N]."""
-    mixture = _at(trajectories.mixtures, places_N2)
-    return np.asarray(_cosine_to_anchor(actor.params["embed"]["embedding"], mixture))
+def _padded_cosines(actor: Actor, trajectories: Trajectories, places_N2: np.ndarray) -> np.ndarray:
+    """Cosine of the inputs at these (sequence, position) to their anchors, float32 [N ≤ COSINE_SAMPLE]."""
+    count = len(places_N2)
+    padded = np.concatenate([places_N2, np.repeat(places_N2[-1:], COSINE_SAMPLE - count, axis=0)])
+    mixture = _at(trajectories.mixtures, padded)
+    return np.asarray(_cosine_to_anchor(actor.params["embed"]["embedding"], mixture))[:count]
 
 
 def _at(mixtures: Mixture, places_N2: np.ndarray) -> Mixture:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,8 @@ from ngrpo_jax.learner import update
 from ngrpo_jax.learner.loss import Computation
 from ngrpo_jax.learner.optimizer import make_optimizer
 from ngrpo_jax.model import attention
-from ngrpo_jax.runtime import mesh
+from ngrpo_jax.model.config import ModelConfig
+from ngrpo_jax.runtime import distributed, mesh
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.settings import Settings
 from ngrpo_jax.tasks.datasets import ProblemStream
@@ -36,6 +37,8 @@ MAY_CHANGE = {
     "eval.every",
     "eval.sets",
     "reward.workers",
+    "train.profile_from",
+    "train.profile_steps",
 }
 
 
@@ -85,23 +88,20 @@ def prepare(
       params: the starting model's, on the mesh; donated.
     """
     source, training, held_out = parts
-    optimizer = make_optimizer(settings.optimizer)
-    abstract = jax.eval_shape(lambda params: update.init_state(params, optimizer), params)
-    shardings = mesh.state_shardings(devices, abstract)
-    programs = update.compile_programs(
-        computation(settings, source, devices),
-        settings.objective,
-        optimizer,
-        state_shardings=shardings,
-        rows_sharding=mesh.rows_sharding(devices),
-        offload=settings.train.offload,
-    )
+    programs, optimizer, abstract, shardings = make_learner(settings, source.config, devices)
     reference = None
     if settings.objective.kl_coef > 0:
         # A copy, even where the dtype is the same: the learner donates its own parameters at every step.
         copy = jax.tree.map(lambda leaf: jnp.array(leaf, source.config.dtype, copy=True), params)
         reference = programs.reference.store(copy)
-    stream = ProblemStream(training.problems, batch=settings.rollout.prompts, seed=settings.seed)
+    here = distributed.place()
+    stream = ProblemStream(
+        training.problems,
+        batch=settings.rollout.prompts // here.count,
+        seed=settings.seed,
+        host=here.index,
+        hosts=here.count,
+    )
     prompt_of = {p.id: ids for p, ids in zip(training.problems, training.prompts, strict=True)}
     run = Run(settings, workdir, source, training, held_out, devices, programs, reference, prompt_of)
     step = checkpoints.latest_step()
@@ -114,12 +114,38 @@ def prepare(
     return run, dataclasses.replace(position, state=state)
 
 
-def computation(settings: Settings, source: composition.Source, devices: jax.sharding.Mesh) -> Computation:
+class Learner(NamedTuple):
+    """The programs of the update, and what its state looks like; nothing is compiled and no array made."""
+
+    programs: update.Programs
+    optimizer: Any
+    abstract: update.TrainState  # of jax.ShapeDtypeStruct
+    shardings: update.TrainState
+
+
+def make_learner(settings: Settings, config: ModelConfig, devices: jax.sharding.Mesh) -> Learner:
+    """The update of a run with these settings on this mesh."""
+    optimizer = make_optimizer(settings.optimizer)
+    shapes = composition.parameter_shapes(config)
+    abstract = jax.eval_shape(lambda params: update.init_state(params, optimizer), shapes)
+    shardings = mesh.state_shardings(devices, abstract)
+    programs = update.compile_programs(
+        computation(settings, config, devices),
+        settings.objective,
+        optimizer,
+        state_shardings=shardings,
+        rows_sharding=mesh.rows_sharding(devices),
+        offload=settings.train.offload,
+    )
+    return Learner(programs, optimizer, abstract, shardings)
+
+
+def computation(settings: Settings, config: ModelConfig, devices: jax.sharding.Mesh) -> Computation:
     """How the learner computes log-probabilities in this run."""
     train = settings.train
     name = composition.attention_name(settings)
     return Computation(
-        source.config,
+        config,
         settings.rollout.temperature,
         remat=train.remat,
         logprob_chunk=train.logprob_chunk * settings.mesh.data * settings.mesh.fsdp,
@@ -127,6 +153,16 @@ def computation(settings: Settings, source: composition.Source, devices: jax.sha
         unroll=train.unroll,
         table=mesh.lookup_sharding(devices),
     )
+
+
+def old_logprobs(settings: Settings) -> str:
+    """Where the update's old log-probabilities come from, as `update.score` takes it.
+
+    The first optimiser step of a batch computes them itself: they are its own.
+    """
+    if settings.objective.old_logprobs == "sampler":
+        return "sampler"
+    return "update" if settings.mini_batches == 1 else "learner"
 
 
 def _initial_state(params: Any, optimizer: Any, shardings: update.TrainState) -> update.TrainState:
@@ -146,27 +182,33 @@ def restore(
 ) -> Position:
     """The position that a checkpoint holds; ValueError where it is of a run with other settings."""
     host = checkpoints.read_host(step)
-    there, here = host["settings"], lasting_settings(run.settings)
-    changed = [name for name in here if there.get(name) != here[name]]
-    if changed:
-        facts = "; ".join(f"{name} {there.get(name)}, not {here[name]}" for name in changed)
-        raise ValueError(f"the run in {run.workdir} was made with {facts}; use those or another --workdir.")
-    if step > run.settings.train.steps:
-        raise ValueError(
-            f"the run in {run.workdir} is at step {step} already; raise train.steps, which is "
-            f"{run.settings.train.steps}."
-        )
-    wanted = {"train": _abstract(abstract, shardings)}
+    check_resumable(host, step, run.settings, run.workdir)
+    wanted = {"train": placed_shapes(abstract, shardings)}
     if host["table_age"] is not None:
         upkeep = composition.table_upkeep(run.source, run.mesh)
         shapes = upkeep.shapes(run.source.config.vocab_size)
-        wanted["table"] = _abstract(shapes, jax.tree.map(lambda _: mesh.replicated(run.mesh), shapes))
+        wanted["table"] = placed_shapes(shapes, jax.tree.map(lambda _: mesh.replicated(run.mesh), shapes))
     restored, host = checkpoints.restore(step, wanted)
     stream.set_state(host["stream"])
-    print(f"resumed from step {step} of {run.workdir}.")
+    if distributed.place().primary:
+        print(f"resumed from step {step} of {run.workdir}.")
     return Position(
         step, restored["train"], restored.get("table"), host["table_age"] or 0, stream, host["before"]
     )
+
+
+def check_resumable(host: dict[str, Any], step: int, settings: Settings, workdir: pathlib.Path) -> None:
+    """ValueError where a checkpoint is of a run with other settings, or beyond the last step of this one."""
+    there, here = host["settings"], lasting_settings(settings)
+    changed = [name for name in here if there.get(name) != here[name]]
+    if changed:
+        facts = "; ".join(f"{name} {there.get(name)}, not {here[name]}" for name in changed)
+        raise ValueError(f"the run in {workdir} was made with {facts}; use those or another --workdir.")
+    if step > settings.train.steps:
+        raise ValueError(
+            f"the run in {workdir} is at step {step} already; raise train.steps, which is "
+            f"{settings.train.steps}."
+        )
 
 
 def lasting_settings(settings: Settings) -> dict[str, Any]:
@@ -185,7 +227,8 @@ def lasting_settings(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _abstract(shapes: Any, shardings: Any) -> Any:
+def placed_shapes(shapes: Any, shardings: Any) -> Any:
+    """Shapes with the shardings that their arrays will have."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
@@ -241,6 +284,6 @@ def open_checkpoint(
                 f"--step={which}: {workdir} has checkpoints at steps: {have}; or use best, latest, start."
             )
         shapes = composition.parameter_shapes(source.config)
-        wanted = {"train": {"params": _abstract(shapes, mesh.param_shardings(devices, shapes))}}
+        wanted = {"train": {"params": placed_shapes(shapes, mesh.param_shardings(devices, shapes))}}
         restored, _ = checkpoints.restore(step, wanted, partial=True)
     return step, restored["train"]["params"]

@@ -12,7 +12,7 @@ import numpy as np
 from ngrpo_jax.commands import composition
 from ngrpo_jax.commands.run import Position, Run, best_key
 from ngrpo_jax.model import hf
-from ngrpo_jax.runtime import console, metrics, preflight
+from ngrpo_jax.runtime import console, distributed, mesh, metrics, preflight
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.settings import Settings
 
@@ -25,13 +25,19 @@ def already_finished(settings: Settings, workdir: pathlib.Path) -> bool:
     summary = json.loads(path.read_text(encoding="utf-8"))
     if summary["steps"] < settings.train.steps:
         return False
-    print(f"{workdir} holds a finished run of {summary['steps']} steps; another --workdir starts a new one.")
-    print_summary(summary, settings, workdir)
+    if distributed.place().primary:
+        print(
+            f"{workdir} holds a finished run of {summary['steps']} steps; another --workdir starts a new one."
+        )
+        print_summary(summary, settings, workdir)
     return True
 
 
 def announce(run: Run, position: Position) -> None:
-    """What this run is, before it starts."""
+    """What this run is, before it starts; said by the first process."""
+    here = distributed.place()
+    if not here.primary:
+        return
     settings, source = run.settings, run.source
     mixing = settings.mixing
     count = preflight.parameter_count(source.config)
@@ -47,6 +53,7 @@ def announce(run: Run, position: Position) -> None:
         f"each step  {settings.rollout.prompts} prompts × {settings.rollout.group} responses, "
         f"{settings.rollout.prompts // settings.train.mini_batch_prompts} optimiser steps, "
         f"on {run.mesh.size} {jax.devices()[0].platform} device(s)"
+        + (f" of {here.count} processes" if here.several else "")
     )
     needed, phase = preflight.peak(composition.memory_parts(settings, source.config))
     print(
@@ -78,10 +85,12 @@ def step_line(step: int, row: dict[str, float], steps: int, pace: float) -> str:
 def finish(
     run: Run, position: Position, after: dict[str, float], checkpoints: Checkpoints, seconds: float
 ) -> None:
-    """Exports the last parameters, writes summary.json, prints the table."""
+    """Exports the last parameters, writes summary.json, prints the table: the first process alone."""
     settings, source = run.settings, run.source
     export = run.workdir / "export"
-    params = jax.device_get(position.state.params)
+    params = jax.tree.map(mesh.to_host, position.state.params)
+    if not distributed.place().primary:
+        return
     hf.save(export, source.config, params, tokenizer_from=source.directory, dtype=source.config.dtype)
     rows = metrics.read_rows(run.workdir / "metrics.jsonl")
     mixed = [row for row in rows if "rollout/mix_cosine_mean" in row]

@@ -6,6 +6,7 @@ that are left out, the figures of both. Must not know how rewards were graded, n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -59,3 +60,11 @@ def assign(
         figures["responses/left_out"] = float((~counted_PG).sum())
     advantages_PG = group_advantages(rewards_PG, scale_by_std=objective.scale_by_std)
     return Credit(np.asarray(advantages_PG), counted_PG, figures)
+
+
+def join_figures(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Figures of equal parts of a step -> of the whole: what is left out is a sum, the rest are means."""
+    return {
+        name: sum(part[name] for part in parts) / (1 if name.endswith("/left_out") else len(parts))
+        for name in parts[0]
+    }

@@ -12,7 +12,7 @@ the first of the response, starts every response's segment, and positions go on 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -51,6 +51,14 @@ class Rows(NamedTuple):
     behaviour_RT: Array
 
 
+Gather = Callable[[Any], list[Any]]  # what every host says (by its number), given what this one says
+
+
+def one_host(value: Any) -> list[Any]:
+    """The `Gather` of a run on one host."""
+    return [value]
+
+
 def token_weights(
     lengths_B: np.ndarray,
     mixed_BT: np.ndarray,
@@ -59,20 +67,23 @@ def token_weights(
     loss_on_mixed: bool,
     max_new_tokens: int,
     counted_B: np.ndarray | None = None,
+    gather: Gather = one_host,
 ) -> np.ndarray:
     """Each response token's share of an optimiser step's loss, float32 [B, T].
 
     Args:
-      lengths_B: response lengths of all sequences of the step.
+      lengths_B: response lengths of this host's sequences of the step.
       mixed_BT: positions whose input was mixed.
       aggregate: "sequence": mean over each response, then over responses (13); "token": mean over all
         tokens; "constant": sum over tokens, divided by responses × max_new_tokens.
       loss_on_mixed: false gives mixed positions weight 0 and leaves the other weights as they are.
       counted_B: bool, the sequences that take part, all by default; the others get weight 0, and the means
         above are over the rest. With none left all weights are 0.
+      gather: asks the other hosts of the step for their counts.
     """
     counted_B = np.ones(len(lengths_B), bool) if counted_B is None else counted_B
-    count, total = max(int(counted_B.sum()), 1), max(int(lengths_B[counted_B].sum()), 1)
+    counts = gather([int(counted_B.sum()), int(lengths_B[counted_B].sum())])
+    count, total = (max(sum(of_hosts), 1) for of_hosts in zip(*counts, strict=True))
     real_BT = (np.arange(mixed_BT.shape[1]) < lengths_B[:, None]) & counted_B[:, None]
     share_B = {
         "sequence": 1.0 / (count * lengths_B),
@@ -250,18 +261,23 @@ def mini_batches(
     max_new_tokens: int,
     counted_B: np.ndarray | None = None,
     share_prompts: bool = False,
+    gather: Gather = one_host,
 ) -> list[list[Rows]]:
     """A rollout batch as `count` mini-batches (optimiser steps), each a list of microbatches of `rows` rows.
 
+    Every host has its share of each mini-batch, and as many microbatches of it as the others: those that it
+    has no rows for are empty.
+
     Args:
-      prompts: one a sequence, in the order of the trajectories.
+      prompts: one a sequence, in the order of the trajectories; all are this host's.
       objective: how tokens are weighted (`aggregate`, `loss_on_mixed`).
       count: divides the number of sequences.
       row_tokens: T of the rows.
-      rows: rows of a microbatch, over all devices.
+      rows: rows of a microbatch, over all devices of this host.
       max_new_tokens: the constant of aggregate "constant".
       counted_B: bool, the sequences that take part in the update; all by default.
       share_prompts: as for `pack`.
+      gather: asks the other hosts.
     """
     size = len(prompts) // count
     counted_B = np.ones(len(prompts), bool) if counted_B is None else counted_B
@@ -275,6 +291,7 @@ def mini_batches(
             loss_on_mixed=objective.loss_on_mixed,
             max_new_tokens=max_new_tokens,
             counted_B=counted_B[start : start + size],
+            gather=gather,
         )
         packed = pack(
             prompts[start : start + size],
@@ -285,7 +302,9 @@ def mini_batches(
             rows_multiple=rows,
             share_prompts=share_prompts,
         )
-        batches.append([take(packed, first, rows) for first in range(0, len(packed.targets_RT), rows)])
+        batch = [take(packed, first, rows) for first in range(0, len(packed.targets_RT), rows)]
+        longest = max(gather(len(batch)))
+        batches.append(batch + [empty_rows(rows, row_tokens, packed.inputs)] * (longest - len(batch)))
     return batches
 
 
@@ -294,7 +313,9 @@ def take(rows: Rows, start: int, count: int) -> Rows:
     return jax.tree.map(lambda leaf: leaf[start : start + count], rows)
 
 
-def fill(batches: Sequence[Sequence[Rows]]) -> float:
-    """Share of the computed positions that hold a token."""
+def fill(batches: Sequence[Sequence[Rows]], gather: Gather = one_host) -> float:
+    """Share of the computed positions that hold a token, over all hosts."""
     rows = [part.segment_ids_RT for batch in batches for part in batch]
-    return sum(int((ids > 0).sum()) for ids in rows) / sum(ids.size for ids in rows)
+    counts = gather([sum(int((ids > 0).sum()) for ids in rows), sum(ids.size for ids in rows)])
+    filled, computed = map(sum, zip(*counts, strict=True))
+    return filled / computed

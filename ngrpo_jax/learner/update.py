@@ -9,6 +9,7 @@ learner does not know where rows came from, nor what is done with the metrics.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -68,10 +69,10 @@ class Shelf:
 class Programs:
     """The compiled programs of a run; see `compile_programs`."""
 
-    score: Callable[[Params, Rows], jax.Array]
-    zeros: Callable[[Params], Params]
-    accumulate: Callable[..., tuple[Params, dict[str, jax.Array]]]
-    apply: Callable[[TrainState, Params], tuple[TrainState, dict[str, jax.Array]]]
+    score: jax.stages.Wrapped  # (Params, Rows) -> [R, T]
+    zeros: jax.stages.Wrapped  # Params -> Params
+    accumulate: jax.stages.Wrapped  # (total, Params, *Scored) -> (total, metrics)
+    apply: jax.stages.Wrapped  # (TrainState, gradients) -> (TrainState, metrics)
     place: Callable[[Rows], Rows]
     optimizer: Shelf
     reference: Shelf
@@ -105,16 +106,12 @@ def compile_programs(
     def score(params, rows):
         return row_logprobs(params, rows, compute)
 
+    def zeros(params):
+        return jax.tree.map(jnp.zeros_like, params)
+
     def accumulate(total, params, rows, old_RT, ref_RT):
         loss = jax.value_and_grad(row_loss, has_aux=True)
-        (_, metrics), grads = loss(
-            params,
-            rows,
-            old_RT,
-            ref_RT,
-            objective=objective,
-            compute=compute,
-        )
+        (_, metrics), grads = loss(params, rows, old_RT, ref_RT, objective=objective, compute=compute)
         return jax.tree.map(jnp.add, total, grads), metrics
 
     def apply(state, grads):
@@ -127,13 +124,18 @@ def compile_programs(
     away_optimizer, away_reference = offload in ("optimizer", "both"), offload in ("reference", "both")
     return Programs(
         score=jax.jit(score, out_shardings=rows_sharding),
-        zeros=jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), out_shardings=of_params),
+        zeros=jax.jit(zeros, out_shardings=of_params),
         accumulate=jax.jit(accumulate, donate_argnums=0, out_shardings=(of_params, whole)),
         apply=jax.jit(apply, donate_argnums=0, out_shardings=(state_shardings, whole)),
-        place=lambda rows: jax.device_put(rows, rows_sharding),
+        place=functools.partial(_place, sharding=rows_sharding),
         optimizer=Shelf(state_shardings.opt_state, away_optimizer),
         reference=Shelf(of_params, away_reference),
     )
+
+
+def _place(rows: Rows, *, sharding: Sharding) -> Rows:
+    """This host's rows as its part of the rows of all hosts."""
+    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), rows)
 
 
 def score(
@@ -155,8 +157,8 @@ def score(
     def one(rows: Rows) -> Scored:
         placed = programs.place(rows)
         of_reference = None if reference is None else programs.score(reference, placed)
-        sources = {"learner": programs.score, "sampler": lambda *_: placed.behaviour_RT}
-        of_params = None if old == "update" else sources[old](params, placed)
+        of_sampler = placed.behaviour_RT if old == "sampler" else None
+        of_params = programs.score(params, placed) if old == "learner" else of_sampler
         return Scored(placed, of_params, of_reference)
 
     return [[one(rows) for rows in batch] for batch in batches]

@@ -72,6 +72,16 @@ def read(
     return config, params
 
 
+def check(path: str | os.PathLike, *, dtype: str = "float32") -> ModelConfig:
+    """The refusals of `load`, from the headers of the files: no weight is read. Returns the config."""
+    _check_dtype(dtype)
+    directory = pathlib.Path(path)
+    config = read_config(directory, dtype=dtype)
+    with contextlib.ExitStack() as stack:
+        hf_weights.check(config, hf_weights.open_files(directory, stack), directory)
+    return config
+
+
 def save(
     path: str | os.PathLike,
     config: ModelConfig,

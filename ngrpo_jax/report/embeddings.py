@@ -14,6 +14,7 @@ import numpy as np
 from ngrpo_jax.analysis import geometry
 from ngrpo_jax.commands import commandline, composition
 from ngrpo_jax.commands.run import best_key, open_checkpoint
+from ngrpo_jax.model import decoder
 from ngrpo_jax.report import charts
 from ngrpo_jax.report.style import CSS
 from ngrpo_jax.runtime import console, mesh
@@ -34,6 +35,7 @@ class Rows:
     step: int
     language: composition.Language
     embedding_VD: np.ndarray
+    table_VD: np.ndarray  # where neighbours are sought: the embedding or the head, as `mixing.table` says
     anchors: list[int]
     count: int
 
@@ -45,11 +47,12 @@ class Rows:
     def nearest(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Neighbours of the anchors among the rows that rollouts may mix in."""
         return geometry.nearest_rows(
-            self.embedding_VD,
+            self.table_VD,
             self.anchors,
             count,
             metric=self.settings.mixing.metric,
             valid_V=self.language.usable_V,
+            group_V=self.language.spelling_V,
         )
 
 
@@ -66,7 +69,10 @@ def neighbor_list(argv: Sequence[str]) -> str:
         lines.append(
             (rows.text(anchor), anchor, "   ".join([*near[:mixed], "|", *near[mixed:]]).strip(), spelling)
         )
-    title = f"step {rows.step}, {mixing.metric}, k {mixing.k}: the first {mixing.k - 1} are mixed in"
+    title = (
+        f"step {rows.step}, {mixing.metric} in the {mixing.table}, k {mixing.k}: the first {mixing.k - 1} "
+        "are mixed in"
+    )
     return f"{title}\n{console.table(lines, ('token', 'id', 'neighbours', 'spelling variants mixed'))}"
 
 
@@ -77,24 +83,24 @@ def plane_page(argv: Sequence[str]) -> tuple[Path, str]:
     k = rows.settings.mixing.k
     require(k >= 2, f"mixing.k is {k}; without a neighbour there is no mixture to draw.")
     ids_AC, _ = rows.nearest(k - 1)
-    table_VD = rows.embedding_VD
+    embedding_VD = rows.embedding_VD
     usable = np.flatnonzero(rows.language.usable_V)
     background = random.choice(usable, min(BACKGROUND, len(usable)), replace=False)
-    anchors_AD = table_VD[rows.anchors]
+    anchors_AD = embedding_VD[rows.anchors]
     noise = [geometry.noisy_points(row, SIGMA, DRAWS, random) for row in anchors_AD]
     mixed = [
-        geometry.mixed_points(table_VD[[anchor, *ids]], DRAWS, random)
+        geometry.mixed_points(embedding_VD[[anchor, *ids]], DRAWS, random)
         for anchor, ids in zip(rows.anchors, ids_AC, strict=True)
     ]
-    plane = geometry.principal_plane(np.concatenate([table_VD[background], anchors_AD, *noise, *mixed]))
+    plane = geometry.principal_plane(np.concatenate([embedding_VD[background], anchors_AD, *noise, *mixed]))
     clouds = [
-        charts.Cloud("vocabulary", plane(table_VD[background]), "#c6ccd4", 4.0),
+        charts.Cloud("vocabulary", plane(embedding_VD[background]), "#c6ccd4", 4.0),
         charts.Cloud("Gaussian noise", plane(np.concatenate(noise)), charts.COLORS[1], 7.0),
         charts.Cloud("neighbour mixing", plane(np.concatenate(mixed)), charts.COLORS[0], 7.0),
-        charts.Cloud("neighbours", plane(table_VD[ids_AC.ravel()]), charts.COLORS[2], 26.0),
+        charts.Cloud("neighbours", plane(embedding_VD[ids_AC.ravel()]), charts.COLORS[2], 26.0),
     ]
     labels = [(rows.text(a), point) for a, point in zip(rows.anchors, plane(anchors_AD), strict=True)]
-    labels += [(rows.text(i), plane(table_VD[i])) for i in ids_AC.ravel()]
+    labels += [(rows.text(i), plane(embedding_VD[i])) for i in ids_AC.ravel()]
     first, second = (f"{100 * share:.1f} % of variance" for share in plane.explained)
     drawing = charts.scatter_chart(clouds, labels, (first, second))
     candidates = [{anchor, *map(int, ids)} for anchor, ids in zip(rows.anchors, ids_AC, strict=True)]
@@ -167,8 +173,9 @@ def _read(argv: Sequence[str]) -> Rows:
     require(bool(anchors), f"--tokens={flags['tokens']!r} names no token.")
     devices = mesh.make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
     step, params = open_checkpoint(source, workdir, devices, flags["step"], best_key(settings))
-    embedding_VD = np.asarray(params["embed"]["embedding"], np.float32)
-    return Rows(settings, workdir, step, source.language, embedding_VD, anchors, int(count))
+    rows = (decoder.table_rows(params, source.config, name) for name in ("embedding", settings.mixing.table))
+    embedding_VD, table_VD = (np.asarray(table, np.float32) for table in rows)
+    return Rows(settings, workdir, step, source.language, embedding_VD, table_VD, anchors, int(count))
 
 
 def _token(tokenizer: Any, piece: str) -> int:

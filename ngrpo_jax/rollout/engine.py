@@ -248,6 +248,51 @@ def compile_ahead(
     return time.perf_counter() - begun
 
 
+def compile_largest(
+    params: Any,
+    config: ModelConfig,
+    sampler: decode.Sampler,
+    *,
+    samples: int,
+    max_new_tokens: int,
+    table_VC: Any | None,
+    slots: int,
+    chunk: int,
+    max_prompt_tokens: int,
+    sharding: jax.sharding.NamedSharding,
+) -> dict[str, jax.stages.Compiled]:
+    """Compiles the largest programs of such a `generate`, by name, from shapes alone: nothing is run.
+
+    Args: as `generate`'s; `params` laid out and, like `table_VC`, jax.ShapeDtypeStruct with a sharding.
+    """
+    shapes = _shapes(
+        params, config, sampler, samples, slots, chunk, max_prompt_tokens, max_new_tokens, sharding
+    )
+    on = shapes.placement
+    ids_BT = jax.ShapeDtypeStruct((shapes.prompts, shapes.lengths[-1]), jnp.int32)
+    lengths_B = jax.ShapeDtypeStruct((shapes.prompts,), jnp.int32)
+    prefill = decode.prefill.lower(params, ids_BT, lengths_B, config=config, placement=on)
+    empty = decode.empty_slots.lower(config, sampler, shapes.slots, shapes.sizes[-1], on)
+    compiled = {"prefill": prefill.compile(), "empty_slots": empty.compile()}
+    hidden_PD, prefix = _results(prefill, compiled["prefill"])
+    state = _results(empty, compiled["empty_slots"])
+    nobody = no_seats(_shards(shapes), shapes.slots // _shards(shapes))
+    fill = decode.fill.lower(state, hidden_PD, prefix, nobody, placement=on)
+    decoding = decode.decode_chunk.lower(
+        params, table_VC, state, config=config, sampler=sampler, steps=chunk, placement=on
+    )
+    return {**compiled, "fill": fill.compile(), "decode_chunk": decoding.compile()}
+
+
+def _results(lowered: jax.stages.Lowered, compiled: jax.stages.Compiled) -> Any:
+    """The shapes of a program's results, with the shardings that the compiler gave them."""
+    return jax.tree.map(
+        lambda info, sharding: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding),
+        lowered.out_info,
+        compiled.output_shardings,
+    )
+
+
 def _shapes(params, config, sampler, samples, slots, chunk, longest, max_new_tokens, sharding) -> Shapes:
     placement = None if sharding is None else decode.Placement.of(sharding, params)
     shards = 1 if placement is None else placement.shards

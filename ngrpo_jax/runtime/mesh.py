@@ -10,12 +10,14 @@ Axes, outermost first:
     tensor  heads, feed-forward width and vocabulary are split over it
 """
 
+import collections
 import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -80,10 +82,12 @@ _DIMENSIONS = {
 def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of all devices (of every host), or of `devices`.
 
-    All axes are Auto: shardings are given at the edges of a jitted program and XLA finds the rest.
+    All axes are Auto: shardings are given at the edges of a jitted program and XLA finds the rest. Devices
+    along the tensor axis belong to one host, because each host's rollout runs on its own devices alone.
 
     Raises:
-        ValueError: a size below 1, or sizes whose product is not the number of devices.
+        ValueError: a size below 1, sizes whose product is not the number of devices, or a tensor axis that
+            does not divide the devices of a host.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
@@ -97,7 +101,77 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] |
             f"choose mesh.data, mesh.fsdp and mesh.tensor whose product is {len(devices)}"
         )
     auto = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=auto, devices=devices)
+    mesh = jax.make_mesh(tuple(sizes.values()), AXES, axis_types=auto, devices=devices)
+    hosts = collections.Counter(device.process_index for device in devices)
+    if len(hosts) == 1:
+        return mesh
+    if len(set(hosts.values())) > 1 or next(iter(hosts.values())) % tensor:
+        counts = ", ".join(f"process {index} has {count}" for index, count in sorted(hosts.items()))
+        raise ValueError(
+            f"mesh.tensor {tensor} does not divide the devices of every host alike ({counts}); the rollout "
+            "of a host runs on its own devices, so choose mesh.tensor that divides them"
+        )
+    rows = mesh.devices.reshape(-1, tensor)
+    if all(len({device.process_index for device in row}) == 1 for row in rows):
+        return mesh
+    # The order that suits the wires best lets a tensor group span hosts: here the hosts come first.
+    ordered = np.array(sorted(devices, key=lambda device: (device.process_index, device.id)))
+    return Mesh(ordered.reshape(data, fsdp, tensor), AXES, axis_types=auto)
+
+
+def local_mesh(mesh: Mesh) -> Mesh:
+    """This process's part of a mesh as a mesh, data × 1 × tensor; the mesh itself where it has all of it."""
+    own = jax.process_index()
+    if all(device.process_index == own for device in mesh.devices.flat):
+        return mesh
+    tensor = mesh.shape["tensor"]
+    rows = [row for row in mesh.devices.reshape(-1, tensor) if row[0].process_index == own]
+    return Mesh(np.array(rows).reshape(len(rows), 1, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def put(leaf: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """A host array that every process has, on the devices."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+
+def lay_out(tree: Any, shardings: Any) -> Any:
+    """Arrays on the devices, laid out anew on the same devices. A collective: every process calls it."""
+    if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(tree)):
+        return jax.device_put(tree, shardings)
+    return jax.tree.map(lambda leaf, to: jax.jit(_identity, out_shardings=to)(leaf), tree, shardings)
+
+
+def on_this_host(tree: Any, shardings: Any) -> Any:
+    """A copy for this process's devices alone, laid out by shardings that do not split over data and fsdp.
+
+    A collective: every process calls it. With one process this is `lay_out`.
+    """
+    laid_out = lay_out(tree, shardings)
+    leaves = jax.tree.leaves(shardings)
+    local = local_mesh(leaves[0].mesh)
+    if local is leaves[0].mesh:
+        return laid_out
+
+    def own_part(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
+        here = NamedSharding(local, sharding.spec)
+        parts = {shard.device: shard.data for shard in leaf.addressable_shards}
+        devices = here.addressable_devices_indices_map(leaf.shape)
+        return jax.make_array_from_single_device_arrays(leaf.shape, here, [parts[d] for d in devices])
+
+    return jax.tree.map(own_part, laid_out, shardings)
+
+
+def to_host(leaf: Any) -> np.ndarray:
+    """A whole array as NumPy. A collective: every process calls it, and gets it."""
+    if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        leaf = lay_out(leaf, replicated(leaf.sharding.mesh))
+    return np.asarray(leaf)
+
+
+def _identity(leaf: jax.Array) -> jax.Array:
+    return leaf
 
 
 def path_name(path: tuple[Any, ...]) -> str:

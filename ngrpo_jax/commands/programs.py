@@ -1,0 +1,91 @@
+"""Compiles the programs of a run from shapes alone: no weight is read and no array made.
+
+Each function mirrors the calls that training makes, with abstract arguments, so that what the compiler
+refuses is known before a run starts; with a compilation cache the run then finds them compiled.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ngrpo_jax.commands import composition, evaluation
+from ngrpo_jax.commands.run import make_learner, old_logprobs, placed_shapes
+from ngrpo_jax.learner import packing
+from ngrpo_jax.model import columns
+from ngrpo_jax.model.config import ModelConfig
+from ngrpo_jax.rollout import decode, engine
+from ngrpo_jax.rollout.trajectory import Trajectories
+from ngrpo_jax.runtime import console, mesh
+from ngrpo_jax.settings import Settings
+
+
+def compile_update(
+    settings: Settings, config: ModelConfig, devices: jax.sharding.Mesh, _: Any = None
+) -> tuple[Any, str]:
+    """Compiles scoring, accumulation and the optimiser step; returns them by name, and a remark."""
+    begun = time.monotonic()
+    programs, _, abstract, shardings = make_learner(settings, config, devices)
+    state = placed_shapes(abstract, shardings)
+    by_rows = mesh.rows_sharding(devices)
+    count = settings.train.rows_per_device * settings.mesh.data * settings.mesh.fsdp
+    mixing = settings.mixing.method(()) if settings.mixing.active else engine.NO_MIXING
+    like = Trajectories.empty(1, 1, mixing.candidates, noisy=mixing.noisy).mixtures
+    rows = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=by_rows),
+        packing.empty_rows(count, settings.row_tokens, like),
+    )
+    scores = jax.ShapeDtypeStruct((count, settings.row_tokens), jnp.float32, sharding=by_rows)
+    old = None if old_logprobs(settings) == "update" else scores
+    reference = scores if settings.objective.kl_coef > 0 else None
+    compiled = {
+        "score": programs.score.lower(state.params, rows).compile(),
+        "zeros": programs.zeros.lower(state.params).compile(),
+        "accumulate": programs.accumulate.lower(state.params, state.params, rows, old, reference).compile(),
+        "apply": programs.apply.lower(state, state.params).compile(),
+    }
+    analysis = compiled["accumulate"].memory_analysis()
+    room = (
+        ""
+        if analysis is None
+        else f"; a microbatch takes {console.format_bytes(analysis.temp_size_in_bytes)}"
+    )
+    return compiled, f"{len(compiled)} compiled in {console.format_seconds(time.monotonic() - begun)}{room}"
+
+
+def compile_rollout(
+    settings: Settings,
+    config: ModelConfig,
+    devices: jax.sharding.Mesh,
+    language: composition.Language,
+    _: Any = None,
+) -> tuple[Any, str]:
+    """Compiles the largest programs of the rollouts of training and of evaluation, on this host's devices."""
+    begun = time.monotonic()
+    local, layout = mesh.local_mesh(devices), settings.rollout.layout
+    shapes = jax.eval_shape(lambda p: columns.lay_out(p, config), composition.parameter_shapes(config))
+    params = placed_shapes(shapes, mesh.param_shardings(local, shapes, layout=layout))
+    table_VC = jax.ShapeDtypeStruct(
+        (config.vocab_size, settings.mixing.k), jnp.int32, sharding=mesh.replicated(local)
+    )
+    count = 0
+    for draws in (evaluation.training_draws(settings), evaluation.evaluation_draws(settings)):
+        mixing = language.mixing if draws.mixes else engine.NO_MIXING
+        sampler = decode.Sampler(draws.temperature, draws.top_p, draws.top_k, mixing, language.stop_ids)
+        compiled = engine.compile_largest(
+            params,
+            config,
+            sampler,
+            samples=draws.samples,
+            max_new_tokens=draws.max_new_tokens,
+            table_VC=table_VC if mixing.uses_table else None,
+            slots=evaluation.own_slots(settings),
+            chunk=settings.rollout.chunk,
+            max_prompt_tokens=settings.data.max_prompt_tokens,
+            sharding=mesh.slots_sharding(local, layout),
+        )
+        count += len(compiled)
+    return count, f"{count} compiled in {console.format_seconds(time.monotonic() - begun)}"

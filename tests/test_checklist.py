@@ -1,0 +1,122 @@
+"""train --preflight: a good config passes, and each planted fault is named by its own row."""
+
+import re
+import time
+
+import pytest
+from test_commands import TINY, _argv
+
+from ngrpo_jax import train
+from ngrpo_jax.commands import checklist, commandline, composition, programs
+from ngrpo_jax.commands.commandline import load_config
+from ngrpo_jax.runtime import preflight
+from ngrpo_jax.settings import resolve
+
+
+def _table(capsys, argv):
+    """(exit status, row name -> (verdict, remark)) of a preflight."""
+    with pytest.raises(SystemExit) as ended:
+        commandline.run_command(train.main, [*argv, "--preflight"])
+    lines = capsys.readouterr().out.split("\n")[2:]
+    rows = {}
+    for line in lines[: lines.index("")]:
+        name, verdict, remark = re.split("  +", line, maxsplit=2)
+        rows[name] = (verdict, remark)
+    return ended.value.code, rows
+
+
+def test_tiny_passes_in_under_a_minute_and_leaves_nothing(tmp_path, capsys):
+    """The config as it is, but for the eight devices of the tests."""
+    workdir = tmp_path / "run"
+    argv = ["train", f"--config={TINY}", f"--workdir={workdir}", "--config.mesh.data=8"]
+    begun = time.process_time()
+    status, rows = _table(capsys, [*argv, "--config.train.rows_per_device=4"])
+    assert status == 0 and {verdict for verdict, _ in rows.values()} == {checklist.OK}, rows
+    assert len(rows) == 18 and not workdir.exists()
+    assert time.process_time() - begun < 60
+    assert "activations" in rows["memory"][1]
+    assert "4 compiled" in rows["update programs"][1]
+
+
+def _refuses(*_):
+    raise RuntimeError("the compiler has no such operation")
+
+
+FAULTS = {
+    "settings": ({"rollout__top_p": 0.9}, "rollout.top_p is 0.9"),
+    "mesh": ({"mesh__data": 3}, "mesh.data 3"),
+    "model": ({"model__path": "no/such-model-anywhere"}, "no/such-model-anywhere"),
+    "tokenizer": ({"data__chat_template": "missing.jinja"}, "missing.jinja"),
+    "sizes": ({"rollout__max_new_tokens": 5000, "train__row_tokens": 6000}, "4096 positions"),
+    "mixing": ({"mixing__k": 200}, "mixing.k is 200"),
+    "training data": ({"data__train": "arithmetic:digits=0"}, "digits"),
+    "held-out data": ({"data__eval": "jsonl:nowhere.jsonl"}, "nowhere.jsonl"),
+    "reward": ({"reward__kind": "maths"}, "maths"),
+    "sharding": ({"mesh__data": 1, "mesh__tensor": 8}, "mesh.tensor"),
+    "memory": ({"rollout__slots": 10**10}, "rollout.slots"),
+}
+
+
+@pytest.fixture
+def compiles_nothing(monkeypatch):
+    monkeypatch.setattr(programs, "compile_update", lambda *_: (None, "none compiled"))
+    monkeypatch.setattr(programs, "compile_rollout", lambda *_: (None, "none compiled"))
+
+
+def _assert_only(rows, name, named):
+    failed = {row for row, (verdict, _) in rows.items() if verdict == checklist.FAILED}
+    assert failed == {name}, rows
+    assert named in rows[name][1]
+    for verdict, remark in rows.values():
+        assert verdict != checklist.SKIPPED or remark.startswith("needs ")
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_of_the_settings_is_named_by_its_row(tmp_path, capsys, compiles_nothing, name):
+    changes, named = FAULTS[name]
+    status, rows = _table(capsys, _argv(tmp_path / "run", **changes))
+    assert status == 2
+    _assert_only(rows, name, named)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("XLA_PYTHON_CLIENT_MEM_FRACTION", "90"),
+        ("LIBTPU_INIT_ARGS", "xla_tpu_flag=1"),
+        ("JAX_PROCESS_ID", "0"),
+        ("JAX_COMPILATION_CACHE_DIR", "FILE/cache"),
+    ],
+)
+def test_a_fault_of_the_environment_is_named(
+    tmp_path, capsys, monkeypatch, compiles_nothing, variable, value
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(variable, value.replace("FILE", str(tmp_path / "file")))
+    status, rows = _table(capsys, _argv(tmp_path / "run"))
+    assert status == 2
+    _assert_only(rows, "environment", variable)
+
+
+def test_faults_of_the_workdir_and_its_disk_are_named(tmp_path, capsys, monkeypatch, compiles_nothing):
+    (tmp_path / "file").touch()
+    _, rows = _table(capsys, _argv(tmp_path / "file" / "run"))
+    assert rows["workdir"][0] == checklist.FAILED and "is a file" in rows["workdir"][1]
+    monkeypatch.setattr(preflight, "checkpoint_bytes", lambda model, kept: 1 << 60)
+    status, rows = _table(capsys, _argv(tmp_path / "run"))
+    assert status == 2
+    _assert_only(rows, "checkpoints", "1024 PiB" if "PiB" in rows["checkpoints"][1] else "free")
+
+
+def test_a_program_that_does_not_compile_is_named(tmp_path, capsys, monkeypatch, compiles_nothing):
+    monkeypatch.setattr(programs, "compile_update", _refuses)
+    status, rows = _table(capsys, _argv(tmp_path / "run"))
+    assert status == 2 and rows["rollout programs"][0] == checklist.OK
+    _assert_only(rows, "update programs", "the compiler has no such operation")
+
+
+def test_prompts_that_hosts_cannot_share_are_refused():
+    settings = resolve(load_config(str(TINY)))
+    composition.check_hosts(settings, 4)
+    with pytest.raises(ValueError, match=r"rollout\.prompts is 32, no multiple of the 3 processes"):
+        composition.check_hosts(settings, 3)
