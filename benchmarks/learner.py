@@ -27,7 +27,7 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from benchmarks import measure, shapes
+from benchmarks import measure, shapes, updating
 from benchmarks.peer import Peer
 from ngrpo_jax.algo.mixture import Mixing
 from ngrpo_jax.algo.objectives import group_advantages
@@ -40,10 +40,8 @@ from ngrpo_jax.rollout import engine
 from ngrpo_jax.rollout.trajectory import Trajectories
 from ngrpo_jax.runtime import mesh as meshes
 from ngrpo_jax.runtime import preflight
-from ngrpo_jax.settings import ObjectiveSettings, OptimizerSettings
 
-OBJECTIVE = ObjectiveSettings("grpo", 0.2, 0.2, 3.0, 0.001, True, "sequence", True)
-OPTIMIZER = OptimizerSettings(1e-6, 0, 0.9, 0.999, 1e-8, 0.01, 1.0)
+OBJECTIVE = dataclasses.replace(updating.OBJECTIVE, kl_coef=0.001)
 SAMPLES, PROMPT, NEW = 4, 64, 128
 OURS, PEER = "this learner", "TRL GRPOTrainer"
 GIB = 2**30
@@ -56,7 +54,7 @@ class Ours:
     def __init__(self, config: ModelConfig, params: Any, given: argparse.Namespace) -> None:
         self.config, self.given = config, given
         mesh = meshes.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-        optimizer = make_optimizer(OPTIMIZER)
+        optimizer = make_optimizer(updating.OPTIMIZER)
         params = jax.device_put(params)
         self.reference = jax.tree.map(lambda leaf: jnp.array(leaf, config.dtype, copy=True), params)
         start = functools.partial(update.init_state, optimizer=optimizer)
@@ -347,7 +345,7 @@ def _load_request(directory: str, ours: Ours, given: argparse.Namespace) -> dict
         samples=SAMPLES,
         new_tokens=NEW,
         kl_coef=OBJECTIVE.kl_coef,
-        learning_rate=OPTIMIZER.learning_rate,
+        learning_rate=updating.OPTIMIZER.learning_rate,
         recompute=not given.peer_keeps,
     )
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import os
 import pathlib
 import subprocess
 import sys
@@ -24,7 +25,16 @@ ROOT = pathlib.Path(__file__).parent.parent
 TINY = ModelConfig("qwen2", 64, 16, 24, 2, 4, 2, 8, tie_embeddings=False)
 # What a bare accelerator machine has not, and what of the project must not be needed there.
 ABSENT = ("ml_collections", "safetensors", "orbax", "transformers", "grain", "tensorflow_datasets")
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 FOREIGN = ("ngrpo_jax.runtime", "ngrpo_jax.tasks", "ngrpo_jax.commands", "ngrpo_jax.analysis")
+
+
+@pytest.mark.parametrize("program", sorted(path.name for path in (ROOT / "benchmarks").glob("[a-z]*.py")))
+def test_every_program_says_how_it_is_used_or_can_be_imported(program):
+    """What the project renames or adds must not leave a benchmark behind."""
+    command = [sys.executable, str(ROOT / "benchmarks" / program), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_accelerator_benchmark_runs_where_only_jax_flax_optax_and_chex_are(tmp_path):
