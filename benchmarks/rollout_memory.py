@@ -6,6 +6,7 @@ nothing that came before is counted. It answers one request on stdin, as benchma
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import pathlib
@@ -106,5 +107,6 @@ def measured(slots: int, tokens: int) -> dict[str, int]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0]).parse_args()
     request = json.loads(sys.stdin.readline())
     print(json.dumps(measured(request["slots"], request["tokens"])), flush=True)
