@@ -19,7 +19,11 @@ NAMES = ("qwen2_tied", "qwen2_untied", "qwen3", "llama", "llama_llama3", "llama_
 CLOSE = 5e-5  # of logits up to 20, where float32 rounding alone makes about 1e-5
 
 prefill = jax.jit(columns.prefill, static_argnums=1)
-decode_step = jax.jit(columns.decode_step, static_argnums=1, donate_argnums=3)
+
+
+@functools.partial(jax.jit, static_argnums=1, donate_argnums=3)
+def decode_step(params, config, inputs, cache):
+    return columns.decode_step(params, config, inputs, cache, columns.turns(config, cache.columns))
 
 
 @functools.cache
@@ -116,9 +120,11 @@ def test_decode_copies_no_cache():
     B, S = 8, 64
 
     def chunk(params, cache, ids_B):
+        turned = columns.turns(config, S)
+
         def body(carry, _):
             cache, ids_B = carry
-            hidden, cache = columns.decode_step(params, config, one_hot(ids_B, 1), cache)
+            hidden, cache = columns.decode_step(params, config, one_hot(ids_B, 1), cache, turned)
             return (cache, jnp.argmax(columns.logits(params, hidden), axis=-1)), None
 
         return jax.lax.scan(body, (cache, ids_B), None, length=4)[0]
@@ -131,6 +137,17 @@ def test_decode_copies_no_cache():
     assert not large
     compiled(params, cache, jnp.zeros(B, jnp.int32))
     assert all(leaf.is_deleted() for leaf in cache.keys + cache.values)
+
+
+def test_a_step_computes_no_angle():
+    """Cosines and sines stand outside of the loop over steps: inside, they would be computed in every layer."""
+    config, params, _, _ = golden("qwen3")
+    cache = kv.init(config, 2, 8)
+    turned = columns.turns(config, cache.columns)
+    step = jax.jit(columns.decode_step, static_argnums=1)
+    lowered = step.lower(params, config, one_hot(jnp.zeros(2, jnp.int32), 1), cache, turned).as_text()
+    assert "cosine" not in lowered and "sine" not in lowered
+    assert "cosine" in jax.jit(columns.turns, static_argnums=(0, 1)).lower(config, 8).as_text()
 
 
 def test_an_empty_cache_holds_no_buffer_twice():

@@ -114,18 +114,26 @@ def prefill(
     return _norm(x_DB, params["final_norm"]["scale"], config).T, cache
 
 
+def turns(config: ModelConfig, columns: int) -> Rope:
+    """Rotary cosines and sines of all positions that a cache of so many columns has, for `decode_step`."""
+    return _rope(config, jnp.arange(columns + 1))
+
+
 def decode_step(
-    params: Params, config: ModelConfig, inputs: Mixture, cache: KVCache
+    params: Params, config: ModelConfig, inputs: Mixture, cache: KVCache, turned: Rope
 ) -> tuple[jax.Array, KVCache]:
     """Feeds one input per row, Mixture [B, C]: (hidden_BD, the cache one column on).
 
     The cache is written in place where it is donated or carried by a loop. A row that is full loses its
-    oldest token, which spoils that row and no other.
+    oldest token, which spoils that row and no other. `turned` is `turns` of the cache's columns, made outside
+    of the loop: inside, XLA would compute each cosine anew in every layer and head, on CPU a twelfth of a step.
     """
     B = cache.lengths_B.shape[0]
     chex.assert_shape(inputs.ids, (B, None))
+    chex.assert_shape(turned, (config.head_dim // 2, cache.columns + 1))
     x_DB = _embedded(params, config, inputs)
-    rope = _rope(config, cache.lengths_B)
+    cos, sin = (jnp.take(part, cache.lengths_B, axis=1, mode="clip") for part in turned)
+    rope = cos, sin
     held_BS = kv.held(cache.lengths_B, cache.cursor, cache.columns)
     kept = []
     for layer, own_keys, own_values in zip(params["layers"], cache.keys, cache.values, strict=True):

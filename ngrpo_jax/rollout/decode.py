@@ -284,6 +284,8 @@ def decode_chunk(
       slots: donated; its buffers become the result's.
     """
 
+    turned = columns.turns(config, slots.cache.columns)
+
     def step(slots: Slots, _: None) -> tuple[Slots, Written]:
         logits_BV = columns.logits(params, slots.hidden_BD)
         token_B, mixture, mixed_B, logprob_B = draw(logits_BV, table_VC, slots, sampler)
@@ -293,7 +295,7 @@ def decode_chunk(
         tail_BM = jnp.concatenate([slots.tail_BM, token_B[:, None]], axis=1)[:, 1:]
         written_B = slots.written_B + valid_B
         stopped_B = jnp.isin(token_B, jnp.asarray(sampler.stop_ids, jnp.int32)) & valid_B
-        hidden_BD, cache = columns.decode_step(params, config, mixture, slots.cache)
+        hidden_BD, cache = columns.decode_step(params, config, mixture, slots.cache, turned)
         written = Written(token_B, mixture, mixed_B, logprob_B, stopped_B, failed_B, valid_B)
         after = slots._replace(
             cache=cache,
