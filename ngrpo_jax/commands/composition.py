@@ -253,6 +253,7 @@ def attention_name(settings: Settings) -> str:
         platform=jax.local_devices()[0].platform,
         row_tokens=settings.row_tokens,
         shared_prefixes=settings.train.share_prompts,
+        dtype=settings.model.dtype,
     )
 
 
