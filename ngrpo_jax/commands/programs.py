@@ -43,7 +43,8 @@ def compile_update(
     old = None if source == "update" else scores
     reference = scores if settings.objective.kl_coef > 0 else None
     # The learner's parameters are scored in float32, the reference model in the dtype that it is kept in.
-    dtypes = {*(["float32"] if source == "learner" else []), *([] if reference is None else [config.dtype])}
+    of_learner = ["float32"] if source == "learner" else []
+    dtypes = dict.fromkeys(of_learner if reference is None else [*of_learner, config.dtype])
     compiled = {
         **{
             f"score {dtype}": programs.score.lower(_in(dtype, state.params), rows).compile()
