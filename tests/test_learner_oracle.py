@@ -1,8 +1,8 @@
-"""From rewards to gradients: each choice of the objective in the compiled step, against (12) and (13) in NumPy.
+"""From rewards to gradients: each choice of the objective in the compiled step, against NumPy.
 
-The oracle goes through one sequence after the other in float64: advantages, weights, ratios and the loss are
-written out, and the loss is differentiated by central differences. A plain forward pass over unpacked
-sequences, differentiated by jax, turns its gradient of log-probabilities into one of parameters.
+The oracle goes through one sequence after the other in float64: advantages (12), weights, ratios and the
+loss (13) are written out, and the loss is differentiated by central differences. A plain forward pass over
+unpacked sequences, differentiated by jax, turns its gradient of log-probabilities into one of parameters.
 """
 
 import dataclasses
