@@ -76,6 +76,18 @@ def test_strangers_and_signals_end_no_watcher(first):
     assert first.wait(timeout=20) == 0 and first.stderr.read() == ""
 
 
+def test_what_a_process_says_before_it_is_killed_is_told(first):
+    with _connect(first) as second:
+        _say(second, {"hello": 1, "secret": first.heard["secret"]})
+        first.stdin.write(
+            json.dumps({"failed": "connection lost", "status": 1, "communication": True}) + "\n"
+        )
+        first.stdin.close()
+        first.stdout.close()
+        assert _next(second, "process")["text"] == "connection lost"
+    assert first.wait(timeout=20) == 0 and first.stderr.read() == ""
+
+
 def test_a_line_without_end_is_no_message(first):
     with _connect(first) as stranger:
         try:

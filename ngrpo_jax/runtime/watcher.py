@@ -11,6 +11,7 @@ without a word. The news goes to everybody; each prints it, gives its parent a m
 Whoever does not know the secret of the run (a scan of the port, say) is let go and changes nothing.
 """
 
+import contextlib
 import json
 import os
 import secrets
@@ -231,6 +232,8 @@ class Watcher:
         """For the parent, which has ended; also where it could not say why."""
         if self.leaving:
             self.tell(self.peers, {"bye": self.process})
+        elif self.own is None and self.news is None and self.question:
+            self.answer()  # the parent had said why, and was ended while it waited
         elif self.own is None and self.news is None:
             text = "ended without a word"
             self.tell(self.peers, {"process": self.process, "how": "lost", "text": text, "status": 1})
@@ -241,8 +244,9 @@ class Watcher:
         self.deadline = None
 
     def reply(self, message):
-        sys.stdout.write(json.dumps(message) + "\n")
-        sys.stdout.flush()
+        # The parent may have ended while it waited, which `from_parent` sees.
+        with contextlib.suppress(BrokenPipeError):
+            os.write(sys.stdout.fileno(), json.dumps(message).encode() + b"\n")
 
 
 def sentence(news):
