@@ -44,7 +44,8 @@ def main(argv: Sequence[str]) -> None:
     here = distributed.initialize()
     composition.check_hosts(settings, here.count)
     distributed.check_shared(workdir)
-    if summary.already_finished(settings, workdir):
+    finished = summary.already_finished(settings, workdir)
+    if any(distributed.exchange("finished", finished)):  # shared storage may show it to some before others
         return
     devices = mesh.make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
     hf.check_replaceable(workdir / "export")
@@ -168,6 +169,7 @@ def train_step(
         **{f"time/{name}": value for name, value in seconds.items()},
         "time/step": sum(seconds.values()),
         "speed/rollout_tokens": int(outcome.lengths_B.sum()) / seconds["rollout"],
+        "speed/reward_tokens": int(outcome.lengths_B.sum()) / seconds["reward"],
         "speed/step_tokens": int(outcome.lengths_B.sum()) / sum(seconds.values()),
         **learner_speed(run, prompts, trajectories, seconds, jax.local_devices()[0]),
     }
@@ -228,12 +230,12 @@ def learner_speed(
     seconds: dict[str, float],
     device: jax.Device,
 ) -> dict[str, float]:
-    """Tokens a second of scoring and update, their model FLOP utilisation, and the device's peak memory.
+    """Tokens a second of scoring and update, the latter's model FLOP utilisation, and peak memory.
 
-    Tokens are those of prompts and responses of all hosts, each prompt once a response. The utilisation
-    counts the products that these need (a forward pass for each model scored, three for an update), over the
-    peak of the device's bfloat16 arithmetic; it is left out where that is unknown. Memory is that of the
-    fullest of the hosts' first devices. Every process has to call this.
+    Tokens are those of prompts and responses of all hosts, each prompt once a response, however many models
+    score them; where none has to, that figure is left out. The utilisation counts the products of an update
+    (of three forward passes), over the peak of the devices' bfloat16 arithmetic; it is left out where
+    that is unknown. Memory is that of the fullest of the hosts' first devices. Every process calls this.
     """
     settings, config = run.settings, run.source.config
     lengths = [
@@ -244,10 +246,9 @@ def learner_speed(
     forward = sum(preflight.forward_flops(config, *length) for length in lengths)
     own = [sum(prompt + response for prompt, response in lengths), forward, hardware.peak_memory(device)]
     of_tokens, of_work, of_memory = zip(*distributed.exchange("speed", own), strict=True)
-    figures = {
-        "speed/logprob_tokens": sum(of_tokens) / seconds["logprobs"],
-        "speed/update_tokens": sum(of_tokens) / seconds["update"],
-    }
+    figures = {"speed/update_tokens": sum(of_tokens) / seconds["update"]}
+    if run.reference is not None or old_logprobs(settings) == "learner":
+        figures["speed/logprob_tokens"] = sum(of_tokens) / seconds["logprobs"]
     peak = hardware.peak_flops(device)
     if peak is not None:
         figures["speed/update_mfu"] = 3 * sum(of_work) / seconds["update"] / (peak * run.mesh.size)

@@ -96,9 +96,11 @@ def test_each_device_goes_through_its_own_rows_and_heads():
 def test_the_kernel_for_tpus_agrees_where_it_is_interpreted():
     segments = _segments("one", "packed")
     q, k, v, _ = _inputs(2, 4, 2)
-    out = attention.make("splash", interpret=True)(q, k, v, segments)
+    attend = attention.make("splash", interpret=True)
+    out = np.asarray(attend(q, k, v, segments))
     real = np.asarray(segments.own) > 0
-    np.testing.assert_allclose(np.asarray(out)[real], _oracle(q, k, v, segments)[real], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(out[real], _oracle(q, k, v, segments)[real], rtol=1e-5, atol=1e-5)
+    _assert_close(_gradients(attend, segments, 2, (4, 2)), _gradients(attention.plain, segments, 2, (4, 2)))
 
 
 def test_blocks_that_see_nobody_are_skipped():
@@ -128,18 +130,25 @@ def test_chunked_never_holds_the_scores_of_a_row():
 
 
 @pytest.mark.parametrize(
-    ("platform", "row_tokens", "shared", "chosen"),
+    ("platform", "row_tokens", "shared", "dtype", "chosen"),
     [
-        ("cpu", 128, False, "plain"),
-        ("cpu", 1024, True, "chunked"),
-        ("gpu", 1024, False, "cudnn"),
-        ("tpu", 1024, False, "splash"),
-        ("tpu", 1024, True, "chunked"),
+        ("cpu", 128, False, "bfloat16", "plain"),
+        ("cpu", 1024, True, "bfloat16", "chunked"),
+        ("gpu", 1024, False, "bfloat16", "cudnn"),
+        ("gpu", 1024, False, "float32", "chunked"),
+        ("gpu", 1025, False, "bfloat16", "chunked"),
+        ("tpu", 1024, False, "float32", "splash"),
+        ("tpu", 1024, True, "bfloat16", "chunked"),
     ],
 )
-def test_auto_chooses_by_platform_and_length(platform, row_tokens, shared, chosen):
-    given = dict(platform=platform, row_tokens=row_tokens, shared_prefixes=shared)
+def test_auto_chooses_by_platform_length_and_dtype(platform, row_tokens, shared, dtype, chosen):
+    given = dict(platform=platform, row_tokens=row_tokens, shared_prefixes=shared, dtype=dtype)
     assert attention.choose("auto", **given) == chosen
+    if chosen != "cudnn" and platform == "gpu":
+        with pytest.raises(
+            ValueError, match=f"'cudnn', which takes bfloat16 .* not {dtype} and {row_tokens}"
+        ):
+            attention.choose("cudnn", **given)
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,17 @@ SMALL = {
 }
 
 
+FIGURES = {f"time/{phase}" for phase in ("step", "table", "rollout", "reward", "logprobs", "update")}
+FIGURES |= {f"speed/{name}" for name in ("peak_memory", "step_tokens", "rollout_tokens", "reward_tokens")}
+FIGURES |= {"speed/logprob_tokens", "speed/update_tokens", "rows/fill", "gap/mean", "gap/max", "gap/kl"}
+FIGURES |= {
+    f"learner/{name}" for name in ("clip_low", "clip_high", "dual_clip", "ratio", "ratio_min", "ratio_max")
+}
+FIGURES |= {
+    f"learner/{name}" for name in ("loss", "policy_loss", "kl", "entropy", "grad_norm", "update_norm")
+}
+
+
 def _argv(workdir, *flags, **changes):
     settings = SMALL | {name.replace("__", "."): value for name, value in changes.items()}
     overrides = [f"--config.{name}={value}" for name, value in settings.items()]
@@ -113,6 +124,7 @@ def test_training_changes_the_parameters_and_writes_its_summary(finished):
     assert pathlib.Path(summary["checkpoint"]).is_dir() and pathlib.Path(summary["export"]).is_dir()
     rows = read_rows(finished / "metrics.jsonl")
     assert all(row["gap/max"] < 1e-4 for row in rows)
+    assert all(row.keys() >= FIGURES for row in rows)
     assert 0.1 < np.mean([row["rollout/mixed_fraction"] for row in rows]) < 0.9
     assert [row["step"] for row in rows if "eval/mean_at_n" in row] == [6, 12]
 
@@ -217,6 +229,23 @@ REFUSALS = {
     "rate": ([], {"mixing__rate": 1.5}, "rate 1.5"),
     "k": ([], {"mixing__k": 200}, "mixing.k is 200"),
     "mesh": ([], {"mesh__data": 3}, "mesh.data 3"),
+    "mesh axis": (
+        [],
+        {"mesh__data": 1, "mesh__tensor": 8},
+        "embed/embedding has 109 vocabulary rows (V), which mesh.tensor = 8 does not divide",
+    ),
+    "row length": (
+        [],
+        {"train__row_tokens": 40},
+        "train.row_tokens is 40, shorter than the longest sequence",
+    ),
+    "GSPO by token": (
+        [],
+        {"objective__algorithm": "gspo", "objective__aggregate": "token"},
+        "objective.aggregate is 'token' with objective.algorithm 'gspo'",
+    ),
+    "offload": ([], {"train__offload": "both"}, "train.offload is 'both', but devices of cpu have no memory"),
+    "attention": ([], {"train__attention": "cudnn"}, "train.attention is 'cudnn', which needs an NVIDIA GPU"),
     "mini-batches": ([], {"train__mini_batch_prompts": 3}, "rollout.prompts is 4, no multiple"),
     "top_p": ([], {"rollout__top_p": 0.9}, "rollout.top_p is 0.9"),
     "group of one": ([], {"rollout__group": 1}, "rollout.group is 1"),

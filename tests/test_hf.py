@@ -376,6 +376,9 @@ def test_a_directory_is_located_as_itself_and_a_hub_name_by_its_snapshot(tmp_pat
     assert hf.locate("someone/model", revision="v1") == tmp_path
     assert (asked["name"], asked["revision"]) == ("someone/model", "v1")
     assert {"config.json", "model*.safetensors", "tokenizer.json"} <= set(asked["allow_patterns"])
+    hf.locate("someone/model", weights=False)
+    assert {"config.json", "tokenizer.json"} <= set(asked["allow_patterns"])
+    assert not any("safetensors" in pattern for pattern in asked["allow_patterns"])
 
 
 @pytest.mark.parametrize("name", ["someone/no-such-model", "/no/such/directory", "./checkpoints/last"])

@@ -98,20 +98,22 @@ def _copy_of_start(start, workdir):
     return workdir
 
 
-def _assert_same_figures(rows, expected):
-    """All but times, the fill of rows, which depends on who packs what, and the cost of the neighbour table,
-    for rounding tips single rows over their bounds.
+# Of a single token, whose log-probability float32 does not give to 1e-5: with the weights of tiny's warm
+# start moved by 2^-24 of themselves it moves by 2e-7 in the mean, by 4e-6 at one token in a hundred, by 5e-5
+# at the most sensitive of ten thousand; with 16 rows computed at once in place of 32, by 1.7e-5 there.
+OF_ONE_TOKEN = ("gap/max", "learner/ratio_max", "learner/ratio_min")
 
-    To 1e-5; the largest and smallest of anything over single tokens, and the gap between sampler and trainer,
-    are what rounding makes of them, and agree to 1e-4.
+
+def _assert_same_figures(rows, expected):
+    """All to 1e-5 but times, the fill of rows, which depends on who packs what, and the cost of the neighbour
+    table, for rounding tips single rows over their bounds; those of one token to 1e-4.
     """
     assert [row["step"] for row in rows] == [row["step"] for row in expected]
     for row, other in zip(rows, expected, strict=True):
         assert row.keys() == other.keys()
         for name, value in other.items():
             if not name.startswith((*CLOCK_GROUPS, "table/")) and name != "rows/fill":
-                rounding = name.startswith("gap/") or name.endswith(("_max", "_min"))
-                near = 1e-4 if rounding else 1e-5
+                near = 1e-4 if name in OF_ONE_TOKEN else 1e-5
                 assert row[name] == pytest.approx(value, rel=near, abs=near), (row["step"], name)
 
 
@@ -181,10 +183,15 @@ def test_two_processes_have_the_metrics_of_one(alone, tmp_path):
     assert not list(workdir.glob(".host-*"))
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.long), 1])
-def test_killing_one_process_ends_the_others_with_a_sentence(alone, tmp_path, victim):
+@pytest.mark.parametrize(
+    ("processes", "victim"),
+    [(2, 1), pytest.param(2, 0, marks=pytest.mark.long), pytest.param(4, 2, marks=pytest.mark.long)],
+)
+def test_killing_one_process_ends_the_others_with_a_sentence(alone, tmp_path, processes, victim):
     workdir = _copy_of_start(alone, tmp_path / "run")
-    script = _start(workdir, 2, SMALL | {"train.steps": 400, "checkpoint.every": 400, "eval.every": 400})
+    script = _start(
+        workdir, processes, SMALL | {"train.steps": 400, "checkpoint.every": 400, "eval.every": 400}
+    )
     metrics = workdir / "metrics.jsonl"
     while script.poll() is None and not (metrics.exists() and metrics.read_text()):
         time.sleep(0.5)
@@ -195,8 +202,9 @@ def test_killing_one_process_ends_the_others_with_a_sentence(alone, tmp_path, vi
         if script.poll() is not None:
             break
     assert script.poll() not in (0, None), _logs(workdir)
-    other = (workdir / "logs" / f"process-{1 - victim}.log").read_text(errors="replace")
-    assert f"error: process {victim} of this run ended without a word" in other
+    for other in set(range(processes)) - {victim}:
+        said = (workdir / "logs" / f"process-{other}.log").read_text(errors="replace")
+        assert f"error: process {victim} of this run ended without a word" in said, (other, said[-3000:])
 
 
 def _process_id(script, index):

@@ -38,8 +38,8 @@ TEMPERATURE = 0.8
 PROMPTS = [[3, 4, 5], [7, 8, 9, 10, 11, 12, 13], [20] * 11, [31, 2]]
 
 
-def _params(seed):
-    params = decoder.init(jax.random.key(seed), CONFIG)
+def _params(seed, config=CONFIG):
+    params = decoder.init(jax.random.key(seed), config)
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     noisy = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
@@ -72,15 +72,16 @@ def _programs(
     logprob_chunk=64,
     attention="chunked",
     unroll=False,
+    config=CONFIG,
     **options,
 ):
     mesh = mesh or meshes.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     optimizer = make_optimizer(OPTIMIZER)
-    shapes = jax.eval_shape(lambda: update.init_state(decoder.init(jax.random.key(0), CONFIG), optimizer))
+    shapes = jax.eval_shape(lambda: update.init_state(decoder.init(jax.random.key(0), config), optimizer))
     shardings = meshes.state_shardings(mesh, shapes)
     attend = attentions.make(attention, mesh, block=16)
     programs = update.compile_programs(
-        Computation(CONFIG, TEMPERATURE, remat, logprob_chunk, attend, unroll, meshes.lookup_sharding(mesh)),
+        Computation(config, TEMPERATURE, remat, logprob_chunk, attend, unroll, meshes.lookup_sharding(mesh)),
         objective,
         optimizer,
         state_shardings=shardings,
@@ -360,10 +361,12 @@ def test_optimizer_warms_up_linearly():
     np.testing.assert_allclose(np.array(sizes) / sizes[-1], [0.25, 0.5, 0.75, 1, 1, 1], atol=1e-3)
 
 
-def test_no_device_gathers_the_vocabulary():
+@pytest.mark.parametrize("tied", [False, True])
+def test_no_device_gathers_the_vocabulary(tied):
     """Rows of the embedding and columns of the head stay where the tensor axis has them, both passes."""
-    programs, shardings, _ = _programs(meshes.make_mesh(2, 2, 2))
-    params = jax.device_put(_params(0), shardings.params)
+    config = dataclasses.replace(CONFIG, tie_embeddings=tied)
+    programs, shardings, _ = _programs(meshes.make_mesh(2, 2, 2), config=config)
+    params = jax.device_put(_params(0, config), shardings.params)
     prompts, written, advantages = _batch()
     ((rows, *_),) = packing.mini_batches(
         prompts, written, advantages, OBJECTIVE, count=1, row_tokens=64, rows=4, max_new_tokens=20
@@ -371,6 +374,7 @@ def test_no_device_gathers_the_vocabulary():
     placed = programs.place(rows)
     old_RT = jax.device_put(np.zeros((4, 64), np.float32), placed.weight_RT.sharding)
     lowered = programs.accumulate.lower(params, params, placed, old_RT, old_RT)
-    gathers = re.findall(r"= \(?(\S+?)\[([\d,]*)\]\S* all-gather", lowered.compile().as_text())
-    assert gathers, "fsdp gathers the other weights"
-    assert not [shape for _, shape in gathers if str(CONFIG.vocab_size) in shape.split(",")]
+    for program in (lowered, programs.score.lower(params, placed)):
+        gathers = re.findall(r"= \(?(\S+?)\[([\d,]*)\]\S* all-gather", program.compile().as_text())
+        assert gathers, "fsdp gathers the other weights"
+        assert not [shape for _, shape in gathers if str(CONFIG.vocab_size) in shape.split(",")]

@@ -43,7 +43,7 @@ start_process() {
 # after half a minute is killed.
 wait_for_all() {
   local status=0 ended
-  trap 'kill -KILL "${pids[@]}" 2>/dev/null || true' EXIT
+  trap 'kill -KILL "${pids[@]}" ${timer:+"$timer"} 2>/dev/null || true' EXIT
   # They agree on the step after which all stop, and write a checkpoint.
   trap 'note "stopping after this step"; kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM
   for ((left = processes; left > 0; left--)); do
@@ -55,6 +55,7 @@ wait_for_all() {
       status=$ended
       note "error: a process ended with status $status; see $NGRPO_WORKDIR/logs"
       (sleep 30 && kill -KILL "${pids[@]}") &>/dev/null &
+      timer=$!
       disown
     fi
   done
@@ -63,7 +64,7 @@ wait_for_all() {
 
 split_flags "$@"
 set -- "${ARGS[@]}"
-processes=1 port=29400 pids=()
+processes=1 port=29400 pids=() timer=
 while (($#)); do
   case $1 in
     --help | -h) show_help ;;

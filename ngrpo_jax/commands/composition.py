@@ -105,10 +105,12 @@ def compose(
 ) -> tuple[Source, ProblemSet, ProblemSet]:
     """The model, the training problems and the held-out ones; no weights are read yet, for they take longest.
 
+    Nor are they fetched from the hub before everything else is known to be right.
+
     With model.path "warm-start" and none made yet, the model is trained here, into WORKDIR/warm_start, and
     that is the only thing that is written; of several processes the first one does it, and the others wait.
     """
-    directory = locate_model(settings, workdir)
+    directory = locate_model(settings, workdir, weights=False)
     made = directory.is_dir()
     with tempfile.TemporaryDirectory() as folder:
         if not made:
@@ -126,7 +128,9 @@ def compose(
         training = load_set(settings, tokenizer, "train")
         held_out = load_set(settings, tokenizer, "test")
         here = distributed.place()
-        if not made and here.primary:
+        if made:
+            directory = locate_model(settings, workdir)
+        elif here.primary:
             warm_start(settings, config, tokenizer, training, folder, directory)
         distributed.exchange("the starting model is there", None)
     return Source(str(directory), config, language), training, held_out
@@ -152,10 +156,13 @@ def load_params(source: Source, devices: jax.sharding.Mesh) -> Any:
     return hf.read(source.directory, dtype="float32", place=place)[1]
 
 
-def locate_model(settings: Settings, workdir: pathlib.Path) -> pathlib.Path:
-    """The directory of the starting model; one that does not exist is a warm start still to be made."""
+def locate_model(settings: Settings, workdir: pathlib.Path, *, weights: bool = True) -> pathlib.Path:
+    """The directory of the starting model; one that does not exist is a warm start still to be made.
+
+    `weights`: as `hf.locate` takes it.
+    """
     if settings.model.path != WARM_START:
-        return pathlib.Path(hf.locate(settings.model.path, settings.model.revision))
+        return hf.locate(settings.model.path, settings.model.revision, weights=weights)
     directory = workdir / "warm_start"
     if directory.exists():
         made_by = json.loads((workdir / RECIPE).read_text(encoding="utf-8"))
@@ -253,6 +260,7 @@ def attention_name(settings: Settings) -> str:
         platform=jax.local_devices()[0].platform,
         row_tokens=settings.row_tokens,
         shared_prefixes=settings.train.share_prompts,
+        dtype=settings.model.dtype,
     )
 
 

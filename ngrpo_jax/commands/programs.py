@@ -39,10 +39,17 @@ def compile_update(
         packing.empty_rows(count, settings.row_tokens, like),
     )
     scores = jax.ShapeDtypeStruct((count, settings.row_tokens), jnp.float32, sharding=by_rows)
-    old = None if old_logprobs(settings) == "update" else scores
+    source = old_logprobs(settings)
+    old = None if source == "update" else scores
     reference = scores if settings.objective.kl_coef > 0 else None
+    # The learner's parameters are scored in float32, the reference model in the dtype that it is kept in.
+    of_learner = ["float32"] if source == "learner" else []
+    dtypes = dict.fromkeys(of_learner if reference is None else [*of_learner, config.dtype])
     compiled = {
-        "score": programs.score.lower(state.params, rows).compile(),
+        **{
+            f"score {dtype}": programs.score.lower(_in(dtype, state.params), rows).compile()
+            for dtype in dtypes
+        },
         "zeros": programs.zeros.lower(state.params).compile(),
         "accumulate": programs.accumulate.lower(state.params, state.params, rows, old, reference).compile(),
         "apply": programs.apply.lower(state, state.params).compile(),
@@ -54,6 +61,11 @@ def compile_update(
         else f"; a microbatch takes {console.format_bytes(analysis.temp_size_in_bytes)}"
     )
     return compiled, f"{len(compiled)} compiled in {console.format_seconds(time.monotonic() - begun)}{room}"
+
+
+def _in(dtype: str, params: Any) -> Any:
+    """Parameters (their shapes) of another dtype, which lie where these do."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding), params)
 
 
 def compile_rollout(

@@ -44,21 +44,25 @@ class Segments(NamedTuple):
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Segments], jax.Array]
 
 
-def choose(name: str, *, platform: str, row_tokens: int, shared_prefixes: bool) -> str:
+def choose(
+    name: str, *, platform: str, row_tokens: int, shared_prefixes: bool, dtype: str = "bfloat16"
+) -> str:
     """The implementation that "auto" stands for, or `name` if the machine can run it.
 
     Args:
       platform: of the devices, as jax.Device.platform has it.
       row_tokens: T.
       shared_prefixes: whether rows use `Segments.prefix`.
+      dtype: of queries, keys and values.
 
     Raises:
       ValueError: one sentence naming the setting train.attention.
     """
+    fused = dtype != "float32" and row_tokens % 2 == 0  # what cuDNN's backward pass takes
     if name == "auto":
         if row_tokens <= SHORT_ROW:
             return "plain"
-        best = {"tpu": "chunked" if shared_prefixes else "splash", "gpu": "cudnn"}
+        best = {"tpu": "chunked" if shared_prefixes else "splash", "gpu": "cudnn" if fused else "chunked"}
         return best.get(platform, "chunked")
     if name not in NAMES:
         raise ValueError(f"train.attention is {name!r}; it must be one of auto, {', '.join(NAMES)}.")
@@ -67,6 +71,11 @@ def choose(name: str, *, platform: str, row_tokens: int, shared_prefixes: bool) 
         raise ValueError(
             f"train.attention is {name!r}, which needs {needs[name][1]}, but this run is on {platform}; "
             "choose auto, plain or chunked."
+        )
+    if name == "cudnn" and not fused:
+        raise ValueError(
+            f"train.attention is 'cudnn', which takes bfloat16 and rows of even length, not {dtype} and "
+            f"{row_tokens}; choose auto, plain or chunked, or change model.dtype or train.row_tokens."
         )
     if name == "splash" and shared_prefixes:
         raise ValueError(

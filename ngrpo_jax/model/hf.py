@@ -133,8 +133,12 @@ def save(
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def locate(name_or_dir: str | os.PathLike, revision: str | None = None) -> pathlib.Path:
+def locate(
+    name_or_dir: str | os.PathLike, revision: str | None = None, *, weights: bool = True
+) -> pathlib.Path:
     """The local directory of a model: `name_or_dir` itself, or a snapshot of that name from the hub.
+
+    Without `weights` only the small files are fetched, which say whether the model is one to fetch whole.
 
     Raises:
       FileNotFoundError: neither a directory nor a model that the hub gives out.
@@ -150,7 +154,8 @@ def locate(name_or_dir: str | os.PathLike, revision: str | None = None) -> pathl
     import huggingface_hub  # here alone: it is slow to import, and a directory needs none of it
     from huggingface_hub import errors
 
-    patterns = [*TOKENIZER_FILES, _CONFIG, _GENERATION, "model*.safetensors", hf_weights.INDEX]
+    patterns = [*TOKENIZER_FILES, _CONFIG, _GENERATION]
+    patterns += ["model*.safetensors", hf_weights.INDEX] if weights else []
     try:
         return pathlib.Path(
             huggingface_hub.snapshot_download(str(name_or_dir), revision=revision, allow_patterns=patterns)

@@ -81,8 +81,12 @@ def _tell(message: Json) -> None:
 
 
 def _hear() -> Json:
+    """What the watcher answers; OSError where it has ended."""
     assert _watcher is not None and _watcher.stdout is not None
-    return json.loads(_watcher.stdout.readline() or "{}")
+    line = _watcher.stdout.readline()
+    if not line:
+        raise OSError("the watcher beside this process has ended: without it no other would learn of its end")
+    return json.loads(line)
 
 
 def announce_end(text: str, status: int, *, communication: bool) -> Json | None:

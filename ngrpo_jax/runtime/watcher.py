@@ -8,8 +8,10 @@ processes compute.
 The watcher of process 0 listens; the others connect to it. All talk in lines of JSON. A connection that
 breaks without a goodbye, a parent that ends without one, and SILENCE_S without a sign of life are an end
 without a word. The news goes to everybody; each prints it, gives its parent a moment to end, and kills it.
+Whoever does not know the secret of the run (a scan of the port, say) is let go and changes nothing.
 """
 
+import contextlib
 import json
 import os
 import secrets
@@ -26,6 +28,10 @@ GRACE_S = 2.0  # how long a parent may take to end by itself
 NEWS_WAIT_S = 10.0  # a communication error waits so long for the news of its cause
 LINGER_S = 3.0  # the runtime may abort a parent before the news of the cause is here
 STAY_S = 6.0  # process 0 ends last, if it can: the runtime aborts the others, with a dump, when it is gone
+LONGEST = 1 << 20  # bytes of a line: what is longer comes from no watcher
+# What a scheduler or a terminal sends to all processes of a job is a wish to the parent. Who sees the parent
+# end has to outlive it, and ends by itself then.
+IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Line:
@@ -49,7 +55,7 @@ class Line:
         return True
 
     def receive(self):
-        """Whole messages that have come, None at the end of the connection."""
+        """Whole messages that have come, None at the end of the connection or of what can be understood."""
         try:
             data = os.read(self.fileno(), 65536)
         except OSError:
@@ -58,7 +64,12 @@ class Line:
             return None
         self.silent = 0
         *lines, self._buffer = (self._buffer + data).split(b"\n")
-        return [json.loads(line) for line in lines if line]
+        try:
+            messages = [json.loads(line) for line in lines if line]
+        except (ValueError, RecursionError):
+            return None
+        understood = all(isinstance(message, dict) for message in messages)
+        return messages if understood and len(self._buffer) <= LONGEST else None
 
 
 class Watcher:
@@ -86,6 +97,7 @@ class Watcher:
         dual = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if dual else socket.AF_INET
         self.listener = socket.create_server(("", 0), family=family, dualstack_ipv6=dual)
+        self.listener.setblocking(False)
         self.selector.register(self.listener, selectors.EVENT_READ, self.accept)
         return self.listener.getsockname()[1]
 
@@ -112,7 +124,12 @@ class Watcher:
         return line
 
     def accept(self, listener):
-        self.add(listener.accept()[0])
+        try:
+            connection = listener.accept()[0]
+        except OSError:  # whoever it was has gone again
+            return
+        connection.setblocking(True)
+        self.add(connection)
 
     def run(self):
         """Until the parent has ended."""
@@ -215,6 +232,8 @@ class Watcher:
         """For the parent, which has ended; also where it could not say why."""
         if self.leaving:
             self.tell(self.peers, {"bye": self.process})
+        elif self.own is None and self.news is None and self.question:
+            self.answer()  # the parent had said why, and was ended while it waited
         elif self.own is None and self.news is None:
             text = "ended without a word"
             self.tell(self.peers, {"process": self.process, "how": "lost", "text": text, "status": 1})
@@ -225,8 +244,9 @@ class Watcher:
         self.deadline = None
 
     def reply(self, message):
-        sys.stdout.write(json.dumps(message) + "\n")
-        sys.stdout.flush()
+        # The parent may have ended while it waited, which `from_parent` sees.
+        with contextlib.suppress(BrokenPipeError):
+            os.write(sys.stdout.fileno(), json.dumps(message).encode() + b"\n")
 
 
 def sentence(news):
@@ -239,7 +259,8 @@ def sentence(news):
 
 def main(process, parent):
     """Watches over the process with the id `parent`, number `process` of its run."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in IGNORED:
+        signal.signal(number, signal.SIG_IGN)
     watcher = Watcher(process, parent)
     if process == 0:
         watcher.reply({"port": watcher.listen(), "secret": watcher.secret})

@@ -1,0 +1,38 @@
+"""The parts of a run before its first step: what is loaded and where it lies."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import base
+from ngrpo_jax.commands import composition
+from ngrpo_jax.commands.run import prepare
+from ngrpo_jax.model import decoder
+from ngrpo_jax.model.config import ModelConfig
+from ngrpo_jax.runtime import mesh as meshes
+from ngrpo_jax.settings import resolve
+from ngrpo_jax.tasks.datasets import Problem
+
+CONFIG = ModelConfig("qwen2", 32, 16, 32, 2, 4, 2, 4, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.01])
+def test_the_reference_is_a_sharded_copy_in_the_compute_dtype_and_none_without_kl(tmp_path, kl_coef):
+    config = base.get_config()
+    config.objective.kl_coef = kl_coef
+    config.mesh.data = config.mesh.fsdp = config.mesh.tensor = 2
+    mesh = meshes.make_mesh(2, 2, 2)
+    shardings = meshes.param_shardings(mesh, composition.parameter_shapes(CONFIG))
+    params = jax.device_put(decoder.init(jax.random.key(0), CONFIG), shardings)
+    problems = composition.ProblemSet([Problem("1", "1+1", "2")], [[1, 2]], 0)
+    parts = (composition.Source("nowhere", CONFIG, None), problems, problems)
+    fresh = types.SimpleNamespace(latest_step=lambda: None)
+    run, position = prepare(resolve(config), tmp_path, parts, mesh, params, fresh)
+    assert {leaf.dtype for leaf in jax.tree.leaves(position.state.params)} == {jnp.dtype("float32")}
+    if kl_coef == 0:
+        assert run.reference is None
+        return
+    for own, sharding in zip(jax.tree.leaves(run.reference), jax.tree.leaves(shardings), strict=True):
+        assert own.dtype == jnp.bfloat16 and own.sharding.is_equivalent_to(sharding, own.ndim)
