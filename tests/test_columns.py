@@ -140,7 +140,7 @@ def test_decode_copies_no_cache():
 
 
 def test_a_step_computes_no_angle():
-    """Cosines and sines stand outside of the loop over steps: inside, they would be computed in every layer."""
+    """Cosines and sines stand outside of the loop over steps; inside, every layer would compute them."""
     config, params, _, _ = golden("qwen3")
     cache = kv.init(config, 2, 8)
     turned = columns.turns(config, cache.columns)

@@ -126,7 +126,7 @@ def decode_step(
 
     The cache is written in place where it is donated or carried by a loop. A row that is full loses its
     oldest token, which spoils that row and no other. `turned` is `turns` of the cache's columns, made outside
-    of the loop: inside, XLA would compute each cosine anew in every layer and head, on CPU a twelfth of a step.
+    of the loop: inside, XLA would compute each cosine anew in every layer and head.
     """
     B = cache.lengths_B.shape[0]
     chex.assert_shape(inputs.ids, (B, None))
