@@ -181,10 +181,12 @@ def files_of(folder):
     return sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
 
 
-def test_building_twice_gives_the_same_bytes(tmp_path):
-    own = write(tmp_path / "own/gpqa_diamond.csv", science(198)).parent
+@pytest.mark.parametrize("name", builders.NAMES)
+def test_building_twice_gives_the_same_bytes(name, tmp_path):
+    rows = science(198) if name == "gpqa_diamond" else problems(40)
+    own = write(tmp_path / "own" / f"{name}.csv", rows).parent
     for folder in ("a", "b"):
-        builders.build("gpqa_diamond", data_dir=tmp_path / folder, manual_dir=own)
+        builders.build(name, data_dir=tmp_path / folder, manual_dir=own)
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b") and files_of(tmp_path / "a")
     for path in files_of(tmp_path / "a"):
         assert filecmp.cmp(tmp_path / "a" / path, tmp_path / "b" / path, shallow=False), path
