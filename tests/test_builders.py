@@ -442,6 +442,7 @@ def test_a_choice_without_a_letter_is_refused(tmp_path):
         ("gsm8k", "(the nearest data set is tfds:gsm8k)"),
         ("tfds:math50", "no TFDS data set 'math50': neither prepared"),
         ("tfds:math50", "the nearest known one is math500"),
+        ("tfds:gpqa", "the nearest known one is gpqa_diamond"),
         ("tfds:deepscaler/part", "has no configuration 'part'; it has main, subset"),
         ("tfds:math500:2.0.0?manual_dir={}/own", "math500 is at version 1.0.0, not 2.0.0"),
         ("tfds:math500?manual_dir={}/own&seed=1", "seed=1 is not understood"),

@@ -138,6 +138,12 @@ def test_finished_problems_are_not_done_again(whole, model, capsys, monkeypatch)
     assert whole[1].stat().st_mtime_ns == before
 
 
+def test_the_speed_of_grading_is_told(model, tmp_path, capsys):
+    _run(model, tmp_path, eval__problems=2)
+    told = re.search(r"graded at ([\d.]+)[ kM]+verdicts/s, (\d+) without a verdict", capsys.readouterr().out)
+    assert told and float(told[1]) > 0 and told[2] == "0"
+
+
 def test_a_row_has_tokens_flags_and_the_verdict(whole):
     rows = [json.loads(line) for line in whole[1].read_text().split("\n")[1:-1]]
     assert [(row["id"], row["sample"]) for row in rows][:4] == [
@@ -250,6 +256,8 @@ def test_what_cannot_be_read_or_compared_is_one_sentence(whole, tmp_path, capsys
         ({}, ("--sets=arithmetic; arithmetic",), "two sets called 'arithmetic'"),
         ({}, ("--sets=arithmetic;;x",), "empty entry"),
         ({}, ("--sets=arithmetic prompt=maths",), "data.prompt is 'maths'"),
+        ({"reward__kind": "math"}, ("--sets=tfds:gpqa_diamond prompt=choice",), "is multiple choice, but"),
+        ({}, ("--sets=tfds:gpqa_diamond?manual_dir=x prompt=math",), "set both to choice"),
         ({"eval__max_new_tokens": 5000}, (), "the model has 4096 positions"),
         ({"eval__temperature": 0.5}, (), "eval.temperature 1.0, not 0.5"),
         ({"seed": 3}, (), "seed 0, not 3"),
