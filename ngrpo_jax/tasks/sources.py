@@ -66,10 +66,10 @@ def read_rows(source: str, *, split: str, seed: int, size: int | None) -> Rows:
             raise ValueError(f"unknown kind of data source {source!r}; did you mean {near[0]}:{rest}?")
         given = import_function(source, "the data source")(split=split, seed=seed)
         return Rows(source, enumerate(given, 1), _field_names(source, "")[0])
-    near = _nearest(source)
+    known = _nearest(source)
     raise ValueError(
         f"unknown data source {source!r}; write arithmetic, jsonl:PATH, json:PATH, csv:PATH, parquet:PATH, "
-        f"tfds:NAME or package.module:function{f' (the nearest data set is tfds:{near})' if near else ''}"
+        f"tfds:NAME or package.module:function{f' (the nearest data set is tfds:{known})' if known else ''}"
     )
 
 
