@@ -11,6 +11,7 @@ from ngrpo_jax import evaluate
 from ngrpo_jax.commands import commandline, evaluation, generations
 from ngrpo_jax.commands.composition import ProblemSet
 from ngrpo_jax.report import __main__ as report
+from ngrpo_jax.report.embeddings import visible
 
 TINY = pathlib.Path(__file__).parent.parent / "configs" / "tiny.py"
 SMALL = {
@@ -311,6 +312,10 @@ def test_report_lists_neighbours_and_draws_the_plane(model, tmp_path, capsys):
     assert status == 2 and "--tokens is missing" in err
     status, _, err = _reported(capsys, "neighbours", *flags)
     assert status == 2 and "it has neighbors, pca, diversity" in err
+
+
+def test_no_token_is_listed_unseen():
+    assert visible(" a\n\t") == "␣a⏎⇥" and visible("\x0c\u00a0é") == "\\x0c\\xa0é" and visible("") == ""
 
 
 def test_report_measures_the_diversity_of_stored_groups(whole, tmp_path, capsys):
