@@ -127,7 +127,7 @@ def complete(
 ) -> None:
     """Writes, grades and stores the responses that the store lacks, block by block."""
     settings, samples, count = one.settings, one.settings.eval.samples, len(problems.problems)
-    begun, tokens, done_before = time.monotonic(), 0, store.done
+    begun, tokens, done_before, graded_before = time.monotonic(), 0, store.done, grader.snapshot()
     size = max(1, BLOCK_OF_SLOTS * settings.rollout.slots // samples)
     mixes = evaluation.evaluation_draws(settings).mixes
     line = console.Progress(one.name, count * samples, "sequences", start=done_before * samples, keep=False)
@@ -147,10 +147,13 @@ def complete(
             store.append(rows_of(answered, problems, numbers, settings.reward.kind, cosines))
             tokens += int(answered.trajectories.lengths_B.sum())
     seconds = time.monotonic() - begun
+    graded = grader.snapshot().since(graded_before)
     if tokens:
+        without = graded.timeouts + graded.failures
         print(
             f"{one.name}: {count - done_before} problems × {samples} samples in "
-            f"{console.format_seconds(seconds)} ({console.format_rate(tokens / seconds, 'tokens')})",
+            f"{console.format_seconds(seconds)} ({console.format_rate(tokens / seconds, 'tokens')}); "
+            f"graded at {console.format_rate(graded.per_second, 'verdicts')}, {without} without a verdict",
             flush=True,
         )
 

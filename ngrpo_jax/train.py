@@ -29,7 +29,7 @@ from ngrpo_jax.rollout.trajectory import Trajectories
 from ngrpo_jax.runtime import console, distributed, ending, hardware, mesh, metrics, preflight
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.settings import TrainSettings, resolve
-from ngrpo_jax.tasks.rewards import Grader
+from ngrpo_jax.tasks.rewards import Counts, Grader
 
 SAMPLES_A_STEP = 2  # responses of each step that go to samples.jsonl
 
@@ -146,7 +146,9 @@ def train_step(
     with _timed(seconds, "reward"):
         texts = evaluation.response_texts(run.source.language, trajectories)
         golds = [problem.answer for problem in problems for _ in range(rollout.group)]
+        before = grader.snapshot()
         rewards_B = np.asarray(grader.score(texts, golds, settings.reward.kind), np.float32)
+        graded = grader.snapshot().since(before)
     outcome = evaluation.gather_outcome("rollout", trajectories, rewards_B, rollout.group)
     figures = evaluation.rollout_figures(actor, trajectories, outcome)
     del actor  # the rollout's copy of the parameters must not outlive the rollout
@@ -162,7 +164,7 @@ def train_step(
     with _timed(seconds, "table"):
         followed = table.after_update(run, served, before_VD, state.params)
     row = {
-        **reward_figures(outcome.rewards_PG),
+        **reward_figures(outcome.rewards_PG, graded),
         **figures,
         **learned,
         **({} if served is None else served.figures),
@@ -256,11 +258,20 @@ def learner_speed(
     return {**figures, "speed/peak_memory": float(max(held))} if held else figures
 
 
-def reward_figures(rewards_PG: np.ndarray) -> dict[str, float]:
-    """Mean and deviation of the rewards, and the share of groups in which all are alike."""
+def reward_figures(rewards_PG: np.ndarray, graded: Counts) -> dict[str, float]:
+    """Mean and deviation of the rewards, the share of groups in which all are alike, and how grading went.
+
+    Args:
+      rewards_PG: of all hosts.
+      graded: what this host's grader did for them. Every process has to call this.
+    """
+    own = [graded.graded, graded.seconds, graded.timeouts + graded.failures]
+    verdicts, took, without = zip(*distributed.exchange("grading", own), strict=True)
     return {
         "reward/mean": float(rewards_PG.mean()),
         "reward/std": float(rewards_PG.std()),
+        "reward/no_verdict": sum(without) / sum(verdicts),
+        "speed/verdicts": sum(verdicts) / max(took),
         "groups/zero_variance": float((rewards_PG.max(axis=1) == rewards_PG.min(axis=1)).mean()),
     }
 

@@ -76,6 +76,14 @@ def test_the_papers_averages_are_those_of_its_sets():
         ({"strategy": "noise"}, "STHT"),
         ({"strategy": "gumbel"}, "Gumbel"),
         ({"algorithm": "gspo", "rate": 0.3}, None),
+        (paper.NEIGHBOR, "N-GRPO"),
+        ({"k": 2}, None),
+        ({"weights": "probs"}, None),
+        ({"keep_out": "7"}, None),
+        ({"k": 2, "trained": False}, "base"),
+        ({"k": 2, "rate": 0.0}, "GRPO"),
+        ({"k": 10, "strategy": "gumbel"}, "Gumbel"),
+        ({"k": 2, "trained": False, "mixes": True}, None),
     ],
 )
 def test_methods_by_the_papers_names(changes, name):

@@ -13,13 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import bounds, chunks, measure, rollout, shapes
+from benchmarks import bounds, chunks, measure, rollout, shapes, strategies
 from benchmarks.peer import Peer
 from ngrpo_jax.algo.mixture import neighbor_mixture
 from ngrpo_jax.algo.neighbors import neighbor_table
+from ngrpo_jax.commands import commandline
 from ngrpo_jax.model import columns, decoder
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.runtime import preflight
+from ngrpo_jax.settings import resolve
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = ModelConfig("qwen2", 64, 16, 24, 2, 4, 2, 8, tie_embeddings=False)
@@ -52,6 +54,14 @@ def test_the_accelerator_benchmark_runs_where_only_jax_flax_optax_and_chex_are(t
     for table in tables.values():
         numbers = [value for row in table["rows"] for value in row if isinstance(value, float)]
         assert numbers and all(0 < number < math.inf for number in numbers), table["title"]
+
+
+@pytest.mark.parametrize("name", strategies.STRATEGIES)
+def test_what_a_strategy_sets_is_settings_of_mixing(name):
+    config = commandline.load_config(str(ROOT / "configs" / "tiny.py"))
+    for leaf, value in strategies.STRATEGIES[name].mixing.items():
+        config.mixing[leaf] = value
+    assert resolve(config).mixing.active == (name != "grpo")
 
 
 def test_sides_take_turns_and_every_side_begins_a_round():

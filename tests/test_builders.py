@@ -181,10 +181,12 @@ def files_of(folder):
     return sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
 
 
-def test_building_twice_gives_the_same_bytes(tmp_path):
-    own = write(tmp_path / "own/gpqa_diamond.csv", science(198)).parent
+@pytest.mark.parametrize("name", builders.NAMES)
+def test_building_twice_gives_the_same_bytes(name, tmp_path):
+    rows = science(198) if name == "gpqa_diamond" else problems(40)
+    own = write(tmp_path / "own" / f"{name}.csv", rows).parent
     for folder in ("a", "b"):
-        builders.build("gpqa_diamond", data_dir=tmp_path / folder, manual_dir=own)
+        builders.build(name, data_dir=tmp_path / folder, manual_dir=own)
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b") and files_of(tmp_path / "a")
     for path in files_of(tmp_path / "a"):
         assert filecmp.cmp(tmp_path / "a" / path, tmp_path / "b" / path, shallow=False), path
@@ -440,6 +442,7 @@ def test_a_choice_without_a_letter_is_refused(tmp_path):
         ("gsm8k", "(the nearest data set is tfds:gsm8k)"),
         ("tfds:math50", "no TFDS data set 'math50': neither prepared"),
         ("tfds:math50", "the nearest known one is math500"),
+        ("tfds:gpqa", "the nearest known one is gpqa_diamond"),
         ("tfds:deepscaler/part", "has no configuration 'part'; it has main, subset"),
         ("tfds:math500:2.0.0?manual_dir={}/own", "math500 is at version 1.0.0, not 2.0.0"),
         ("tfds:math500?manual_dir={}/own&seed=1", "seed=1 is not understood"),

@@ -13,6 +13,7 @@ from ngrpo_jax.commands import commandline
 from ngrpo_jax.model import hf
 from ngrpo_jax.report import __main__ as report
 from ngrpo_jax.runtime.metrics import CLOCK_GROUPS, read_rows
+from ngrpo_jax.tasks.rewards import Counts
 
 TINY = pathlib.Path(__file__).parent.parent / "configs" / "tiny.py"
 SMALL = {
@@ -127,6 +128,15 @@ def test_training_changes_the_parameters_and_writes_its_summary(finished):
     assert all(row.keys() >= FIGURES for row in rows)
     assert 0.1 < np.mean([row["rollout/mixed_fraction"] for row in rows]) < 0.9
     assert [row["step"] for row in rows if "eval/mean_at_n" in row] == [6, 12]
+    assert all(row["speed/verdicts"] > 0 and row["reward/no_verdict"] == 0 for row in rows)
+    assert summary["zero_variance"] == np.mean([row["groups/zero_variance"] for row in rows])
+
+
+def test_figures_of_rewards_and_their_grading():
+    graded = Counts(graded=8, timeouts=1, failures=1, seconds=2.0)
+    figures = train.reward_figures(np.array([[1.0, 0.0], [1.0, 1.0]], np.float32), graded)
+    assert figures["reward/mean"] == 0.75 and figures["groups/zero_variance"] == 0.5
+    assert figures["speed/verdicts"] == 4.0 and figures["reward/no_verdict"] == 0.25
 
 
 def test_both_the_latest_and_the_best_by_the_chosen_metric_are_kept_and_told(tmp_path, capsys):

@@ -11,6 +11,7 @@ from ngrpo_jax import evaluate
 from ngrpo_jax.commands import commandline, evaluation, generations
 from ngrpo_jax.commands.composition import ProblemSet
 from ngrpo_jax.report import __main__ as report
+from ngrpo_jax.report.embeddings import visible
 
 TINY = pathlib.Path(__file__).parent.parent / "configs" / "tiny.py"
 SMALL = {
@@ -138,6 +139,12 @@ def test_finished_problems_are_not_done_again(whole, model, capsys, monkeypatch)
     assert whole[1].stat().st_mtime_ns == before
 
 
+def test_the_speed_of_grading_is_told(model, tmp_path, capsys):
+    _run(model, tmp_path, eval__problems=2)
+    told = re.search(r"graded at ([\d.]+)[ kM]+verdicts/s, (\d+) without a verdict", capsys.readouterr().out)
+    assert told and float(told[1]) > 0 and told[2] == "0"
+
+
 def test_a_row_has_tokens_flags_and_the_verdict(whole):
     rows = [json.loads(line) for line in whole[1].read_text().split("\n")[1:-1]]
     assert [(row["id"], row["sample"]) for row in rows][:4] == [
@@ -250,6 +257,8 @@ def test_what_cannot_be_read_or_compared_is_one_sentence(whole, tmp_path, capsys
         ({}, ("--sets=arithmetic; arithmetic",), "two sets called 'arithmetic'"),
         ({}, ("--sets=arithmetic;;x",), "empty entry"),
         ({}, ("--sets=arithmetic prompt=maths",), "data.prompt is 'maths'"),
+        ({"reward__kind": "math"}, ("--sets=tfds:gpqa_diamond prompt=choice",), "is multiple choice, but"),
+        ({}, ("--sets=tfds:gpqa_diamond?manual_dir=x prompt=math",), "set both to choice"),
         ({"eval__max_new_tokens": 5000}, (), "the model has 4096 positions"),
         ({"eval__temperature": 0.5}, (), "eval.temperature 1.0, not 0.5"),
         ({"seed": 3}, (), "seed 0, not 3"),
@@ -303,6 +312,10 @@ def test_report_lists_neighbours_and_draws_the_plane(model, tmp_path, capsys):
     assert status == 2 and "--tokens is missing" in err
     status, _, err = _reported(capsys, "neighbours", *flags)
     assert status == 2 and "it has neighbors, pca, diversity" in err
+
+
+def test_no_token_is_listed_unseen():
+    assert visible(" a\n\t") == "␣a⏎⇥" and visible("\x0c\u00a0é") == "\\x0c\\xa0é" and visible("") == ""
 
 
 def test_report_measures_the_diversity_of_stored_groups(whole, tmp_path, capsys):

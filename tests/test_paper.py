@@ -1,8 +1,14 @@
 """The paper's experiments: what is compared differs in nothing else, and the document's table is true."""
 
+import ast
+import re
+
 import pytest
 
 from docs import paper_table
+from ngrpo_jax.analysis import paper
+from ngrpo_jax.commands import commandline
+from ngrpo_jax.settings import resolve
 
 SHARED = {"mesh.fsdp": 8}
 GSPO = {"objective.algorithm": "gspo", "objective.clip_low": 3e-4, "objective.clip_high": 4e-4}
@@ -88,11 +94,35 @@ def test_the_documents_table_is_what_the_configs_set():
     assert paper_table.rewritten(document) == document, "run python -m docs.paper_table"
 
 
-def test_the_document_names_every_config():
+def _lines_about(name):
+    """The document's lines, but for its generated table, that name this config and not one like it."""
     document = paper_table.DOCUMENT.read_text(encoding="utf-8")
     prose = document.partition(paper_table.BEGIN)[0] + document.partition(paper_table.END)[2]
+    whole = re.compile(rf"(?<![\w/]){re.escape(name)}(?!\w)")
+    return [line for line in prose.split("\n") if whole.search(line)]
+
+
+def test_the_document_names_every_config():
     for path in paper_table.paper_configs():
-        assert path.stem in prose or path.parent.name == "released", path.stem
+        assert _lines_about(paper_table.name_of(path)), path
+
+
+@pytest.mark.parametrize("name", [*COMPARED, *(f"ngrpo_{backbone}" for backbone in MODELS)])
+def test_the_expected_figure_is_the_papers_in_the_document_and_in_the_config(name):
+    file = paper_table.CONFIGS / f"{name}.py"
+    settings = resolve(commandline.load_config(str(file)))
+    trained = {
+        leaf: getattr(settings.mixing, leaf) for leaf in ("strategy", "rate", "metric", *paper.NEIGHBOR)
+    }
+    method = paper.method(
+        trained=settings.mixing.strategy != "soft",
+        mixes=settings.eval.mixing,
+        algorithm=settings.objective.algorithm,
+        **trained,
+    )
+    expected = paper.TABLE[paper.backbone(settings.model.path)][method]["average"].pass_32
+    assert any(line.startswith("|") and f"{expected:.2f}" in line for line in _lines_about(name))
+    assert f"{expected:.2f} %" in ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
 
 
 def test_a_table_without_its_marks_is_refused():

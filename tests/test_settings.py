@@ -51,7 +51,19 @@ def test_base_is_the_papers_table_of_hyperparameters():
         4,
         16,
     )
-    assert (settings.objective.clip_low, settings.objective.dual_clip) == (0.2, 3.0)
+    objective, optimizer = settings.objective, settings.optimizer
+    assert (objective.clip_low, objective.clip_high, objective.dual_clip) == (0.2, 0.2, 3.0)
+    assert (optimizer.clip_norm, optimizer.weight_decay, optimizer.warmup_steps) == (1.0, 0.01, 0)
+    assert (objective.kl_estimator, objective.aggregate, objective.scale_by_std) == ("k3", "sequence", True)
+    assert (settings.mixing.metric, settings.mixing.table, settings.mixing.until) == (
+        "cosine",
+        "embedding",
+        "</think>",
+    )
+    assert (settings.mixing.weights, settings.mixing.token) == ("logits", "anchor")
+    assert (settings.checkpoint.best_metric, settings.data.eval) == ("mean_at_n", "tfds:aime24")
+    assert settings.train.steps * settings.rollout.prompts == 40_000 and not settings.eval.mixing
+    assert (settings.eval.max_new_tokens, settings.eval.pass_k) == (8192, (16, 32))
     assert (settings.data.max_prompt_tokens, settings.rollout.max_new_tokens) == (4096, 8192)
     assert (settings.eval.samples, settings.eval.temperature, settings.eval.top_p) == (32, 0.6, 0.95)
 

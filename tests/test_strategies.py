@@ -9,13 +9,13 @@ import pytest
 
 from ngrpo_jax.algo import sampling, strategies
 from ngrpo_jax.algo.mixture import Mixing, embed
-from ngrpo_jax.algo.neighbors import neighbor_table
+from ngrpo_jax.algo.neighbors import METRICS, neighbor_table
 
 V, D, B = 23, 6, 12
 TEMPERATURE = 0.7
 OUT = (3, 8, 15, 20)  # kept out of mixing, where a test keeps any
 MIXINGS = {
-    "neighbor": Mixing("neighbor", k=3),
+    **{f"neighbor by {metric}": Mixing("neighbor", k=3, metric=metric) for metric in METRICS},
     "neighbor by probabilities": Mixing("neighbor", k=4, weights="probs"),
     "neighbor, sampled token": Mixing("neighbor", k=2, token="sampled"),
     "soft": Mixing("soft", k=4),
@@ -30,7 +30,7 @@ def embedding():
     return np.random.default_rng(0).normal(size=(V, D)).astype(np.float32)
 
 
-def _draw(embedding, size=B, seed=1, k=3, **truncation):
+def _draw(embedding, size=B, seed=1, k=3, metric="cosine", **truncation):
     rng = np.random.default_rng(seed)
     logits = jnp.asarray(rng.normal(size=(size, V)) * 2, jnp.float32)
     law = sampling.truncate(logits, **truncation)
@@ -41,7 +41,7 @@ def _draw(embedding, size=B, seed=1, k=3, **truncation):
         sampling.sample(law, jnp.asarray(rng.random(size), jnp.float32)),
         jax.random.key_data(keys),
         jnp.asarray(rng.integers(0, 99, size), jnp.int32),
-        neighbor_table(embedding, k),
+        neighbor_table(embedding, k, metric=metric),
         TEMPERATURE,
     )
 
@@ -49,6 +49,18 @@ def _draw(embedding, size=B, seed=1, k=3, **truncation):
 def _softmax(x):
     x = np.exp(np.asarray(x, np.float64) - np.max(x))
     return x / x.sum()
+
+
+def _candidates(rows, anchor, k, metric):
+    """The anchor, then the k - 1 rows nearest to it, each found by itself: no table, no symmetry."""
+    nearness = {
+        "cosine": lambda row, other: row @ other / np.sqrt((row @ row) * (other @ other)),
+        "dot": lambda row, other: row @ other,
+        "l2": lambda row, other: -np.sqrt(((row - other) ** 2).sum()),
+        "l1": lambda row, other: -np.abs(row - other).sum(),
+    }[metric]
+    others = sorted(set(range(len(rows))) - {anchor}, key=lambda i: -nearness(rows[anchor], rows[i]))
+    return [anchor, *others[: k - 1]]
 
 
 def _key(draw, row, stream):
@@ -62,7 +74,7 @@ def _oracle(mixing, draw, row, embedding):
     token, position, out = int(draw.token_B[row]), int(draw.position_B[row]), set(mixing.keep_out_ids)
     best = int(np.argmax(logits))
     if mixing.strategy == "neighbor":
-        ids = np.asarray(draw.table_VC)[best]
+        ids = _candidates(rows, best, mixing.k, mixing.metric)
         scores = logits[ids] if mixing.weights == "logits" else _softmax(logits)[ids] / TEMPERATURE
         return best, best if mixing.token == "anchor" else token, _softmax(scores) @ rows[ids]
     if mixing.strategy == "soft":
@@ -95,7 +107,7 @@ def _oracle(mixing, draw, row, embedding):
 @pytest.mark.parametrize("name", MIXINGS)
 def test_input_embedding_and_token_of(name, keep_out_ids, embedding):
     mixing = dataclasses.replace(MIXINGS[name], keep_out_ids=keep_out_ids)
-    draw = _draw(embedding, 4 * B, k=mixing.k)
+    draw = _draw(embedding, 4 * B, k=mixing.k, metric=mixing.metric)
     gate = np.arange(4 * B) % 4 != 0
     token, mixture, mixed = next_input(mixing, draw, jnp.asarray(gate))
     assert mixture.ids.shape == mixture.weights.shape == (4 * B, mixing.candidates)
@@ -112,6 +124,13 @@ def test_input_embedding_and_token_of(name, keep_out_ids, embedding):
         assert token[row] == written
         np.testing.assert_allclose(fed[row], expected, rtol=2e-4, atol=2e-5)
     assert bool(kept) == bool(keep_out_ids) and mixed.sum() > B
+
+
+def test_metrics_differ_on_these_rows(embedding):
+    """Where all metrics had the same neighbours, one oracle for each would prove nothing."""
+    rows = embedding.astype(np.float64)
+    found = [[_candidates(rows, anchor, 3, metric) for anchor in range(V)] for metric in METRICS]
+    assert all(a != b for i, a in enumerate(found) for b in found[:i])
 
 
 def test_a_step_that_is_not_mixed_is_exactly_the_ordinary_one(embedding):

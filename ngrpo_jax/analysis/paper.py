@@ -5,7 +5,7 @@ best@k (docs/evaluation.md).
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 SETS = ("aime25", "amc23", "math500")  # of the average in Table 1
 TITLES = {
@@ -97,8 +97,19 @@ def backbone(model: str) -> str | None:
     return next((name for name in TABLE if name.lower() in model.lower()), None)
 
 
+# How every mixture of neighbours in the paper is made, whatever its rate and metric.
+NEIGHBOR: Mapping[str, Any] = {
+    "k": 3,
+    "table": "embedding",
+    "weights": "logits",
+    "token": "anchor",
+    "keep_out": None,
+    "distinct_spelling": False,
+}
+
+
 def method(
-    *, trained: bool, strategy: str, rate: float, metric: str, algorithm: str, mixes: bool
+    *, trained: bool, strategy: str, rate: float, metric: str, algorithm: str, mixes: bool, **neighbor: Any
 ) -> str | None:
     """The paper's name of what a checkpoint and its evaluation are, None where the paper has none.
 
@@ -106,7 +117,11 @@ def method(
       trained: whether the checkpoint is of a training run, rather than the starting model.
       strategy, rate, metric, algorithm: of that training.
       mixes: whether the evaluation itself mixed.
+      neighbor: settings of `NEIGHBOR`; mixtures that are made otherwise have no name in the paper.
     """
+    departs = any(neighbor[name] != NEIGHBOR[name] for name in neighbor)
+    if departs and strategy == "neighbor" and (mixes or (trained and rate > 0)):
+        return None
     if mixes:
         # Which checkpoint Table 5 mixes at inference is not said: its row stands beside any that does.
         soft = "Soft Thinking" if not trained else None

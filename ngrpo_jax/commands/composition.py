@@ -22,7 +22,7 @@ from ngrpo_jax.algo import refresh
 from ngrpo_jax.algo.eligible import Eligible, eligible_rows
 from ngrpo_jax.algo.mixture import Mixing
 from ngrpo_jax.algo.neighbors import neighbor_table
-from ngrpo_jax.commands.problems import report_unreadable, training_problems
+from ngrpo_jax.commands.problems import check_choices, report_unreadable, training_problems
 from ngrpo_jax.learner.supervised import train_supervised
 from ngrpo_jax.model import attention, columns, decoder, hf
 from ngrpo_jax.model.config import ModelConfig
@@ -198,10 +198,11 @@ def load_set(settings: Settings, tokenizer: Any, split: str) -> ProblemSet:
     an evaluation set. Whatever was left out or looks wrong is printed.
     """
     data = settings.data
+    source = data.train if split == "train" else data.eval
+    check_choices(settings, source)
     if split == "train":
-        source, problems = data.train, training_problems(settings)
+        problems = training_problems(settings)
     else:
-        source = data.eval
         problems = load_problems(source, split=split, seed=settings.seed, size=settings.eval.problems)
     report_unreadable(settings, source, problems)
     kept, encoded, dropped = prompts.encode_problems(

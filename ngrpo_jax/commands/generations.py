@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ngrpo_jax.analysis import benchmark, geometry
+from ngrpo_jax.analysis import benchmark, geometry, paper
 from ngrpo_jax.commands.answers import final_answer, vote
 from ngrpo_jax.commands.composition import ProblemSet
 from ngrpo_jax.commands.evalsets import EvalSet
@@ -94,7 +94,8 @@ def make_header(one: EvalSet, problems: ProblemSet, step: int, facts: dict[str, 
     if own["mixing"]:
         depends |= {f"mixing.{leaf}": value for leaf, value in dataclasses.asdict(settings.mixing).items()}
     depends["reward.kind"] = settings.reward.kind
-    trained = {leaf: getattr(settings.mixing, leaf) for leaf in ("strategy", "rate", "metric")}
+    leaves = ("strategy", "rate", "metric", *paper.NEIGHBOR)
+    trained = {leaf: getattr(settings.mixing, leaf) for leaf in leaves}
     header = {
         "format": FORMAT,
         "set": one.name,

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Sequence
 
 from ngrpo_jax.settings import Settings
 from ngrpo_jax.tasks import cleaning, golds, rows
+from ngrpo_jax.tasks.builders import catalogue
 from ngrpo_jax.tasks.datasets import Problem, load_problems, load_training
 from ngrpo_jax.tasks.rewards import Grader
+
+
+def check_choices(settings: Settings, source: str) -> None:
+    """Refuses a multiple-choice set of ours asked or graded as mathematics, where nothing would be right."""
+    kind, name, *_ = [*re.split("[:/?]", source), ""]
+    known = catalogue.configs(name) if kind == "tfds" else {}
+    choice = any(entry.kind == catalogue.CHOICE for entry in known.values())
+    if choice and "math" in (settings.data.prompt, settings.reward.kind):
+        raise ValueError(
+            f"{source} is multiple choice, but data.prompt is {settings.data.prompt!r} and reward.kind "
+            f"{settings.reward.kind!r}; set both to choice (among --sets: prompt=choice reward=choice)."
+        )
 
 
 def training_problems(settings: Settings) -> list[Problem]:

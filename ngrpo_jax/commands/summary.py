@@ -109,6 +109,7 @@ def finish(
         "best_metric": settings.checkpoint.best_metric,
         "best_value": None if best is None else scores.get(best),
         "best_checkpoint": None if best is None else str(run.workdir / "checkpoints" / str(best)),
+        "zero_variance": float(np.mean([row["groups/zero_variance"] for row in rows])),
         "mixed_fraction": float(np.mean([row["rollout/mixed_fraction"] for row in rows])),
         "mix_cosine_mean": float(np.mean([row["rollout/mix_cosine_mean"] for row in mixed]))
         if mixed
@@ -137,6 +138,7 @@ def print_summary(summary: dict[str, Any], settings: Settings, workdir: pathlib.
             f"mixed      {100 * summary['mixed_fraction']:.1f} % of response tokens; cosine of mixed inputs "
             f"to their anchors: mean {summary['mix_cosine_mean']:.4f}, min {summary['mix_cosine_min']:.4f}"
         )
+    print(f"groups     {100 * summary['zero_variance']:.1f} % without variance (all responses graded alike)")
     print(f"time       {console.format_seconds(summary['seconds'])} for {summary['steps']} steps")
     print(f"latest     {summary['checkpoint']} (step {summary['steps']})")
     best = "none, for no step was evaluated on the way"

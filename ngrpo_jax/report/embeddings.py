@@ -41,8 +41,7 @@ class Rows:
 
     def text(self, token: int) -> str:
         """A token as it reads, spaces visible."""
-        text = self.language.tokenizer.decode([token], skip_special_tokens=False)
-        return text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥") or f"<{token}>"
+        return visible(self.language.tokenizer.decode([token], skip_special_tokens=False)) or f"<{token}>"
 
     def nearest(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Neighbours of the anchors among the rows that rollouts may mix in."""
@@ -54,6 +53,12 @@ class Rows:
             valid_V=self.language.usable_V,
             group_V=self.language.spelling_V,
         )
+
+
+def visible(text: str) -> str:
+    """Text with a sign for each space, line break and tab, and `\\x0c` for what else would not be seen."""
+    signs = text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in signs)
 
 
 def neighbor_list(argv: Sequence[str]) -> str:

@@ -60,6 +60,12 @@ SECTIONS = (
                 "%",
             ),
             Panel("Entropy of the policy", {"learner/entropy": "mean a token"}, "nats"),
+            Panel(
+                "Responses without a verdict",
+                {"reward/no_verdict": "past the deadline, or beyond the grader"},
+                "%",
+                note="Their reward is 0.",
+            ),
         ),
     ),
     Section(
@@ -126,6 +132,7 @@ SECTIONS = (
                 {"speed/rollout_tokens": "rollout alone", "speed/step_tokens": "whole step"},
                 "tokens/s",
             ),
+            Panel("Verdicts a second", {"speed/verdicts": "grading"}, "verdicts/s"),
             Panel("Packed rows filled", {"rows/fill": "tokens that are not padding"}, "%"),
         ),
     ),

@@ -66,11 +66,17 @@ def read_rows(source: str, *, split: str, seed: int, size: int | None) -> Rows:
             raise ValueError(f"unknown kind of data source {source!r}; did you mean {near[0]}:{rest}?")
         given = import_function(source, "the data source")(split=split, seed=seed)
         return Rows(source, enumerate(given, 1), _field_names(source, "")[0])
-    near = difflib.get_close_matches(source.lower(), builders.NAMES, n=1)
+    known = _nearest(source)
     raise ValueError(
         f"unknown data source {source!r}; write arithmetic, jsonl:PATH, json:PATH, csv:PATH, parquet:PATH, "
-        f"tfds:NAME or package.module:function{f' (the nearest data set is tfds:{near[0]})' if near else ''}"
+        f"tfds:NAME or package.module:function{f' (the nearest data set is tfds:{known})' if known else ''}"
     )
+
+
+def _nearest(name: str) -> str | None:
+    """The data set of ours that a wrong name was most likely meant to be: gpqa_diamond for gpqa."""
+    matches = difflib.get_close_matches(name.lower(), builders.NAMES, n=1, cutoff=0.45)
+    return matches[0] if matches else None
 
 
 def _field_names(
@@ -117,10 +123,10 @@ def _prepared(name: str, data_dir: str | None) -> Any:
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.DatasetNotFoundError as error:
-        near = difflib.get_close_matches(name.lower(), builders.NAMES, n=1)
+        near = _nearest(name)
         raise ValueError(
             f"no TFDS data set {name!r}: neither prepared in {where} nor known to tensorflow_datasets; "
-            + (f"the nearest known one is {near[0]}" if near else "check its name and data_dir")
+            + (f"the nearest known one is {near}" if near else "check its name and data_dir")
         ) from error
     if not builder.is_prepared():
         raise ValueError(f"the TFDS data set {name!r} is not prepared in {where}; {_remedy(name, data_dir)}")
