@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import bounds, chunks, measure, rollout, shapes
+from benchmarks import bounds, chunks, measure, memory, rollout, shapes
 from benchmarks.peer import Peer
 from ngrpo_jax.algo.mixture import neighbor_mixture
 from ngrpo_jax.algo.neighbors import neighbor_table
@@ -52,6 +52,18 @@ def test_the_accelerator_benchmark_runs_where_only_jax_flax_optax_and_chex_are(t
     for table in tables.values():
         numbers = [value for row in table["rows"] for value in row if isinstance(value, float)]
         assert numbers and all(0 < number < math.inf for number in numbers), table["title"]
+
+
+@pytest.mark.long
+def test_the_estimate_of_memory_meets_its_goal_for_three_sizes(tmp_path):
+    figures = tmp_path / "figures.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "memory.py"), f"--json={figures}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    (table,) = json.loads(figures.read_text())["tables"]
+    ratios = {(model, phase): ratio for model, phase, *_, ratio in table["rows"] if phase != "table"}
+    assert len(ratios) == 6
+    assert all(abs(ratio - 1) <= memory.GOAL for ratio in ratios.values()), ratios
 
 
 def test_sides_take_turns_and_every_side_begins_a_round():
