@@ -81,11 +81,17 @@ def machine(tmp_path):
     return Machine(tmp_path)
 
 
-def test_shellcheck_finds_nothing():
-    beside = pathlib.Path(sys.executable).parent / "shellcheck"
-    program = str(beside) if beside.exists() else shutil.which("shellcheck")
+def _linter(name):
+    """The program beside this interpreter or on PATH."""
+    beside = pathlib.Path(sys.executable).parent / name
+    program = str(beside) if beside.exists() else shutil.which(name)
     if program is None:
-        pytest.skip("shellcheck is not installed")
+        pytest.skip(f"{name} is not installed")
+    return program
+
+
+def test_shellcheck_finds_nothing():
+    program = _linter("shellcheck")
     scripts = [path for pattern in ("*.sh", "*.sbatch") for path in LAUNCH.rglob(pattern)]
     assert len(scripts) >= 15
     sourced = [*LAUNCH.rglob("*.env"), LAUNCH / "env.example"]
@@ -224,6 +230,12 @@ def test_gke_manifest_is_filled_in_whole(machine):
     assert selector["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
     outside = machine.run("gke/submit.sh", *words, "--workdir=/elsewhere")
     assert outside.returncode == 2 and "/elsewhere" in outside.stderr
+
+
+def test_hadolint_finds_nothing():
+    words = [_linter("hadolint"), "--failure-threshold", "style", str(LAUNCH / "gke" / "Dockerfile")]
+    result = subprocess.run(words, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
 
 
 def test_container_copies_what_exists():
