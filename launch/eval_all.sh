@@ -4,8 +4,9 @@
 #   eval_all.sh --config configs/X.py --workdir DIR --out DIR [flag...] [-- --config.a.b=value...]
 #
 # By default every benchmark that has a file in --data: aime24, aime25, amc23, math500, gpqa_diamond (.jsonl).
-# What each prints is kept in OUT/NAME.log, its graded responses in OUT/NAME.generations_STEP.jsonl. A benchmark
-# that fails does not keep the others from running.
+# What each prints is kept in OUT/NAME.log, its graded responses in the folder OUT/NAME, and at the end one table of
+# all is printed. A benchmark that fails does not keep the others from running; the same again goes on where this
+# was interrupted. Relative paths begin at the root of this clone.
 #   --data DIR              where the files are: data
 #   --benchmark NAME=SOURCE   another source instead, as often as needed: aime24=tfds:aime24
 #   --choice NAME=SOURCE    the same for multiple choice
@@ -34,22 +35,17 @@ find_files() {
 
 # evaluate INDEX: one benchmark, shown and kept.
 evaluate() {
-  local command=("$python" -m ngrpo_jax.evaluate "--config=$NGRPO_CONFIG" "--workdir=$NGRPO_WORKDIR"
-    "--config.data.eval=${sources[$1]}" "--config.data.prompt=${kinds[$1]}" "--config.reward.kind=${kinds[$1]}"
-    "${REST[@]}")
+  local command=("${evaluation[@]}" "--config=$NGRPO_CONFIG" "--workdir=$NGRPO_WORKDIR"
+    "--generations=$out/${names[$1]}" "--config.data.eval=${sources[$1]}" "--config.data.prompt=${kinds[$1]}"
+    "--config.reward.kind=${kinds[$1]}" "${REST[@]}")
   show "${command[@]}"
   [[ $DRY_RUN == false ]] || return 0
-  touch "$out/.begun"
-  "${command[@]}" </dev/null 2>&1 | tee "$out/${names[$1]}.log" || return
-  # The next benchmark would write over them.
-  find "$NGRPO_WORKDIR" -maxdepth 1 -name 'generations_*.jsonl' -newer "$out/.begun" | while read -r file; do
-    cp "$file" "$out/${names[$1]}.${file##*/}"
-  done
+  "${command[@]}" </dev/null 2>&1 | tee "$out/${names[$1]}.log"
 }
 
 split_flags "$@"
 set -- "${ARGS[@]}"
-names=() sources=() kinds=() failed=()
+names=() sources=() kinds=() failed=() finished=()
 data=data out=""
 while (($#)); do
   case $1 in
@@ -73,11 +69,12 @@ require NGRPO_WORKDIR --workdir
 [[ -n $out ]] || die "--out is not given: the folder for what the benchmarks print"
 cd "$REPO"
 ((${#names[@]} > 0)) || find_files
-python=${NGRPO_PYTHON:-$REPO/.venv/bin/python}
+evaluation=("${NGRPO_PYTHON:-$REPO/.venv/bin/python}" -m ngrpo_jax.evaluate)
 [[ $DRY_RUN == true ]] || mkdir -p "$out"
 
 for index in "${!names[@]}"; do
   note "== ${names[index]}"
-  evaluate "$index" || failed+=("${names[index]}")
+  if evaluate "$index"; then finished+=("$out/${names[index]}"); else failed+=("${names[index]}"); fi
 done
+((${#finished[@]} < 2)) || run "${evaluation[@]}" --from "${finished[@]}" || failed+=("the table of all")
 ((${#failed[@]} == 0)) || { note "error: failed: ${failed[*]}; see the logs in $out" && exit 1; }

@@ -59,7 +59,7 @@ split_flags() {
   done
 }
 
-# The value of a flag: need_value --flag value... prints the value or says that it is missing.
+# need_value --flag value...: refuses a flag without its value.
 need_value() {
   (($# >= 2)) || die "$1 needs a value"
   [[ -n $2 ]] || die "$1 is empty"

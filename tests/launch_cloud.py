@@ -95,7 +95,7 @@ class Cloud:
             if verb == "ssh":
                 command = next(word for word in call if word.startswith("--command="))
                 told = re.search(r"on_worker\.sh (\w+)", command)
-                verb = told.group(1) if told else "unpack"
+                verb = "unpack" if told is None or "tar.gz" in command else told.group(1)
             verbs.append(verb)
         return verbs
 

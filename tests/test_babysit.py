@@ -55,6 +55,29 @@ def test_babysit_stops_on_a_crash(cloud):
     assert "step 1 of the training" in result.stderr
 
 
+@pytest.mark.parametrize("before", ["a crash", "stop.sh"])
+def test_babysit_starts_what_ended_before_it_came_with_its_own_commit(cloud, before):
+    cloud.world([{"states": ["READY"], "training": 1 if before == "a crash" else None}])
+    if before == "a crash":
+        assert cloud.run("babysit.sh", "--create").returncode == 1
+    else:
+        for script in ("create.sh", "setup.sh", "run.sh", "stop.sh"):
+            assert cloud.run(script).returncode == 0
+    done = len(cloud.changes)
+    cloud.end()
+    for home in cloud.folder.glob("life0/worker*"):
+        (home / "ends_with").write_text("0\n")
+    cloud.git("commit", "--allow-empty", "-qm", "mended")
+    mended = cloud.git("rev-parse", "HEAD")
+    try:
+        result = cloud.run("babysit.sh")
+    finally:
+        cloud.git("reset", "-q", "--hard", "HEAD~1")
+    assert result.returncode == 0, result.stderr
+    assert cloud.changes[done:] == ["scp", "unpack", "setup", "start"]
+    assert (cloud.folder / "life0" / "worker1" / "ngrpo" / "COMMIT").read_text() == mended + "\n"
+
+
 def test_babysit_tells_a_preemption_from_the_crash_it_causes(cloud):
     """The processes fail while the node is still called READY; only the second look sees the preemption."""
     cloud.world(

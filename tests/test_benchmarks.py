@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import bounds, chunks, measure, rollout, shapes, strategies
+from benchmarks import bounds, chunks, measure, memory, rollout, shapes, strategies
 from benchmarks.peer import Peer
 from ngrpo_jax.algo.mixture import neighbor_mixture
 from ngrpo_jax.algo.neighbors import neighbor_table
@@ -62,6 +62,18 @@ def test_what_a_strategy_sets_is_settings_of_mixing(name):
     for leaf, value in strategies.STRATEGIES[name].mixing.items():
         config.mixing[leaf] = value
     assert resolve(config).mixing.active == (name != "grpo")
+
+
+@pytest.mark.long
+def test_the_estimate_of_memory_meets_its_goal_for_three_sizes(tmp_path):
+    figures = tmp_path / "figures.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "memory.py"), f"--json={figures}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    (table,) = json.loads(figures.read_text())["tables"]
+    ratios = {(model, phase): ratio for model, phase, *_, ratio in table["rows"] if phase != "table"}
+    assert len(ratios) == 6
+    assert all(abs(ratio - 1) <= memory.GOAL for ratio in ratios.values()), ratios
 
 
 def test_sides_take_turns_and_every_side_begins_a_round():

@@ -80,6 +80,13 @@ def _leaves(directory):
     return jax.tree_util.tree_leaves_with_path(hf.load(directory)[1])
 
 
+@pytest.mark.parametrize("command", [train, evaluate, export])
+def test_help_says_how_a_command_is_used(command, capsys):
+    commandline.run_command(command.main, ["command", "--help"])
+    name = command.__name__
+    assert f"python -m {name} --config=configs/NAME.py --workdir=DIR" in capsys.readouterr().out
+
+
 def test_a_run_stopped_and_resumed_ends_as_one_that_was_not(finished, tmp_path, monkeypatch, capsys):
     """Stopped twice: by `train.steps` at step 4, and by the keyboard in step 9, after the checkpoint of 6."""
     workdir = tmp_path / "run"

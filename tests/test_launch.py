@@ -148,6 +148,33 @@ def test_a_worker_refuses_another_commit_and_a_second_training(cloud, clone):
     assert late.returncode != 0 and "run setup.sh first" in late.stderr
 
 
+def test_setup_leaves_the_code_of_a_running_training_alone(cloud, clone):
+    for script in ("create.sh", "setup.sh", "run.sh", "setup.sh"):
+        assert cloud.run(script).returncode == 0
+    sha = cloud.git("rev-parse", "HEAD")
+    cloud.git("commit", "--allow-empty", "-qm", "second")
+    try:
+        early = cloud.run("setup.sh")
+        assert early.returncode != 0 and "runs /share/run" in early.stderr
+        assert (cloud.folder / "life0" / "worker0" / "ngrpo" / "COMMIT").read_text() == sha + "\n"
+        assert cloud.run("stop.sh").returncode == 0 and cloud.run("setup.sh").returncode == 0
+        second = cloud.git("rev-parse", "HEAD")
+    finally:
+        cloud.git("reset", "-q", "--hard", "HEAD~1")
+    assert (cloud.folder / "life0" / "worker1" / "ngrpo" / "COMMIT").read_text() == second + "\n"
+
+
+def test_run_mounts_the_bucket_again(cloud):
+    words = ["--bucket=own bucket", "--mount=/mnt/own"]
+    shown = cloud.run("run.sh", "--dry-run", *words).stderr
+    assert "--bucket" in shown and "own" in shown and "/mnt/own" in shown
+
+
+def test_a_connection_to_a_machine_that_is_gone_ends(cloud):
+    shown = cloud.run("setup.sh", "--dry-run").stderr
+    assert shown.count("ServerAliveInterval=15") == 3 and "--scp-flag=" in shown and "--ssh-flag=" in shown
+
+
 def test_setup_refuses_uncommitted_changes(cloud, clone):
     requirements = clone / "requirements.txt"
     before = requirements.read_text()

@@ -24,7 +24,9 @@ if [ -n "$FAIL" ]; then
   [ "$JAX_PROCESS_ID$NGRPO_TEST" = "$FAIL" ] && exit 7
   [ -z "$JAX_PROCESS_ID" ] || exec sleep 60
 fi
-[[ $2 != ngrpo_jax.evaluate ]] || echo "${5#*=}" >"${4#*=}/generations_5.jsonl"
+if [[ $2 == ngrpo_jax.evaluate && $3 != --from ]]; then
+  mkdir -p "${5#*=}" && echo "${6#*data.eval=}" >"${5#*=}/generations_5.jsonl"
+fi
 echo "output of process $JAX_PROCESS_ID$SLURM_PROCID"
 """
 # srun as SLURM has it, for two tasks on this machine.
@@ -79,11 +81,17 @@ def machine(tmp_path):
     return Machine(tmp_path)
 
 
-def test_shellcheck_finds_nothing():
-    beside = pathlib.Path(sys.executable).parent / "shellcheck"
-    program = str(beside) if beside.exists() else shutil.which("shellcheck")
+def _linter(name):
+    """The program beside this interpreter or on PATH."""
+    beside = pathlib.Path(sys.executable).parent / name
+    program = str(beside) if beside.exists() else shutil.which(name)
     if program is None:
-        pytest.skip("shellcheck is not installed")
+        pytest.skip(f"{name} is not installed")
+    return program
+
+
+def test_shellcheck_finds_nothing():
+    program = _linter("shellcheck")
     scripts = [path for pattern in ("*.sh", "*.sbatch") for path in LAUNCH.rglob(pattern)]
     assert len(scripts) >= 15
     sourced = [*LAUNCH.rglob("*.env"), LAUNCH / "env.example"]
@@ -133,6 +141,14 @@ def test_local_shares_the_gpus_among_processes(machine, tmp_path):
     assert uneven.returncode == 2 and "evenly" in uneven.stderr
 
 
+def test_local_counts_no_gpu_where_all_are_left_out(machine, tmp_path):
+    write_program(machine.folder / "bin" / "nvidia-smi", "#!/bin/bash\necho GPU 0; echo GPU 1; echo GPU 2\n")
+    words = ["--config=c.py", f"--workdir={tmp_path}/run", "--processes=2", "--dry-run"]
+    assert machine.run("gpu/local.sh", *words).returncode == 2
+    without = machine.run("gpu/local.sh", *words, CUDA_VISIBLE_DEVICES="")
+    assert without.returncode == 0 and "JAX_LOCAL_DEVICE_IDS" not in without.stderr
+
+
 def test_local_ends_all_processes_when_one_fails(machine, tmp_path):
     words = ["--config=configs/tiny.py", f"--workdir={tmp_path}/run", "--processes=3"]
     result = machine.run("gpu/local.sh", *words, FAIL="2", CUDA_VISIBLE_DEVICES="0,1,2")
@@ -148,12 +164,13 @@ def test_slurm_starts_a_process_for_each_task(machine, tmp_path):
     spool = tmp_path / "spool"
     shutil.copy(LAUNCH / "gpu" / "slurm.sbatch", spool)
     job = {"SLURM_JOB_ID": "17", "SLURM_SUBMIT_DIR": str(clone), "SLURM_GPUS_ON_NODE": "4"}
-    result = machine.run(spool, *RUN, **job)
+    result = machine.run(spool, *RUN, **job, SLURM_CPUS_PER_TASK="12")
     assert result.returncode == 0, result.stderr
     assert [started["arguments"] for started in machine.started] == [
         ["-m", "ngrpo_jax.train", *RUN[:2], *RUN[3:]]
     ] * 2
     assert {started["environment"]["JAX_LOCAL_DEVICE_IDS"] for started in machine.started} == {"0,1,2,3"}
+    assert {started["environment"]["SRUN_CPUS_PER_TASK"] for started in machine.started} == {"12"}
     assert (clone / "runs" / "slurm" / "17-1.log").read_text() == "output of process 1\n"
     assert machine.run("gpu/slurm.sbatch", *RUN).returncode == 2
 
@@ -163,30 +180,26 @@ def test_slurm_refuses_a_workdir_that_each_node_would_read_differently(machine):
     assert result.returncode == 2 and "runs/x" in result.stderr
 
 
-def test_eval_all_goes_on_after_a_failure_and_reports_it(machine, tmp_path):
-    data = tmp_path / "data"
+def test_eval_all_keeps_each_apart_goes_on_after_a_failure_and_reports_it(machine, tmp_path):
+    data, out = tmp_path / "data", tmp_path / "out"
     data.mkdir()
     for name in ("aime24", "gpqa_diamond"):
         (data / f"{name}.jsonl").touch()
-    workdir = tmp_path / "run"
-    workdir.mkdir()
-    (workdir / "generations_2.jsonl").write_text("of another day")
-    os.utime(workdir / "generations_2.jsonl", (0, 0))
-    words = ["--config=configs/tiny.py", f"--workdir={workdir}", f"--out={tmp_path}/out", f"--data={data}"]
+    words = ["--config=configs/tiny.py", f"--workdir={tmp_path}/run", f"--out={out}", f"--data={data}"]
     result = machine.run("eval_all.sh", *words, "--", "--config.eval.samples=2")
     assert result.returncode == 0, result.stderr
-    first, second = (started["arguments"] for started in machine.started)
+    first, second, table = (started["arguments"] for started in machine.started)
     assert first[1:3] == ["ngrpo_jax.evaluate", "--config=configs/tiny.py"]
     assert f"--config.data.eval=jsonl:{data}/aime24.jsonl" in first and "--config.data.prompt=math" in first
     assert "--config.reward.kind=choice" in second and second[-1] == "--config.eval.samples=2"
-    assert (tmp_path / "out" / "aime24.log").read_text().startswith("output")
-    assert (tmp_path / "out" / "aime24.generations_5.jsonl").read_text() == f"jsonl:{data}/aime24.jsonl\n"
+    assert table == ["-m", "ngrpo_jax.evaluate", "--from", f"{out}/aime24", f"{out}/gpqa_diamond"]
+    assert (out / "aime24.log").read_text().startswith("output")
+    assert (out / "aime24" / "generations_5.jsonl").read_text() == f"jsonl:{data}/aime24.jsonl\n"
     failing = machine.run(
         "eval_all.sh", *words, "--benchmark=a=tfds:a", "--choice=b=tfds:b", NGRPO_TEST="x", FAIL="x"
     )
     assert failing.returncode == 1 and "failed: a b" in failing.stderr
-    assert len(machine.started) == 4
-    assert not (tmp_path / "out" / "aime24.generations_2.jsonl").exists()
+    assert len(machine.started) == 5
 
 
 def test_gke_manifest_is_filled_in_whole(machine):
@@ -217,6 +230,12 @@ def test_gke_manifest_is_filled_in_whole(machine):
     assert selector["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
     outside = machine.run("gke/submit.sh", *words, "--workdir=/elsewhere")
     assert outside.returncode == 2 and "/elsewhere" in outside.stderr
+
+
+def test_hadolint_finds_nothing():
+    words = [_linter("hadolint"), "--failure-threshold", "style", str(LAUNCH / "gke" / "Dockerfile")]
+    result = subprocess.run(words, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
 
 
 def test_container_copies_what_exists():

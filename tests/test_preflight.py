@@ -70,6 +70,7 @@ def test_the_cache_counts_every_slot_layer_head_and_byte():
         ({"row_tokens": 2048}, "activations of a microbatch"),
         ({"logprob_chunk": 512}, "logits chunk"),
         ({"tensor": 2}, "logits chunk"),
+        ({"tensor": 2}, "tables gathered from other devices"),
     ],
 )
 def test_every_remedy_makes_its_part_smaller(change, part):
@@ -83,6 +84,26 @@ def test_remat_trades_memory():
     )
     assert full < dots < none
     assert "reference model, bfloat16" not in _sizes(dataclasses.replace(RUN, reference=False))
+
+
+def test_a_chunk_holds_no_more_tokens_than_a_microbatch():
+    small = dataclasses.replace(RUN, row_tokens=256)
+    assert _sizes(small)["logits chunk"] == _sizes()["logits chunk"] // 4
+    assert _sizes(dataclasses.replace(RUN, fsdp=1))["tables gathered from other devices"] == 0
+
+
+def test_the_table_counts_while_it_is_made_and_its_rows_while_they_change():
+    parts = {p.name: p for p in preflight.memory_estimate(R1_1_5B, dataclasses.replace(RUN, table=True))}
+    rows = 4 * 151936 * 1536
+    made, before = parts["scratch of the neighbour table"], parts["embedding before the update"]
+    assert (made.phase, made.size) == ("table", 3 * rows + 4096 * 151936)
+    assert (before.phase, before.size) == ("update", rows // 8)
+    assert "scratch of the neighbour table" not in _sizes()
+
+
+def test_the_rollouts_copy_is_gone_when_the_update_begins():
+    parts = preflight.memory_estimate(R1_1_5B, RUN)
+    assert [part.phase for part in parts if part.name.startswith("rollout copy")] == ["rollout"]
 
 
 def test_what_waits_in_host_memory_counts_in_the_update_alone():
@@ -101,10 +122,11 @@ def test_plain_attention_counts_the_scores_of_whole_rows():
     assert _sizes(dataclasses.replace(RUN, attention="plain"))[part] > 2 * _sizes()[part]
 
 
-def test_the_peak_is_the_worse_of_the_two_phases():
+def test_the_peak_is_that_of_the_worst_phase():
     parts = [Part("a", 5, "always", ""), Part("b", 7, "rollout", ""), Part("c", 3, "update", "")]
     assert preflight.peak(parts) == (12, "rollout")
     assert preflight.peak([*parts, Part("d", 5, "update", "")]) == (13, "update")
+    assert preflight.peak([*parts, Part("t", 9, "table", "")]) == (14, "table")
 
 
 def test_too_much_is_one_sentence_with_the_part_and_its_remedy():

@@ -3,7 +3,8 @@
 #
 #   local.sh --config configs/X.py --workdir DIR [--processes N] [flag...] [-- --config.a.b=value...]
 #
-# One process drives all GPUs. The same workdir resumes a run. What follows "--" goes to the train command.
+# One process drives all GPUs. The same workdir resumes a run. What follows "--" goes to the train command. Relative
+# paths begin at the root of this clone.
 #   --processes N   so many processes, which share the GPUs evenly and talk as several hosts would: 1.
 #                   Their output is in DIR/logs/process-N.log. Without GPUs each has one CPU device: a run of
 #                   several hosts in small, with --config.mesh.data=N
@@ -19,8 +20,8 @@
 source "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
 
 count_gpus() {
-  if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
-    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .
+  if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then # set to nothing: none of them
+    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true
   elif command -v nvidia-smi >/dev/null; then
     nvidia-smi --list-gpus | grep -c . || true
   else

@@ -7,7 +7,8 @@
 # Looks every minute. A TPU that the service took away is deleted (nothing can be done with it any more), asked
 # for again, set up, and the training started with the same workdir, so that it resumes. A machine that restarted
 # has its training started again. When the training itself fails, on a TPU that is still there, that is a crash:
-# its last lines are shown and babysit ends, because the same again would cost money and end the same way.
+# its last lines are shown and babysit ends, because the same again would cost money and end the same way. What
+# failed or was stopped before babysit came is started again, with the commit that babysit was given.
 #   --create          ask for the TPU when it does not exist at the beginning
 #   --spot, --queued, --image V, --service-account A, --gcloud-flag F   how to ask for it, as for create.sh
 #   --max-restarts N  give up after so many recoveries: 20
@@ -62,7 +63,7 @@ replace() {
 begin() {
   excused=false
   if "$TPU_DIR/run.sh" "${run_words[@]}" "$@" -- "${REST[@]}"; then
-    errors=0
+    errors=0 ours=true
   else
     trouble "the training could not be started"
   fi
@@ -106,8 +107,16 @@ crash_or_not() {
 
 tend() {
   run_situation "$NGRPO_WORKDIR"
+  if [[ $ours == false ]]; then
+    case $RUN_STATE in
+      idle | failed | stopped | interrupted | partial)
+        say "the training is $RUN_STATE from before; setting up and starting it"
+        RUN_STATE=unprepared
+        ;;
+    esac
+  fi
   case $RUN_STATE in
-    running) errors=0 ;;
+    running) errors=0 ours=true ;;
     finished) finish ;;
     unprepared) prepare_and_begin ;;
     idle) begin ;;
@@ -163,7 +172,8 @@ plan() {
 split_flags "$@"
 set -- "${ARGS[@]}"
 create_words=() setup_words=() run_words=()
-may_create=false delete_when_done=false counted=false excused=false
+# ours: babysit has seen the training run, or started it.
+may_create=false delete_when_done=false counted=false excused=false ours=false
 restarts=0 errors=0 max_restarts=20 max_errors=60
 poll=${NGRPO_POLL_SECONDS:-60} grace=${NGRPO_CRASH_GRACE_SECONDS:-120}
 while (($#)); do

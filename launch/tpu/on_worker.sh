@@ -7,8 +7,9 @@
 #   on_worker.sh status --workdir W
 #   on_worker.sh log    --lines N [--follow]
 #   on_worker.sh stop   --seconds N
+#   on_worker.sh idle
 #
-# Any of them with --dry-run says what it would do. Code in ~/ngrpo, environment in ~/ngrpo_venv, and the
+# idle fails while a training runs. Any of them with --dry-run says what it would do. Code in ~/ngrpo, environment in ~/ngrpo_venv, and the
 # last start in ~/ngrpo_run: log, pid, workdir, boot (which boot of the machine), exit (status at the end),
 # stopped (there when stop.sh ended it).
 
@@ -131,6 +132,10 @@ stop() {
   echo "$(hostname): stopped"
 }
 
+idle() {
+  ! alive || die "$(hostname) runs $(recorded workdir); its code cannot be changed before stop.sh"
+}
+
 start() {
   local has command
   has=$(cat "$CODE/COMMIT")
@@ -194,7 +199,7 @@ done
 
 case $verb in
   --help | -h) show_help ;;
-  setup | start | stop) "$verb" ;;
+  setup | start | stop | idle) "$verb" ;;
   supervise) supervise "${REST[@]}" ;;
   status)
     look_here "$workdir"

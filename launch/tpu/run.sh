@@ -8,6 +8,7 @@
 #   --workdir DIR   on storage that every worker shares and that outlives the TPU: an absolute path, for example
 #                   below the bucket that setup.sh mounted
 #   --commit C      the commit that the workers must have: HEAD by default
+#   --bucket B, --mount DIR   as given to setup.sh: mounted again where a machine has restarted
 #   --cache DIR     shared folder for compiled programs: a restart does not compile again
 #   --env NAME=VALUE   in the environment of the training, as often as needed
 #   --restart       stop a training that is running there first
@@ -16,7 +17,7 @@
 #   --dry-run       print the calls of gcloud and make none
 #
 # From the environment: NGRPO_TPU_NAME, NGRPO_ZONE, NGRPO_TPU_TYPE, NGRPO_PROJECT, NGRPO_CONFIG,
-# NGRPO_WORKDIR, NGRPO_CACHE_DIR, NGRPO_SSH, and NGRPO_BUCKET with NGRPO_MOUNT as given to setup.sh.
+# NGRPO_WORKDIR, NGRPO_BUCKET, NGRPO_MOUNT, NGRPO_CACHE_DIR, NGRPO_SSH.
 
 # shellcheck source-path=SCRIPTDIR
 # shellcheck source=tpu.sh
@@ -31,6 +32,8 @@ while (($#)); do
     --config) need_value "$@" && NGRPO_CONFIG=$2 && shift 2 ;;
     --workdir) need_value "$@" && NGRPO_WORKDIR=$2 && shift 2 ;;
     --cache) need_value "$@" && NGRPO_CACHE_DIR=$2 && shift 2 ;;
+    --bucket) need_value "$@" && NGRPO_BUCKET=$2 && shift 2 ;;
+    --mount) need_value "$@" && NGRPO_MOUNT=$2 && shift 2 ;;
     --commit) need_value "$@" && commit=$2 && shift 2 ;;
     --env)
       need_value "$@"

@@ -4,7 +4,8 @@
 #   setup.sh --name NAME --zone ZONE [--commit COMMIT] [--bucket BUCKET --mount DIR] [flag...]
 #
 # Sends the commit as an archive to ~/ngrpo on each worker, makes ~/ngrpo_venv there and installs the
-# requirements with the TPU wheels of jax. Run it again after every commit; what is installed stays.
+# requirements with the TPU wheels of jax. Run it again after every commit; what is installed stays. The code of a
+# training that runs is never changed under it: another commit waits until stop.sh.
 #   --commit C    what to send: HEAD by default. Changes that are not committed are not sent, and refused
 #   --ignore-uncommitted   send the commit although the working tree differs from it
 #   --bucket B    mount this bucket with gcsfuse, at --mount DIR (/mnt/ngrpo by default), on every worker
@@ -49,9 +50,12 @@ scp_command "$folder/ngrpo.tar.gz" ngrpo.tar.gz
 run "${COMMAND[@]}" </dev/null
 
 # The folder is swapped in whole, so that a broken transfer leaves the old commit as it was.
-unpack="rm -rf ngrpo.new && mkdir ngrpo.new && tar -xzf ngrpo.tar.gz -C ngrpo.new && \
-echo $sha > ngrpo.new/COMMIT && rm -rf ngrpo && mv ngrpo.new ngrpo"
-ssh_command all "$unpack"
+worker=ngrpo/launch/tpu/on_worker.sh
+has_it="[ \"\$(cat ngrpo/COMMIT 2>/dev/null)\" = $sha ]"
+is_idle="{ [ ! -f $worker ] || bash $worker idle; }"
+swap="rm -rf ngrpo.new && mkdir ngrpo.new && tar -xzf ngrpo.tar.gz -C ngrpo.new && echo $sha > ngrpo.new/COMMIT && \
+rm -rf ngrpo && mv ngrpo.new ngrpo"
+ssh_command all "$has_it || { $is_idle && $swap; }"
 run "${COMMAND[@]}" </dev/null
 
 words=(setup)

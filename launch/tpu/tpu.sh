@@ -9,6 +9,8 @@
 source "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
 
 TPU_DIR=$LAUNCH/tpu
+# Ends a connection whose machine was taken away, which would otherwise hang.
+PATIENCE=("-o ConnectTimeout=20" "-o ServerAliveInterval=15")
 
 # Handles the flag $1 that all TPU scripts know; USED says how many words it took.
 tpu_flag() {
@@ -58,16 +60,14 @@ tpu_command() {
 }
 
 # ssh_command WORKER REMOTE sets COMMAND: the shell string REMOTE on one worker or on all.
-# Keep-alives end a session whose machine was taken away, which would otherwise hang.
 ssh_command() {
-  tpu_command tpu-vm ssh "$NGRPO_TPU_NAME" "--worker=$1" "--command=$2" \
-    "--ssh-flag=-o ConnectTimeout=20" "--ssh-flag=-o ServerAliveInterval=15"
+  tpu_command tpu-vm ssh "$NGRPO_TPU_NAME" "--worker=$1" "--command=$2" "${PATIENCE[@]/#/--ssh-flag=}"
   reach
 }
 
 # scp_command SOURCE DESTINATION sets COMMAND: a local file to every worker.
 scp_command() {
-  tpu_command tpu-vm scp "$1" "$NGRPO_TPU_NAME:$2" --worker=all
+  tpu_command tpu-vm scp "$1" "$NGRPO_TPU_NAME:$2" --worker=all "${PATIENCE[@]/#/--scp-flag=}"
   reach
 }
 
@@ -92,7 +92,6 @@ on_workers() {
 # look FIELD GROUP NAME sets FOUND to a field of a resource, ABSENT, or ERROR with the reason on stderr.
 look() {
   local problem
-  problem=$(mktemp)
   tpu_command "$2" describe "$3" "--format=value($1)"
   if [[ $DRY_RUN == true ]]; then
     # As if all were well, so that the calls that would follow are shown too.
@@ -101,6 +100,7 @@ look() {
     [[ $2 == tpu-vm ]] || FOUND=ACTIVE
     return
   fi
+  problem=$(mktemp)
   if FOUND=$("${COMMAND[@]}" 2>"$problem" </dev/null); then
     FOUND=${FOUND:-STATE_UNSPECIFIED}
   elif grep -q NOT_FOUND "$problem"; then

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib.util
+import inspect
 import os
 import pathlib
 import signal
@@ -39,10 +40,17 @@ AGREED = (Stopped, FloatingPointError, SystemExit)  # what all processes raise a
 
 
 def run_command(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
-    """Runs a command's main. What a user can mend says `error: …` in one sentence, and ends with status 2."""
+    """Runs a command's main, or prints its module's docstring where --help is asked for.
+
+    What a user can mend says `error: …` in one sentence, and ends with status 2.
+    """
+    words = sys.argv if argv is None else argv
+    if not {"--help", "-h"}.isdisjoint(words[1:]):
+        print(inspect.getdoc(sys.modules[command.__module__]))
+        return
     try:
         with last_words():
-            command(sys.argv if argv is None else argv)
+            command(words)
             ending.say_goodbye()
     except REFUSALS as error:
         if os.environ.get(DEBUG):

@@ -218,8 +218,13 @@ def parameter_shapes(config: ModelConfig) -> Any:
 
 def memory_parts(settings: Settings, config: ModelConfig) -> list[preflight.Part]:
     """What one device holds in this run, by estimate."""
+    return preflight.memory_estimate(config, run_shape(settings))
+
+
+def run_shape(settings: Settings) -> preflight.RunShape:
+    """The numbers of a run on these devices that memory depends on."""
     grid, rollout = settings.mesh, settings.rollout
-    shape = preflight.RunShape(
+    return preflight.RunShape(
         data=grid.data,
         fsdp=grid.fsdp,
         tensor=grid.tensor,
@@ -238,8 +243,10 @@ def memory_parts(settings: Settings, config: ModelConfig) -> list[preflight.Part
         attention=attention_name(settings),
         offload=settings.train.offload,
         reference=settings.objective.kl_coef > 0,
+        table=settings.mixing.active and settings.mixing.method(()).uses_table,
+        # XLA hands the arithmetic on logits to a library there, which keeps each step of it: measured.
+        logits_copies=8 if jax.local_devices()[0].platform == "cpu" else 3,
     )
-    return preflight.memory_estimate(config, shape)
 
 
 def check_hosts(settings: Settings, hosts: int) -> None:

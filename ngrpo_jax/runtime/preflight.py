@@ -4,9 +4,9 @@ Owns the estimate of memory per device, by phase, and the check of a workdir. Pl
 know how a step is computed, only what sizes that takes. `model` is anything with the size attributes of
 ModelConfig.
 
-The estimate counts the arrays that grow with a setting. For the update and the prefill of a small decoder it
-came within a tenth to a fifth of XLA's own memory analysis (on CPU, all three kinds of remat): enough to tell
-what will not fit and which setting to lower, no promise that a run which passes by little will fit.
+The estimate counts the arrays that grow with a setting. benchmarks/memory.py holds it to what the kernel
+counts on CPU, within 15 %: enough to tell what will not fit and which setting to lower, no promise that a run
+which passes by little will fit.
 """
 
 import dataclasses
@@ -14,16 +14,18 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from ngrpo_jax.runtime.console import format_bytes
 
 _SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 _F32 = 4
+_SPREAD = "raise mesh.fsdp"
+_MEMORIES = 512  # of each row while a neighbour table is made (algo/tiles.py): two numbers of four bytes
 # float32 master parameters and the two moments of Adam: what is held, and what a checkpoint writes.
 _STATE_BYTES = 3 * _F32
 
-Phase = Literal["always", "rollout", "update"]
+Phase = Literal["always", "table", "rollout", "update"]  # all but the first never at the same time
 
 
 class Part(NamedTuple):
@@ -53,6 +55,8 @@ class RunShape:
         attention: "plain", which forms the scores of whole rows, or another, which does not.
         offload: what waits in host memory: "none", "optimizer", "reference" or "both".
         reference: whether a frozen copy of the model is held for the KL term.
+        table: whether a neighbour table is kept.
+        logits_copies: arrays of the size of a chunk's logits that the update holds at once.
     """
 
     data: int
@@ -70,6 +74,8 @@ class RunShape:
     logprob_chunk: int
     remat: str
     reference: bool
+    table: bool = False
+    logits_copies: int = 3
     attention: str = "chunked"
     offload: str = "none"
 
@@ -98,27 +104,28 @@ def forward_flops(model: Any, prompt_tokens: int, response_tokens: int) -> float
 
 
 def memory_estimate(model: Any, run: RunShape) -> list[Part]:
-    """What one device holds, largest first. Parts of "rollout" and of "update" are never held together."""
+    """What one device holds, largest first."""
     count, compute = parameter_count(model), _SIZE[model.dtype]
     shard = count // (run.fsdp * run.tensor)
-    spread = "raise mesh.fsdp"
     parts = [
-        Part("master parameters, float32", _F32 * shard, "always", spread),
-        Part("Adam moments, float32", 2 * _F32 * shard, _when(run, "optimizer"), spread),
+        Part("master parameters, float32", _F32 * shard, "always", _SPREAD),
+        Part("Adam moments, float32", 2 * _F32 * shard, _when(run, "optimizer"), _SPREAD),
         # A sum over microbatches and the microbatch that is being added.
-        Part("gradients, float32", 2 * _F32 * shard, "update", spread),
+        Part("gradients, float32", 2 * _F32 * shard, "update", _SPREAD),
         Part(
             f"rollout copy, {model.dtype}",
             compute * (count // run.rollout_tensor),
-            "always",
+            "rollout",
             "raise mesh.tensor",
         ),
     ]
     if run.reference:
-        remedy = f"{spread} or set objective.kl_coef to 0"
+        remedy = f"{_SPREAD} or set objective.kl_coef to 0"
         parts.append(
             Part(f"reference model, {model.dtype}", compute * shard, _when(run, "reference"), remedy)
         )
+    if run.table:
+        parts += _table_parts(model, run)
     parts += _rollout_parts(model, run, compute) + _update_parts(model, run, compute)
     return sorted(parts, key=lambda part: -part.size)
 
@@ -129,7 +136,7 @@ def evaluation_estimate(model: Any, run: RunShape) -> list[Part]:
     master = _F32 * (count // (run.fsdp * run.tensor))
     copy = compute * (count // run.rollout_tensor)
     parts = [
-        Part("parameters as read, float32", master, "always", "raise mesh.fsdp"),
+        Part("parameters as read, float32", master, "always", _SPREAD),
         Part(f"rollout copy, {model.dtype}", copy, "always", "raise mesh.tensor"),
         *_rollout_parts(model, run, compute),
     ]
@@ -138,11 +145,14 @@ def evaluation_estimate(model: Any, run: RunShape) -> list[Part]:
 
 def peak(parts: Sequence[Part]) -> tuple[int, Phase]:
     """Bytes held at the worst moment, and the phase that it falls into."""
-    total = {
-        phase: sum(p.size for p in parts if p.phase == phase) for phase in ("always", "rollout", "update")
-    }
-    worst: Phase = "rollout" if total["rollout"] > total["update"] else "update"
-    return total["always"] + total[worst], worst
+    always, *others = (held(parts, phase) for phase in get_args(Phase))
+    worst = max(range(len(others)), key=others.__getitem__)
+    return always + others[worst], get_args(Phase)[1 + worst]
+
+
+def held(parts: Sequence[Part], phase: Phase) -> int:
+    """Bytes of the parts of one phase, without those that are always there."""
+    return sum(part.size for part in parts if part.phase == phase)
 
 
 def memory_problem(parts: Sequence[Part], available: int | None) -> str | None:
@@ -150,8 +160,8 @@ def memory_problem(parts: Sequence[Part], available: int | None) -> str | None:
     needed, phase = peak(parts)
     if available is None or needed <= available:
         return None
-    held = sorted((p for p in parts if p.phase in ("always", phase)), key=lambda part: -part.size)[:2]
-    largest = " and ".join(f"{format_bytes(p.size)} of {p.name} ({p.remedy})" for p in held)
+    most = sorted((p for p in parts if p.phase in ("always", phase)), key=lambda part: -part.size)[:2]
+    largest = " and ".join(f"{format_bytes(p.size)} of {p.name} ({p.remedy})" for p in most)
     return (
         f"the {phase} needs at least {format_bytes(needed)} on each device, which has "
         f"{format_bytes(available)}; the most is {largest}"
@@ -230,6 +240,18 @@ def _rollout_parts(model: Any, run: RunShape, compute: int) -> list[Part]:
     ]
 
 
+def _table_parts(model: Any, run: RunShape) -> list[Part]:
+    rows = _F32 * model.vocab_size * model.hidden_size
+    # In comparable length, filled up to whole tiles, and gathered from other devices.
+    copies = 2 if run.data * run.fsdp * run.tensor == 1 else 3
+    needed = copies * rows + 2 * _F32 * _MEMORIES * model.vocab_size
+    moved = rows // (run.fsdp * run.tensor)
+    return [
+        Part("scratch of the neighbour table", needed, "table", f"{_SPREAD}, which leaves it more room"),
+        Part("embedding before the update", moved, "update", _SPREAD),
+    ]
+
+
 def _update_parts(model: Any, run: RunShape, compute: int) -> list[Part]:
     D, F, L = model.hidden_size, model.intermediate_size, model.num_layers
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
@@ -237,21 +259,27 @@ def _update_parts(model: Any, run: RunShape, compute: int) -> list[Part]:
     # What is not plain holds the scores of a pair of blocks, which is little.
     seen = run.row_tokens if run.attention == "plain" else 0
     scores = tokens * model.num_heads * seen
-    # One layer, forward and backward: norms and residuals, projections, gate/up/product, scores and weights.
+    # What a layer keeps: norms and residuals, projections, gate/up/product, scores and weights.
     working = tokens * (4 * D + (2 * heads + 4 * F) // run.tensor) * compute
     working += scores * (2 * _F32 + compute) // run.tensor
     products = tokens * (2 * D + (heads + 2 * F) // run.tensor) * compute
     kept = {"full": working, "dots": L * products + working, "none": L * working}[run.remat]
+    # The gradients of one layer's: of what goes in, projections, gate/up/product, scores and weights.
+    kept += tokens * (2 * D + (heads + 3 * F) // run.tensor) * compute + 2 * scores * _F32 // run.tensor
+    chunk = min(run.logprob_chunk, tokens)
+    # Tokens are looked up in whole rows, and gradients are whole rows: by XLA's account of a sharded update.
+    gathered = 2 * _F32 * model.vocab_size * D // run.tensor if run.fsdp > 1 else 0
     shorter = "lower train.rows_per_device" if run.rows_per_device > 1 else "lower rollout.max_new_tokens"
     deeper = "" if run.remat == "full" else " or set train.remat to full"
     return [
         Part("activations of a microbatch", L * tokens * D * compute + kept, "update", shorter + deeper),
         Part(
             "logits chunk",
-            3 * run.logprob_chunk * model.vocab_size * _F32 // run.tensor,
+            run.logits_copies * chunk * model.vocab_size * _F32 // run.tensor,
             "update",
             "lower train.logprob_chunk",
         ),
+        Part("tables gathered from other devices", gathered, "update", "raise mesh.tensor"),
     ]
 
 

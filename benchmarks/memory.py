@@ -1,0 +1,180 @@
+"""The memory of a training step, phase by phase: by calculation, and as the kernel counted it.
+
+    python benchmarks/memory.py [--case=tiny|middle|smollm2] [--json=FILE]
+
+Each case is a run of this project with random weights of its size, in a process of its own: the table is
+built, responses are written and the update is made by what the training command calls, once to compile and
+once to be counted. Prompts and responses are as long as the settings allow, which is what the calculation
+(runtime/preflight.py) is about.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+import jax
+import numpy as np
+
+from benchmarks import measure, shapes
+from ngrpo_jax import train
+from ngrpo_jax.commands import commandline, composition, evaluation, table
+from ngrpo_jax.commands.run import Position, Run, prepare
+from ngrpo_jax.model.config import ModelConfig
+from ngrpo_jax.runtime import mesh, preflight
+from ngrpo_jax.runtime.checkpoints import Checkpoints
+from ngrpo_jax.runtime.console import format_bytes, format_count
+from ngrpo_jax.settings import Settings, resolve
+from ngrpo_jax.tasks.datasets import Problem
+
+ROOT = pathlib.Path(__file__).parent.parent
+GOAL = 0.15
+# Every array gets pages of its own and gives them back: what malloc keeps for later would blur the count.
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "MALLOC_MMAP_THRESHOLD_": str(1 << 16), "XLA_FLAGS": ""}
+
+
+class Case(NamedTuple):
+    """A config of configs/, what is changed in it, and the sizes of its model."""
+
+    config: str
+    model: ModelConfig
+    changes: dict[str, Any]
+
+
+CASES = {
+    "tiny": Case("tiny", ModelConfig("qwen2", 109, 128, 640, 4, 4, 2, 32, tie_embeddings=True), {}),
+    # Long rows: blockwise attention, layers recomputed, a cache that is worth its name.
+    "middle": Case(
+        "base",
+        ModelConfig("qwen2", 24576, 384, 1024, 6, 6, 6, 64, tie_embeddings=False),
+        {
+            "model.dtype": "float32",
+            "data.max_prompt_tokens": 128,
+            "rollout.prompts": 2,
+            "rollout.group": 2,
+            "rollout.max_new_tokens": 896,
+            "rollout.slots": 4,
+            "eval.max_new_tokens": 896,
+            "train.mini_batch_prompts": 1,
+        },
+    ),
+    "smollm2": Case("smollm2", shapes.SHAPES["smollm2"], {}),
+}
+
+
+def main() -> None:
+    """Asks a process for each case and prints the table."""
+    given = _arguments()
+    if given.measure:
+        print(json.dumps(measured(CASES[given.measure])))
+        return
+    report = measure.Report("Memory of a training step")
+    rows = []
+    for name in [given.case] if given.case else CASES:
+        measure.say(f"{name}: a process of its own")
+        command = [sys.executable, __file__, f"--measure={name}"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, env=os.environ | ENVIRONMENT, check=True)
+        phases = json.loads(done.stdout.splitlines()[-1])
+        size = format_count(shapes.total_parameters(CASES[name].model))
+        for phase, (calculated, found) in phases.items():
+            cells = format_bytes(calculated), format_bytes(found), calculated / found
+            rows.append((f"{name}, {size} parameters", phase, *cells))
+    report.table(
+        "Memory: the most that a phase holds",
+        ("model", "phase", "calculated", "measured", "calculated / measured"),
+        rows,
+        "Calculated: runtime.preflight. Measured: the kernel's count of the most memory that the process "
+        f"held, less what it needs without arrays. Goal for rollout and update: within {GOAL:.0%}.",
+    )
+    report.save(given.json)
+
+
+def measured(case: Case) -> dict[str, tuple[int, int]]:
+    """Phase -> bytes calculated and bytes measured, of a whole step."""
+    settings = _settings(case)
+    parts = composition.memory_parts(settings, case.model)
+    always = preflight.held(parts, "always")
+    with tempfile.TemporaryDirectory() as folder:
+        run, position = _begin(case.model, settings, pathlib.Path(folder))
+        position, _ = _step(run, position)
+        _, peaks = _step(run, dataclasses.replace(position, table=None))  # it is built anew
+    return {phase: (always + preflight.held(parts, phase), peak) for phase, peak in peaks.items()}
+
+
+def _settings(case: Case) -> Settings:
+    config = commandline.load_config(str(ROOT / "configs" / f"{case.config}.py"))
+    config.update_from_flattened_dict(case.changes)
+    return resolve(config)
+
+
+def _begin(config: ModelConfig, settings: Settings, workdir: pathlib.Path) -> tuple[Run, Position]:
+    """A run with random weights and as many random prompts as a step takes, none with an end in sight."""
+    draw, rows = np.random.default_rng(0), config.vocab_size
+    mixing = settings.mixing.method((), ())
+    language = composition.Language(None, (), mixing, np.ones(rows, bool), None)
+    source = composition.Source("", config, language)
+    count = settings.rollout.prompts
+    ids_PT = draw.integers(rows, size=(count, settings.data.max_prompt_tokens))
+    problems = [Problem(str(i), "", "") for i in range(count)]
+    training = composition.ProblemSet(problems, ids_PT.tolist(), 0)
+    devices = mesh.make_mesh(1, 1, 1)
+    params = shapes.random_params(config, stacked=True, dtype="float32")
+    with Checkpoints(workdir, model=None, best="") as none:
+        return prepare(settings, workdir, (source, training, training), devices, params, none)
+
+
+def _step(run: Run, position: Position) -> tuple[Position, dict[str, int]]:
+    """`train.train_step` without grading, in three parts; where it leads, and the peak of each part."""
+    settings, group = run.settings, run.settings.rollout.group
+    peaks: dict[str, int] = {}
+    prompts = run.training.prompts
+    served = _counted(peaks, "table", lambda: table.serve(run, position))
+
+    def write() -> Any:
+        actor = train.make_actor(run, position, served)
+        draws = evaluation.training_draws(settings)
+        return evaluation.write_responses(actor, prompts, settings, label="rollout", stream=1, draws=draws)
+
+    trajectories = _counted(peaks, "rollout", write)
+    rewards_PG = np.resize([0.0, 1.0], (len(prompts), group))
+
+    def learn() -> Any:
+        before_VD = table.before_update(run, served, position.state.params)
+        state, _ = train.learn(run, position.state, prompts, trajectories, rewards_PG, {})
+        return state, table.after_update(run, served, before_VD, state.params)
+
+    state, followed = _counted(peaks, "update", learn)
+    return Position(position.step + 1, state, followed, 1, position.stream, {}), peaks
+
+
+def _counted(peaks: dict[str, int], name: str, work: Callable[[], Any]) -> Any:
+    """What `work` returns; notes the most bytes that arrays and scratch took meanwhile."""
+    gc.collect()
+    without = measure.current_rss() - sum(array.nbytes for array in jax.live_arrays())
+    measure.reset_peak_rss()
+    result = jax.block_until_ready(work())
+    peaks[name] = measure.peak_rss() - without
+    return result
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--case", choices=CASES, help="one case alone; all of them take minutes")
+    parser.add_argument("--json", metavar="FILE", help="where the figures go as well")
+    parser.add_argument("--measure", choices=CASES, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
