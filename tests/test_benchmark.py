@@ -107,6 +107,7 @@ def test_the_backbone_is_read_off_a_path():
         ("so\nAnswer: B", "choice", "B"),
         ("so B", "choice", None),
         (r"it is 1,200.50.", "module:reward", "1,200.50"),
+        ("5 of 8,000, so", "module:reward", "8,000"),
         (r"\boxed{7} of 8", "module:reward", "7"),
         ("none", "module:reward", None),
     ],

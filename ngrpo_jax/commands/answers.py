@@ -5,13 +5,9 @@ Joins what `tasks.grading` reads off a text with what `analysis` counts. It grad
 
 from __future__ import annotations
 
-import re
 from collections.abc import Hashable
 
 from ngrpo_jax.tasks import grading
-
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-_LAST_CHARACTERS = 1000  # where a last number is looked for
 
 
 def final_answer(response: str, kind: str) -> str | None:
@@ -25,10 +21,7 @@ def final_answer(response: str, kind: str) -> str | None:
     if kind == "choice":
         return grading.choice_letter(text)
     boxed = grading.last_boxed(text)
-    if kind == "math" or boxed is not None:
-        return boxed
-    numbers = _NUMBER.findall(text[-_LAST_CHARACTERS:])
-    return numbers[-1] if numbers else None
+    return boxed if kind == "math" or boxed is not None else grading.last_number(text)
 
 
 def vote(answer: str | None) -> Hashable | None:

@@ -108,6 +108,16 @@ _QUOTIENT = re.compile(
 )
 
 
+_ANY_NUMBER = re.compile(r"-?\d(?:[\d,.]*\d)?")
+_LAST_CHARACTERS = 1000  # where a last number is looked for
+
+
+def last_number(text: str) -> str | None:
+    """The last number of a text as it is written, without the punctuation behind it; None where there is none."""
+    numbers = _ANY_NUMBER.findall(text[-_LAST_CHARACTERS:])
+    return numbers[-1] if numbers else None
+
+
 @functools.lru_cache(maxsize=4096)
 def plain_number(text: str) -> tuple[Fraction, bool] | None:
     r"""(exact value, written as a decimal?) of 7,425,000, .4, 1e3, 3/4 or \frac{3}{4}, spelt canonically."""

@@ -12,7 +12,6 @@ import functools
 import math
 import os
 import queue
-import re
 import threading
 import time
 import weakref
@@ -21,14 +20,20 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from . import math_worker
-from .grading import after_thinking, choice_letter, gold_letter, last_boxed, quick_verdict, to_latex
+from .grading import (
+    after_thinking,
+    choice_letter,
+    gold_letter,
+    last_boxed,
+    last_number,
+    quick_verdict,
+    to_latex,
+)
 from .importing import import_function
 from .workers import Worker
 
 Reward = Callable[[str, str], float]
 
-_NUMBER = re.compile(r"-?\d[\d,.]*")
-_LAST_CHARACTERS = 1000  # where the last number is looked for
 _CACHED_VERDICTS = 16_384
 
 
@@ -51,8 +56,8 @@ def last_number_reward(response: str, gold: str) -> float:
 
     Used by its import path, `ngrpo_jax.tasks.rewards:last_number_reward`, as a reward of one's own would be.
     """
-    numbers = _NUMBER.findall(after_thinking(response)[-_LAST_CHARACTERS:])
-    return float(bool(numbers) and quick_verdict(numbers[-1].rstrip(".,"), gold) is True)
+    number = last_number(after_thinking(response))
+    return float(number is not None and quick_verdict(number, gold) is True)
 
 
 def load_reward(path: str) -> Reward:
