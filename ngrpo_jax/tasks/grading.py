@@ -113,7 +113,7 @@ _LAST_CHARACTERS = 1000  # where a last number is looked for
 
 
 def last_number(text: str) -> str | None:
-    """The last number of a text as it is written, without the punctuation behind it; None where there is none."""
+    """The last number of a text as written, without the punctuation behind it; None where there is none."""
     numbers = _ANY_NUMBER.findall(text[-_LAST_CHARACTERS:])
     return numbers[-1] if numbers else None
 
