@@ -70,8 +70,7 @@ def _predicted(slots: int, tokens: int) -> int:
         remat="full",
         reference=False,
     )
-    parts = preflight.memory_estimate(NARROW, run)
-    return sum(part.size for part in parts if part.phase == "rollout" or part.name.startswith("rollout copy"))
+    return preflight.held(preflight.memory_estimate(NARROW, run), "rollout")
 
 
 def measured(slots: int, tokens: int) -> dict[str, int]:
