@@ -304,6 +304,7 @@ def computation(config: ModelConfig, given: argparse.Namespace) -> Computation:
         platform=jax.devices()[0].platform,
         row_tokens=given.row_tokens,
         shared_prefixes=not given.unshared,
+        dtype=config.dtype,
     )
     return Computation(
         config, 1.0, given.remat, given.chunk, attention.make(name, block=given.block), given.unroll

@@ -104,7 +104,11 @@ class _Learner:
             (1,), ("device",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1]
         )
         implementation = attention.choose(
-            "auto", platform=jax.devices()[0].platform, row_tokens=tokens, shared_prefixes=False
+            "auto",
+            platform=jax.devices()[0].platform,
+            row_tokens=tokens,
+            shared_prefixes=False,
+            dtype=config.dtype,
         )
         here = jax.sharding.NamedSharding(device, jax.sharding.PartitionSpec())
         params = shapes.random_params(config, stacked=True, dtype="float32")

@@ -162,4 +162,4 @@ def test_auto_chooses_by_platform_length_and_dtype(platform, row_tokens, shared,
 )
 def test_what_cannot_run_is_refused_by_name(name, platform, sentence):
     with pytest.raises(ValueError, match=sentence):
-        attention.choose(name, platform=platform, row_tokens=1024, shared_prefixes=True)
+        attention.choose(name, platform=platform, row_tokens=1024, shared_prefixes=True, dtype="bfloat16")

@@ -44,9 +44,7 @@ class Segments(NamedTuple):
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Segments], jax.Array]
 
 
-def choose(
-    name: str, *, platform: str, row_tokens: int, shared_prefixes: bool, dtype: str = "bfloat16"
-) -> str:
+def choose(name: str, *, platform: str, row_tokens: int, shared_prefixes: bool, dtype: str) -> str:
     """The implementation that "auto" stands for, or `name` if the machine can run it.
 
     Args:
