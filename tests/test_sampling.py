@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 
 from ngrpo_jax.algo import sampling
@@ -86,6 +87,21 @@ def test_sample_law_by_chi_square(truncation):
         seen = np.append(seen, observed[~often].sum())
         expected = np.append(expected, count * p[~often].sum())
     assert scipy.stats.chisquare(seen, expected * seen.sum() / expected.sum()).pvalue > 0.01
+
+
+@pytest.mark.parametrize("size", [1, 256, 257, 511, 3001])
+def test_log_total_is_the_log_sum_exp(size):
+    logits = _logits(size, spread=30.0, rows=4)
+    expected = scipy.special.logsumexp(logits.astype(np.float64), axis=1)
+    np.testing.assert_allclose(jax.jit(sampling.log_total)(logits), expected, rtol=3e-7, atol=3e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_log_total_is_not_finite_where_a_logit_is_bad_or_none_is_possible(bad):
+    logits = _logits(300, rows=4)
+    logits[1, 299], logits[2, :] = bad, -np.inf
+    logits[3, 1:] = -np.inf
+    assert np.isfinite(sampling.log_total(logits)).tolist() == [True, False, False, True]
 
 
 def test_rows_are_independent():
@@ -225,6 +241,12 @@ def test_greedy_takes_the_lower_id_of_equals():
     tokens = greedy(logits)
     np.testing.assert_array_equal(tokens, [1, 1])
     assert tokens.dtype == jnp.int32 and sample(logits, _grid(2)).dtype == jnp.int32
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 511, 3001])
+def test_greedy_takes_the_lower_id_of_equals_within_and_between_blocks(size):
+    logits = np.random.default_rng(size).integers(4, size=(64, size)).astype(np.float32)
+    np.testing.assert_array_equal(greedy(logits), logits.argmax(axis=1))
 
 
 def test_scaled_divides_in_float32_eq2():

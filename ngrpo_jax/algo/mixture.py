@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ngrpo_jax.algo.neighbors import METRICS
-from ngrpo_jax.algo.sampling import greedy
+from ngrpo_jax.algo.sampling import greedy, log_total
 
 STRATEGIES = ("none", "neighbor", "soft", "gumbel", "noise")
 # Choices of the neighbour strategy; the first of each is the paper's.
@@ -208,8 +208,7 @@ def neighbor_mixture(
     ids_BC = jnp.take(table_VC, greedy(logits_BV), axis=0, mode="clip").astype(jnp.int32)
     logits_BC = jnp.take_along_axis(logits_BV, ids_BC, axis=-1, mode="clip").astype(jnp.float32)
     if weights == "probs":
-        log_total_B1 = jax.nn.logsumexp(logits_BV.astype(jnp.float32), axis=-1, keepdims=True)
-        logits_BC = jnp.exp(logits_BC - log_total_B1) / temperature
+        logits_BC = jnp.exp(logits_BC - log_total(logits_BV)[:, None]) / temperature
     return Mixture(ids_BC, jax.nn.softmax(logits_BC, axis=-1))
 
 

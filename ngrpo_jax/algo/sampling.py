@@ -32,11 +32,10 @@ def scaled(logits: jax.Array, temperature: float | jax.Array) -> jax.Array:
 def greedy(logits_BV: jax.Array) -> jax.Array:
     """The most probable token, of equals the lower id: int32 [B]."""
     chex.assert_rank(logits_BV, 2)
-    size = logits_BV.shape[1]
-    # Two plain reductions: on CPU a third of the time of argmax, which carries pairs.
-    largest_BV = logits_BV == jnp.max(logits_BV, axis=-1, keepdims=True)
-    ids_BV = jax.lax.broadcasted_iota(jnp.int32, logits_BV.shape, 1)
-    return jnp.min(jnp.where(largest_BV, ids_BV, size - 1), axis=-1)
+    # The block first: `sample` needs its maxima as well, and an argmax of whole rows carries pairs.
+    block_B = jnp.argmax(_by_block(_maximum, logits_BV), axis=-1)
+    start_B, inside_BW = _block(logits_BV, block_B)
+    return (start_B + jnp.argmax(inside_BW, axis=-1)).astype(jnp.int32)
 
 
 def sample(logits_BV: jax.Array, uniform_B: jax.Array, *, top_p: float = 1.0, top_k: int = 0) -> jax.Array:
@@ -50,26 +49,54 @@ def sample(logits_BV: jax.Array, uniform_B: jax.Array, *, top_p: float = 1.0, to
     chex.assert_rank(logits_BV, 2)
     chex.assert_shape(uniform_B, logits_BV.shape[:1])
     logits_BV = truncate(logits_BV.astype(jnp.float32), top_p=top_p, top_k=top_k)
-    size = logits_BV.shape[1]
-    width = min(_BLOCK, size)
-    whole = size // width * width
-    largest_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
-    blocks_BNW = logits_BV[:, :whole].reshape(-1, whole // width, width)
-    sums_BN = jnp.sum(jnp.exp(blocks_BNW - largest_B1[:, :, None]), axis=-1)
-    if whole < size:
-        rest_B1 = jnp.sum(jnp.exp(logits_BV[:, whole:] - largest_B1), axis=-1, keepdims=True)
-        sums_BN = jnp.concatenate([sums_BN, rest_B1], axis=-1)
+    largest_B1, sums_BN = _block_masses(logits_BV)
     block_B, residual_B = _invert(sums_BN, uniform_B * jnp.sum(sums_BN, axis=-1))
-
-    # The last block is read further left where V is no multiple of the width; what precedes it counts 0.
-    start_B = jnp.minimum(block_B * width, size - width)
-    inside_BW = jax.vmap(lambda row, start: jax.lax.dynamic_slice(row, (start,), (width,)))(
-        logits_BV, start_B
-    )
-    ids_BW = start_B[:, None] + jnp.arange(width, dtype=jnp.int32)[None, :]
-    mass_BW = jnp.where(ids_BW >= (block_B * width)[:, None], jnp.exp(inside_BW - largest_B1), 0.0)
+    start_B, inside_BW = _block(logits_BV, block_B)
+    ids_BW = start_B[:, None] + jnp.arange(inside_BW.shape[1], dtype=jnp.int32)[None, :]
+    mass_BW = jnp.where(ids_BW >= (block_B * _BLOCK)[:, None], jnp.exp(inside_BW - largest_B1), 0.0)
     entry_B, _ = _invert(mass_BW, residual_B)
     return start_B + entry_B
+
+
+def log_total(logits_BV: jax.Array) -> jax.Array:
+    """Log-sum-exp of each row, [B]; not finite where a logit is NaN or +inf, or all are -inf.
+
+    From the same sums as `sample`, so that a program which does both to the same logits reads them once.
+    """
+    largest_B1, sums_BN = _block_masses(logits_BV.astype(jnp.float32))
+    return largest_B1[:, 0] + jnp.log(jnp.sum(sums_BN, axis=-1))
+
+
+def _block_masses(logits_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Each row's largest logit [B, 1], and Σ exp(logit - largest) of its blocks [B, N]."""
+    largest_B1 = jnp.max(_by_block(_maximum, logits_BV), axis=-1, keepdims=True)
+    return largest_B1, _by_block(lambda x: jnp.sum(jnp.exp(x - largest_B1[:, :, None]), axis=-1), logits_BV)
+
+
+def _by_block(reduce: Callable[[jax.Array], jax.Array], x_BV: jax.Array) -> jax.Array:
+    """`reduce` over the last axis of every block of a row, the last of which may be shorter: [B, N]."""
+    B, size = x_BV.shape
+    width = min(_BLOCK, size)
+    whole = size // width * width
+    reduced_BN = reduce(x_BV[:, :whole].reshape(B, whole // width, width))
+    if whole == size:
+        return reduced_BN
+    return jnp.concatenate([reduced_BN, reduce(x_BV[:, None, whole:])], axis=1)
+
+
+def _maximum(x: jax.Array) -> jax.Array:
+    return jnp.max(x, axis=-1)
+
+
+def _block(x_BV: jax.Array, block_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One block of each row: (where it begins [B], its entries [B, W]).
+
+    The last block is read from further left where V is no multiple of the width: then it begins earlier.
+    """
+    width = min(_BLOCK, x_BV.shape[1])
+    start_B = jnp.minimum(block_B * width, x_BV.shape[1] - width).astype(jnp.int32)
+    rows = jax.vmap(lambda row, start: jax.lax.dynamic_slice(row, (start,), (width,)))
+    return start_B, rows(x_BV, start_B)
 
 
 def truncate(logits_BV: jax.Array, *, top_p: float = 1.0, top_k: int = 0) -> jax.Array:

@@ -339,4 +339,4 @@ def draw(
         )
         token_B, mixture, mixed_B = strategies.next_input(sampler.mixing, drawn, open_B)
     chosen_B = jnp.take_along_axis(scaled_BV, token_B[:, None], axis=1)[:, 0]
-    return token_B, mixture, mixed_B, chosen_B - jax.nn.logsumexp(scaled_BV, axis=1)
+    return token_B, mixture, mixed_B, chosen_B - sampling.log_total(scaled_BV)
