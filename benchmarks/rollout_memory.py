@@ -11,6 +11,7 @@ import gc
 import json
 import pathlib
 import sys
+from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
@@ -76,32 +77,28 @@ def _predicted(slots: int, tokens: int) -> int:
 def measured(slots: int, tokens: int) -> dict[str, int]:
     """Bytes at the worst moment of a real rollout, over what the process needs without its arrays.
 
-    The same rollout has run before with one token a sequence: its programs are compiled, and what compiling
-    left behind is not counted.
+    All its programs are compiled and have run before, and what that left behind is not counted.
     """
+    measure.return_freed_memory()
     params = shapes.random_params(NARROW)
     prompts = np.random.default_rng(0).integers(NARROW.vocab_size, size=(slots, PROMPT)).tolist()
 
-    def rollout(length: int) -> None:
-        engine.generate(
-            params,
-            NARROW,
-            prompts,
-            samples=1,
-            max_new_tokens=tokens,
-            temperature=1.0,
-            stop_ids=(),
-            slots=slots,
-            chunk=CHUNK,
-            lengths_B=np.full(slots, length, np.int32),
-        )
-
+    options: dict[str, Any] = dict(
+        samples=1,
+        max_new_tokens=tokens,
+        temperature=1.0,
+        stop_ids=(),
+        slots=slots,
+        chunk=CHUNK,
+        max_prompt_tokens=PROMPT,
+    )
     chunk = chunks.decoding_memory(params, NARROW, slots=slots, context=PROMPT + tokens, steps=CHUNK)
-    rollout(1)
+    engine.compile_ahead(params, NARROW, **options)
+    engine.generate(params, NARROW, prompts, lengths_B=np.ones(slots, np.int32), **options)
     gc.collect()
     arrays, before = sum(array.nbytes for array in jax.live_arrays()), measure.current_rss()
     measure.reset_peak_rss()
-    rollout(tokens)
+    engine.generate(params, NARROW, prompts, **options)
     return {"peak": measure.peak_rss() - before + arrays, "chunk": chunk}
 
 
