@@ -221,7 +221,8 @@ def memory_of_vocabulary(report: measure.Report, given: argparse.Namespace) -> N
         tables = TABLES_HELD * vocabulary * config.hidden_size * 4
         rows.append((vocabulary, held / GIB, (held - tables) / GIB))
     report.table(
-        f"Memory of a microbatch's gradient and vocabulary, logits of {given.chunk} tokens at once",
+        f"Memory of a microbatch's gradient and vocabulary: SmolLM2's body, {given.rows} rows of "
+        f"{given.row_tokens} tokens, logits of {given.chunk} at once",
         ("vocabulary", "GiB", "without tables, GiB"),
         rows,
         f"The body is the same; 152k over 32k: {rows[1][2] / rows[0][2]:.3f} (goal: at most 1.15).",
