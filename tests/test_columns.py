@@ -127,6 +127,14 @@ def test_sums_over_the_cache_equal_the_product_that_other_devices_take(terms, dt
         assert largest(found - expected) <= 1e-5
 
 
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
+def test_a_program_holds_the_product_of_its_platform_alone(platform):
+    x, y = jnp.ones((3, 2, 5, 16)), jnp.ones((3, 2, 16, 40))
+    program = jax.jit(columns._product).trace(x, y).lower(lowering_platforms=(platform,)).as_text()
+    assert ("stablehlo.dot_general" in program) == (platform != "cpu")
+    assert ("stablehlo.reduce" in program) == (platform == "cpu")
+
+
 def test_decode_copies_no_cache():
     """The compiled loop has no copy and no transpose of an array as large as one layer's keys."""
     config, params, _, _ = golden("qwen2_untied")
