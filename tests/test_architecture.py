@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 
 import pytest
 
@@ -54,6 +55,18 @@ def test_imports_follow_the_map(path):
         allowed = MAY_IMPORT[room] | {room}
         fits = any(inner == a or inner.startswith(a + ".") for a in allowed)
         assert fits, f"{room} may not import {target}"
+
+
+def test_every_file_stands_on_the_map():
+    """Under its room, so that a name which two rooms have counts once for each."""
+    page = (ROOT.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rooms = re.split(r"^  (?=\S)", page.split("```")[1], flags=re.MULTILINE)
+    lines = {text.split("/")[0]: text for text in rooms}
+    for path in _modules():
+        room, *below = path.relative_to(ROOT).parts
+        if path.name != "__init__.py":
+            named = re.findall(r"\w+\.py", lines.get(room, "") if below else "".join(rooms))
+            assert path.name in named, f"{path.relative_to(ROOT)} is missing from docs/architecture.md"
 
 
 @pytest.mark.parametrize("path", _modules(), ids=_name)

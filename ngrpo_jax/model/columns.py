@@ -3,7 +3,7 @@
 The same model as decoder.py, from weights transposed and joined once a rollout (`lay_out`). A step multiplies
 every weight by a few dozen vectors; as W [out, in] times x [in, rows], with the three projections of
 attention and the two of the MLP joined, the weights stream through a processor's cache once and in order,
-which on CPU takes about 30 % less time than x · W does (benchmarks/bounds.py). So activations stand as
+which on CPU takes up to 30 % less time than x · W does (benchmarks/bounds.py). So activations stand as
 columns here: x_DM, M being rows, or rows times tokens. Nothing here is trained, and none of it is Flax.
 
 Layout:
