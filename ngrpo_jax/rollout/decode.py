@@ -250,14 +250,14 @@ _stretched = jax.jit(kv.stretched, static_argnums=(2, 3))
 def stretch(slots: Slots, size: int) -> Slots:
     """The slots with a cache of `size` columns: every row's newest tokens, as many as find room.
 
-    The given ones are no more: array by array, each waited for, so that only one at a time has both sizes.
+    The given ones are no more: array by array, so that only one at a time exists in both sizes.
     """
     cache = slots.cache
     keys, values = list(cache.keys), list(cache.values)
     for arrays, axis in ((keys, kv.KEY_COLUMNS), (values, kv.VALUE_COLUMNS)):
         for index in range(len(arrays)):
             old = arrays[index]
-            arrays[index] = jax.block_until_ready(_stretched(old, cache.cursor, size, axis))
+            arrays[index] = _stretched(old, cache.cursor, size, axis)
             old.delete()
     cursor = jnp.full_like(cache.cursor, kv.stretched_cursor(cache.columns, size))
     return slots._replace(cache=kv.KVCache(tuple(keys), tuple(values), cache.lengths_B, cursor))
