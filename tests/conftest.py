@@ -1,6 +1,7 @@
 """Eight CPU devices, no silent broadcasting of ranks, full float32 products: the same for every test.
 
 The flags must be in the environment before JAX starts its backend, hence the order of lines here.
+NGRPO_TEST_PLATFORM=cuda,cpu (or tpu,cpu) puts them on that machine's devices instead: test_accelerator.py.
 """
 
 import os
@@ -8,7 +9,7 @@ import os
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 # Eight devices on two busy cores may wait for each other longer than the 40 s after which XLA would abort.
 os.environ["XLA_FLAGS"] += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = os.environ.get("NGRPO_TEST_PLATFORM", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 

@@ -71,6 +71,23 @@ def test_prefill_and_decode_equal_the_full_forward_for_ragged_rows(name):
     assert largest((columns.logits(params, hidden) - logits[rows, lengths])[intact]) <= CLOSE
 
 
+@pytest.mark.parametrize("axis", [0, -1])
+@pytest.mark.parametrize("name", ["qwen2_tied", "qwen3"])
+def test_tokens_may_lie_along_either_axis(name, axis, monkeypatch):
+    """As rows and as columns, whatever this machine's choice is."""
+    config, params, ids, logits = golden(name)
+    monkeypatch.setattr(columns, "token_axis", lambda: axis)
+    step = jax.jit(lambda *given: columns.decode_step(params, config, *given))
+    hidden, cache = columns.prefill(params, config, jnp.asarray(ids[:, :9]), jnp.array([9, 4]))
+    assert largest(columns.logits(params, hidden) - logits[[0, 1], [8, 3]]) <= CLOSE
+    cache, lengths = stretched(cache, 13), np.array([9, 4])
+    for _ in range(3):
+        inputs = one_hot(ids[[0, 1], lengths], 1)
+        hidden, cache = step(inputs, cache, columns.turns(config, 13))
+        assert largest(columns.logits(params, hidden) - logits[[0, 1], lengths]) <= CLOSE
+        lengths = lengths + 1
+
+
 def test_prefill_in_blocks_of_queries_equals_prefill_at_once(monkeypatch):
     config, params, ids, logits = golden("qwen2_untied")
     monkeypatch.setattr(columns, "QUERY_BLOCK", 8)

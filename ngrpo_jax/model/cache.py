@@ -79,15 +79,13 @@ def seated(row: jax.Array, columns: int, cursor: jax.Array, axis: int) -> jax.Ar
 def stretched(array: jax.Array, cursor: jax.Array, columns: int, axis: int) -> jax.Array:
     """Keys or values with another number of columns, for a cursor as `stretched_cursor` tells.
 
-    Of a smaller number, the newest columns are kept.
+    Of a smaller number, the newest columns are kept; of a larger one, the last ones repeat old tokens. Looked
+    up column by column: a roll of the last axis would hold the array twice on the way.
     """
-    straight = jnp.roll(array, -cursor, axis)  # the oldest column first, the newest last
     before = array.shape[axis]
-    if columns <= before:
-        return jax.lax.slice_in_dim(straight, before - columns, before, axis=axis)
-    room = [(0, 0)] * array.ndim
-    room[axis] = (0, columns - before)
-    return jnp.pad(straight, room)
+    oldest = cursor + max(before - columns, 0)
+    places_S = (oldest + jnp.arange(columns, dtype=jnp.int32)) % before
+    return jnp.take(array, places_S, axis=axis, mode="clip")
 
 
 def stretched_cursor(before: int, columns: int) -> int:

@@ -1,10 +1,10 @@
-"""The decoder laid out for writing: prefill and one-token steps as products of weights with columns.
+"""The decoder laid out for writing: prefill and one-token steps from weights joined once a rollout.
 
-The same model as decoder.py, from weights transposed and joined once a rollout (`lay_out`). A step multiplies
-every weight by a few dozen vectors; as W [out, in] times x [in, rows], with the three projections of
-attention and the two of the MLP joined, the weights stream through a processor's cache once and in order,
-which on CPU takes up to 30 % less time than x · W does (benchmarks/bounds.py). So activations stand as
-columns here: x_DM, M being rows, or rows times tokens. Nothing here is trained, and none of it is Flax.
+The same model as decoder.py. `lay_out` stores every weight as [outputs, inputs], with the three projections
+of attention and the two of the MLP joined, so that a step reads each weight once and in order. What happens
+within a layer is written for one token; `jax.vmap` lays M tokens (rows of the cache, or rows times tokens of
+a prompt) along the axis that suits the machine (`token_axis`). Nothing here is trained, and none of it is
+Flax.
 
 Layout:
     embed/embedding [V, D]    head/rows [V, D] unless tied    final_norm/scale [D]    layers: a tuple of
@@ -33,13 +33,22 @@ from ngrpo_jax.model.decoder import unstack_layers
 from ngrpo_jax.model.layers import inverse_frequencies
 
 Params = dict[str, Any]
-Rope = tuple[jax.Array, jax.Array]  # cosines and sines, float32 [H/2, M]
-# (q [K, G, H, M], k and v [K, H, M]) -> (attention [K, G, H, M], the keys and values to be kept)
+Rope = tuple[jax.Array, jax.Array]  # cosines and sines, float32 [M, H/2]
+# (q [M, K, G, H], k and v [M, K, H]) -> (attention [M, K, G, H], the keys and values to be kept)
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, tuple[jax.Array, jax.Array]]]
 
 _MASKED = float(np.finfo(np.float32).min)
 QUERY_BLOCK = 512  # queries of a prompt whose scores exist at once
 SUMMED = 16  # terms of a run of `_product_by_sums`; 8 and 16 are equally fast, 4 and 32 are slower
+
+
+def token_axis() -> int:
+    """Where the states of M tokens have their tokens: [D, M] on CPU, [M, D] elsewhere.
+
+    On CPU the products are then W · x, which stream every weight through the cache once: up to 30 % less time
+    than rows take (benchmarks/bounds.py). On a GPU rows are 6 to 9 % of a step faster, sparing transposes.
+    """
+    return -1 if jax.default_backend() == "cpu" else 0
 
 
 def is_laid_out(params: Params) -> bool:
@@ -103,17 +112,17 @@ def prefill(
     # As in a ring whose cursor is at 0: each prompt ends with the last column, padding comes first.
     positions_BT = jnp.arange(T, dtype=jnp.int32)[None] - (T - lengths_B)[:, None]
     ids_BT = jnp.take_along_axis(ids_BT, jnp.maximum(positions_BT, 0), axis=1)
-    x_DM = _embedded(params, config, one_hot(ids_BT.reshape(B * T), 1))
+    x = _embedded(params, config, one_hot(ids_BT.reshape(B * T), 1))
     rope = _rope(config, jnp.maximum(positions_BT, 0).reshape(B * T))
     attend = functools.partial(_attend_prompts, real_BT=positions_BT >= 0)
     kept = []
     for layer in params["layers"]:
-        x_DM, seen = _layer(config, layer, x_DM, rope, attend)
+        x, seen = _layer(config, layer, x, rope, attend)
         kept.append(seen)
-    x_DB = x_DM.reshape(-1, B, T)[:, :, -1]
+    x_BD = jnp.moveaxis(x, token_axis(), 0).reshape(B, T, -1)[:, -1]
     keys, values = (tuple(arrays) for arrays in zip(*kept, strict=True))
     cache = KVCache(keys, values, lengths_B.astype(jnp.int32), jnp.zeros((), jnp.int32))
-    return _norm(x_DB, params["final_norm"]["scale"], config).T, cache
+    return _norm(x_BD, params["final_norm"]["scale"], config), cache
 
 
 def turns(config: ModelConfig, columns: int) -> Rope:
@@ -132,9 +141,9 @@ def decode_step(
     """
     B = cache.lengths_B.shape[0]
     chex.assert_shape(inputs.ids, (B, None))
-    chex.assert_shape(turned, (config.head_dim // 2, cache.columns + 1))
-    x_DB = _embedded(params, config, inputs)
-    cos, sin = (jnp.take(part, cache.lengths_B, axis=1, mode="clip") for part in turned)
+    chex.assert_shape(turned, (cache.columns + 1, config.head_dim // 2))
+    x = _embedded(params, config, inputs)
+    cos, sin = (jnp.take(part, cache.lengths_B, axis=0, mode="clip") for part in turned)
     rope = cos, sin
     held_BS = kv.held(cache.lengths_B, cache.cursor, cache.columns)
     kept = []
@@ -142,17 +151,18 @@ def decode_step(
         attend = functools.partial(
             _attend_cache, keys=own_keys, values=own_values, held_BS=held_BS, cursor=cache.cursor
         )
-        x_DB, seen = _layer(config, layer, x_DB, rope, attend)
+        x, seen = _layer(config, layer, x, rope, attend)
         kept.append(seen)
     keys, values = (tuple(arrays) for arrays in zip(*kept, strict=True))
     cache = kv.advanced(cache._replace(keys=keys, values=values))
-    return _norm(x_DB, params["final_norm"]["scale"], config).T, cache
+    x_BD = jnp.moveaxis(x, token_axis(), 0)
+    return _norm(x_BD, params["final_norm"]["scale"], config), cache
 
 
 def logits(params: Params, hidden_BD: jax.Array) -> jax.Array:
     """float32 [B, V]."""
     rows_VD = params["head"]["rows"] if "head" in params else params["embed"]["embedding"]
-    return jnp.einsum("vd,bd->vb", rows_VD, hidden_BD, preferred_element_type=jnp.float32).T
+    return jnp.einsum("bd,vd->bv", hidden_BD, rows_VD, preferred_element_type=jnp.float32)
 
 
 def table_rows(params: Params, table: str) -> jax.Array:
@@ -163,32 +173,46 @@ def table_rows(params: Params, table: str) -> jax.Array:
 
 
 def _layer(
-    config: ModelConfig, layer: Params, x_DM: jax.Array, rope: Rope, attend: Attend
+    config: ModelConfig, layer: Params, x: jax.Array, rope: Rope, attend: Attend
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Normalised attention and normalised MLP, each added to what came in; and what `attend` keeps."""
+    before = jax.vmap(functools.partial(_heads_of_token, config, layer), in_axes=(token_axis(), 0))
+    out, kept = attend(*before(x, rope))
+    after = functools.partial(_added_to_token, config, layer)
+    return jax.vmap(after, in_axes=(token_axis(), 0), out_axes=token_axis())(x, out), kept
+
+
+def _heads_of_token(
+    config: ModelConfig, layer: Params, x_D: jax.Array, rope: Rope
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rotated queries [K, G, H] and key [K, H], and the value [K, H]."""
     group = config.num_heads // config.num_kv_heads
-    attention, mlp = layer["attention"], layer["mlp"]
-    normed = _norm(x_DM, layer["input_norm"]["scale"], config)
-    qkv = jnp.einsum("kjhd,dm->kjhm", attention["qkv"]["kernel"], normed)
+    attention = layer["attention"]
+    normed_D = _norm(x_D, layer["input_norm"]["scale"], config)
+    qkv = jnp.einsum("kjhd,d->kjh", attention["qkv"]["kernel"], normed_D)
     if "bias" in attention["qkv"]:
-        qkv = qkv + attention["qkv"]["bias"][..., None]
+        qkv = qkv + attention["qkv"]["bias"]
     q, k, v = qkv[:, :group], qkv[:, group : group + 1], qkv[:, group + 1]
     if "q_norm" in attention:
         q = _norm(q, attention["q_norm"]["scale"], config)
         k = _norm(k, attention["k_norm"]["scale"], config)
-    out, kept = attend(_rotated(q, rope), _rotated(k, rope)[:, 0], v)
+    return _rotated(q, rope), _rotated(k, rope)[:, 0], v
+
+
+def _added_to_token(config: ModelConfig, layer: Params, x_D: jax.Array, out_KGH: jax.Array) -> jax.Array:
+    """What attention found and what the MLP makes of it, both added to the token's state."""
     # As one matrix: with the three dimensions apart, XLA transposes the weight at every step.
-    output = attention["o"]["kernel"].reshape(config.hidden_size, -1)
-    x_DM = x_DM + jnp.einsum("dn,nm->dm", output, out.reshape(output.shape[1], -1))
-    normed = _norm(x_DM, layer["post_attention_norm"]["scale"], config)
-    gate, up = jnp.einsum("tfd,dm->tfm", mlp["gate_up"]["kernel"], normed)
-    return x_DM + jnp.einsum("df,fm->dm", mlp["down"]["kernel"], jax.nn.silu(gate) * up), kept
+    output = layer["attention"]["o"]["kernel"].reshape(config.hidden_size, -1)
+    x_D = x_D + output @ out_KGH.reshape(-1)
+    normed_D = _norm(x_D, layer["post_attention_norm"]["scale"], config)
+    gate_F, up_F = jnp.einsum("tfd,d->tf", layer["mlp"]["gate_up"]["kernel"], normed_D)
+    return x_D + layer["mlp"]["down"]["kernel"] @ (jax.nn.silu(gate_F) * up_F)
 
 
 def _attend_cache(
-    q_KGHB: jax.Array,
-    k_KHB: jax.Array,
-    v_KHB: jax.Array,
+    q_BKGH: jax.Array,
+    k_BKH: jax.Array,
+    v_BKH: jax.Array,
     *,
     keys: jax.Array,
     values: jax.Array,
@@ -196,12 +220,10 @@ def _attend_cache(
     cursor: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """One query per row over the row's cache, into which its own key and value are written first."""
-    k_BKH, v_BKH = (jnp.moveaxis(x, -1, 0) for x in (k_KHB, v_KHB))
     keys_BKHS, values_BKSH = kv.write(keys, values, k_BKH, v_BKH, cursor)
-    scores = _product(jnp.moveaxis(q_KGHB, -1, 0), keys_BKHS)
-    weights = _softmax(scores, held_BS[:, None, None], q_KGHB.shape[2]).astype(values.dtype)
-    out_BKGH = _product(weights, values_BKSH).astype(values.dtype)
-    return jnp.moveaxis(out_BKGH, 0, -1), (keys_BKHS, values_BKSH)
+    scores = _product(q_BKGH, keys_BKHS)
+    weights = _softmax(scores, held_BS[:, None, None], q_BKGH.shape[3]).astype(values.dtype)
+    return _product(weights, values_BKSH).astype(values.dtype), (keys_BKHS, values_BKSH)
 
 
 def _product(x_BKGC: jax.Array, y_BKCN: jax.Array) -> jax.Array:
@@ -230,28 +252,26 @@ def _product_by_sums(x_BKGC: jax.Array, y_BKCN: jax.Array) -> jax.Array:
 
 
 def _attend_prompts(
-    q_KGHM: jax.Array, k_KHM: jax.Array, v_KHM: jax.Array, *, real_BT: jax.Array
+    q_MKGH: jax.Array, k_MKH: jax.Array, v_MKH: jax.Array, *, real_BT: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Causal attention within each prompt, a block of queries at a time; keeps keys and values as a cache."""
     B, T = real_BT.shape
-    H = q_KGHM.shape[2]
-    q = jnp.moveaxis(q_KGHM.reshape(*q_KGHM.shape[:3], B, T), 3, 0)  # [B, K, G, H, T]
-    keys_BKHT = jnp.moveaxis(k_KHM.reshape(*k_KHM.shape[:2], B, T), 2, 0)
-    values_BKTH = jnp.transpose(v_KHM.reshape(*v_KHM.shape[:2], B, T), (2, 0, 3, 1))
+    q_BTKGH, k_BTKH, v_BTKH = (x.reshape(B, T, *x.shape[1:]) for x in (q_MKGH, k_MKH, v_MKH))
+    keys_BKHT, values_BKTH = jnp.transpose(k_BTKH, (0, 2, 3, 1)), jnp.swapaxes(v_BTKH, 1, 2)
     outs = []
     for start in range(0, T, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, T)
         seen_TS = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :]
         mask = (seen_TS[None] & real_BT[:, None, :stop])[:, None, None]
         scores = jnp.einsum(
-            "bkght,bkhs->bkgts",
-            q[..., start:stop],
+            "btkgh,bkhs->bkgts",
+            q_BTKGH[:, start:stop],
             keys_BKHT[..., :stop],
             preferred_element_type=jnp.float32,
         )
-        weights = _softmax(scores, mask, H).astype(values_BKTH.dtype)
-        outs.append(jnp.einsum("bkgts,bksh->kghbt", weights, values_BKTH[:, :, :stop]))
-    return jnp.concatenate(outs, axis=-1).reshape(q_KGHM.shape), (keys_BKHT, values_BKTH)
+        weights = _softmax(scores, mask, q_MKGH.shape[3]).astype(values_BKTH.dtype)
+        outs.append(jnp.einsum("bkgts,bksh->btkgh", weights, values_BKTH[:, :, :stop]))
+    return jnp.concatenate(outs, axis=1).reshape(q_MKGH.shape), (keys_BKHT, values_BKTH)
 
 
 def _softmax(scores: jax.Array, mask: jax.Array, head_dim: int) -> jax.Array:
@@ -260,26 +280,26 @@ def _softmax(scores: jax.Array, mask: jax.Array, head_dim: int) -> jax.Array:
 
 
 def _embedded(params: Params, config: ModelConfig, inputs: Mixture) -> jax.Array:
-    """Mixtures [M, C] -> [D, M]."""
-    return embed(params["embed"]["embedding"], inputs).astype(config.dtype).T
+    """Mixtures [M, C] -> states of M tokens."""
+    x_MD = embed(params["embed"]["embedding"], inputs).astype(config.dtype)
+    return jnp.moveaxis(x_MD, 0, token_axis())
 
 
 def _rope(config: ModelConfig, positions_M: jax.Array) -> Rope:
-    angles = jnp.asarray(inverse_frequencies(config))[:, None] * positions_M.astype(jnp.float32)[None]
+    angles = positions_M.astype(jnp.float32)[:, None] * jnp.asarray(inverse_frequencies(config))[None]
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def _rotated(x_KJHM: jax.Array, rope: Rope) -> jax.Array:
-    """Entry i of every head with entry i + H/2 ("rotate half", as layers.rotate)."""
+def _rotated(x_KJH: jax.Array, rope: Rope) -> jax.Array:
+    """A token's heads: entry i of each with entry i + H/2 ("rotate half", as layers.rotate)."""
     cos, sin = (part[None, None] for part in rope)
-    first, second = jnp.split(x_KJHM.astype(jnp.float32), 2, axis=2)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=2)
-    return rotated.astype(x_KJHM.dtype)
+    first, second = jnp.split(x_KJH.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_KJH.dtype)
 
 
 def _norm(x: jax.Array, scale: jax.Array, config: ModelConfig) -> jax.Array:
-    """RMSNorm over the last axis but one (width or head size), float32 inside: x [..., D, M]."""
+    """RMSNorm over the last axis (width or head size), float32 inside."""
     wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-2, keepdims=True) + config.norm_eps)
-    scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 2) + (-1, 1))
-    return (wide * scale).astype(config.dtype)
+    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + config.norm_eps)
+    return (wide * scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(config.dtype)
