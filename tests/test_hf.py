@@ -350,7 +350,7 @@ def test_parameters_of_another_model_are_not_saved(tmp_path):
     wrong = dataclasses.replace(config, vocab_size=102, tie_embeddings=True)
     with pytest.raises(ValueError) as error:
         hf.save(tmp_path / "model", wrong, params)
-    assert "unknown head/kernel" in str(error.value)
+    assert "unknown head/rows" in str(error.value)
     assert "embed/embedding has shape [101, 48], not [102, 48]" in str(error.value)
     fewer = decoder.unstack_layers(params) | {"layers": decoder.unstack_layers(params)["layers"][:1]}
     with pytest.raises(ValueError, match="missing layers/1/attention/q/kernel"):

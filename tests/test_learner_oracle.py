@@ -64,7 +64,7 @@ def _forward(params):
     )
     before_BT = np.array([len(prompt) - 1 + np.arange(LIMIT) for prompt in prompts])
     hidden_BtD = jnp.take_along_axis(hidden_BTD, before_BT[..., None], axis=1)
-    logits_BtV = jnp.einsum("btd,dv->btv", hidden_BtD, decoder.head(params, CONFIG)) / TEMPERATURE
+    logits_BtV = jnp.einsum("btd,vd->btv", hidden_BtD, decoder.head(params, CONFIG)) / TEMPERATURE
     laws_BtV = jax.nn.log_softmax(logits_BtV)
     logprobs_Bt = jnp.take_along_axis(laws_BtV, written.tokens_BT[..., None], axis=2)[..., 0]
     return logprobs_Bt, -jnp.sum(jnp.exp(laws_BtV) * laws_BtV, axis=-1)

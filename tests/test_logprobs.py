@@ -16,13 +16,13 @@ B, T, D, V = 2, 11, 8, 37
 def _inputs(seed=0, batch=B, time=T):
     rng = np.random.default_rng(seed)
     hidden = rng.normal(size=(batch, time, D)).astype(np.float32)
-    head = rng.normal(size=(D, V)).astype(np.float32)
+    head = rng.normal(size=(V, D)).astype(np.float32)
     return hidden, head, rng.integers(0, V, (batch, time)).astype(np.int32)
 
 
 def _full(hidden, head, targets, temperature):
     """The same from the whole [B, T, V], in JAX for its gradient."""
-    logprobs = jax.nn.log_softmax(jnp.asarray(hidden) @ jnp.asarray(head) / temperature)
+    logprobs = jax.nn.log_softmax(jnp.asarray(hidden) @ jnp.asarray(head).T / temperature)
     chosen = jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0]
     return chosen, -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
 
@@ -33,7 +33,7 @@ def test_token_logprobs_and_entropy(chunk):
     logprobs, entropy = jax.jit(functools.partial(token_logprobs, chunk=chunk))(hidden, head, targets, 0.7)
     assert logprobs.shape == entropy.shape == (B, T)
     assert logprobs.dtype == entropy.dtype == jnp.float32
-    logits = hidden.astype(np.float64) @ head / 0.7
+    logits = hidden.astype(np.float64) @ head.T / 0.7
     logits -= logits.max(-1, keepdims=True)
     law = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     np.testing.assert_allclose(
@@ -133,7 +133,7 @@ def test_products_are_in_the_dtype_of_hidden_with_float32_sums():
 def test_head_sharded_over_the_vocabulary_and_batch_sharded_over_the_data():
     rng = np.random.default_rng(2)
     hidden = rng.normal(size=(4, 6, D)).astype(np.float32)
-    head = rng.normal(size=(D, 40)).astype(np.float32)
+    head = rng.normal(size=(40, D)).astype(np.float32)
     targets = rng.integers(0, 40, (4, 6)).astype(np.int32)
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto, AxisType.Auto))
 
@@ -141,7 +141,7 @@ def test_head_sharded_over_the_vocabulary_and_batch_sharded_over_the_data():
         return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
     compute = jax.jit(functools.partial(token_logprobs, chunk=8))
-    arguments = put(hidden, "data"), put(head, None, "tensor"), put(targets, "data"), 0.7
+    arguments = put(hidden, "data"), put(head, "tensor"), put(targets, "data"), 0.7
     for got, want in zip(compute(*arguments), _full(hidden, head, targets, 0.7), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
     # Nothing as large as the head is gathered: the vocabulary stays where it is.

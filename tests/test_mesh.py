@@ -31,7 +31,7 @@ def _params(**changes):
         "mlp": {"gate": {"kernel": (L, D, F)}, "up": {"kernel": (L, D, F)}, "down": {"kernel": (L, F, D)}},
     }
     shapes = {"embed": {"embedding": (V, D)}, "layers": layers, "final_norm": {"scale": (D,)}}
-    shapes |= {"head": {"kernel": (D, V)}} | changes
+    shapes |= {"head": {"rows": (V, D)}} | changes
     return jax.tree.map(jnp.zeros, shapes, is_leaf=lambda s: isinstance(s, tuple))
 
 
@@ -64,8 +64,7 @@ def test_sizes_that_do_not_fit_are_refused_by_name(sizes):
 
 def test_learner_layout_splits_vocabulary_heads_and_width():
     specs = _specs(meshes.param_shardings(meshes.make_mesh(2, 2, 2), _params()))
-    assert specs["embed/embedding"] == P("tensor", "fsdp")
-    assert specs["head/kernel"] == P("fsdp", "tensor")
+    assert specs["embed/embedding"] == specs["head/rows"] == P("tensor", "fsdp")
     assert specs["layers/attention/q/kernel"] == P(None, "fsdp", "tensor", None)
     assert specs["layers/attention/k/bias"] == P(None, "tensor", None)
     assert specs["layers/attention/o/kernel"] == P(None, "tensor", None, "fsdp")
@@ -107,11 +106,11 @@ def test_a_path_without_a_rule_is_refused_by_name():
     ("sizes", "changes", "words"),
     [
         ((2, 1, 4), {}, ("layers/attention/k/", "2 key/value heads (K)", "mesh.tensor = 4")),
-        ((1, 8, 1), {"head": {"kernel": (12, V)}}, ("head/kernel", "12 model width (D)", "mesh.fsdp = 8")),
+        ((1, 8, 1), {"head": {"rows": (V, 12)}}, ("head/rows", "12 model width (D)", "mesh.fsdp = 8")),
         (
             (4, 1, 2),
-            {"head": {"kernel": (D, 63)}},
-            ("head/kernel", "63 vocabulary rows (V)", "mesh.tensor = 2"),
+            {"head": {"rows": (63, D)}},
+            ("head/rows", "63 vocabulary rows (V)", "mesh.tensor = 2"),
         ),
     ],
 )

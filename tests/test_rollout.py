@@ -150,7 +150,7 @@ def test_the_head_table_is_of_the_heads_rows():
     config = CONFIGS["qwen2_untied"]
     params = _params(config)
     written = _generate(params, config, mixing=Mixing(rate=1.0, k=3, table="head"), samples=1)
-    of_head = np.asarray(neighbor_table(params["head"]["kernel"].T, 3))
+    of_head = np.asarray(neighbor_table(params["head"]["rows"], 3))
     of_embedding = np.asarray(neighbor_table(params["embed"]["embedding"], 3))
     assert (of_head != of_embedding).any()
     mixed = written.mixed_BT
@@ -358,11 +358,11 @@ def test_logits_that_are_no_numbers_end_their_sequence_and_no_other():
     token = int(clean.tokens_BT[0, 5])
     poisoned = jax.tree.map(lambda x: x, params)
     untied = dataclasses.replace(BASE, tie_embeddings=False)
-    head = params["embed"]["embedding"].T
+    head = {"rows": params["embed"]["embedding"]}
     poisoned["embed"] = {"embedding": params["embed"]["embedding"].at[token].set(jnp.nan)}
-    poisoned["head"] = {"kernel": head}
+    poisoned["head"] = head
     prompts = [[t for t in prompt if t != token] for prompt in PROMPTS]
-    clean = _generate(params | {"head": {"kernel": head}}, untied, prompts, stop_ids=())
+    clean = _generate(params | {"head": head}, untied, prompts, stop_ids=())
     written = _generate(poisoned, untied, prompts, stop_ids=(), slots=4, chunk=4)
     assert written.failed_B.any() and not written.failed_B.all()
     for row in range(9):

@@ -89,7 +89,7 @@ def test_a_run_keeps_the_table_of_the_matrix_that_its_settings_name(source, grid
     for _ in range(3):
         served = table.serve(run, position)
         costs.append(served.figures["table/cost"])
-        rows = params["embed"]["embedding"] if source == "embedding" else params["head"]["kernel"].T
+        rows = params["embed"]["embedding"] if source == "embedding" else params["head"]["rows"]
         np.testing.assert_array_equal(served.table_VC, neighbor_table(np.asarray(rows), 3))
         rows_VD = table.before_update(run, served, params)
         params = update(params)

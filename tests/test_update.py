@@ -13,7 +13,7 @@ import pytest
 from configs import base
 from ngrpo_jax.algo.mixture import Mixing, embed
 from ngrpo_jax.learner import packing, update
-from ngrpo_jax.learner.loss import Computation
+from ngrpo_jax.learner.loss import Computation, row_loss
 from ngrpo_jax.learner.optimizer import make_optimizer
 from ngrpo_jax.model import attention as attentions
 from ngrpo_jax.model import decoder
@@ -91,6 +91,14 @@ def _programs(
     return programs, shardings, optimizer
 
 
+def _packed(objective, **options):
+    prompts, written, advantages = _batch()
+    (batch,) = packing.mini_batches(
+        prompts, written, advantages, objective, count=1, max_new_tokens=20, **options
+    )
+    return batch
+
+
 def _gradients(
     mesh=None,
     *,
@@ -104,18 +112,7 @@ def _gradients(
 ):
     """Gradients and metrics of one optimiser step by parameters that differ from old and reference ones."""
     programs, shardings, _ = _programs(mesh, objective=objective, **options)
-    prompts, written, advantages = _batch()
-    (batch,) = packing.mini_batches(
-        prompts,
-        written,
-        advantages,
-        objective,
-        count=1,
-        row_tokens=row_tokens,
-        rows=rows,
-        max_new_tokens=20,
-        share_prompts=share_prompts,
-    )
+    batch = _packed(objective, row_tokens=row_tokens, rows=rows, share_prompts=share_prompts)
     before, new, ref = (jax.device_put(_params(seed), shardings.params) for seed in (0, params_seed, 4))
     (scored,) = update.score(programs, before, ref if objective.kl_coef else None, [batch], old=old)
     grads, metrics = update.gradients(programs, new, scored)
@@ -200,7 +197,7 @@ def _sequence_logprobs(params, prompt, written, index):
     mixed = np.einsum("tc,tcd->td", weights.astype(np.float64), table[ids])
     inputs = np.concatenate([table[prompt], mixed[:-1]])
     hidden = _forward_embedded(params, jnp.asarray(inputs, jnp.float32))
-    logits = np.asarray(hidden @ decoder.head(params, CONFIG), np.float64)[len(prompt) - 1 :] / TEMPERATURE
+    logits = np.asarray(hidden @ decoder.head(params, CONFIG).T, np.float64)[len(prompt) - 1 :] / TEMPERATURE
     logits -= logits.max(-1, keepdims=True)
     laws = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     return laws[np.arange(count), written.tokens_BT[index, :count]]
@@ -221,6 +218,30 @@ def test_gradient_reaches_the_embedding_rows_of_every_candidate():
         used[rows.inputs.ids[weighty]] = True
     assert used.sum() > 30 and moved[used].all()
     assert not moved[~used].any(), "the head is untied here: rows that no input held have no gradient"
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "gspo"])
+def test_a_tied_table_gets_the_gradients_of_both_its_uses_as_they_come(algorithm):
+    """An untied model of the same rows tells the look-up's and the head's apart; neither is ever turned."""
+    objective = dataclasses.replace(OBJECTIVE, algorithm=algorithm, kl_coef=0.0)
+    (rows,) = _packed(objective, row_tokens=64, rows=8, share_prompts=True)
+
+    def program(params, config):
+        compute = Computation(config, TEMPERATURE, logprob_chunk=16)
+        loss = functools.partial(row_loss, objective=objective, compute=compute)
+        gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        return gradient.lower(params, rows, None, None).compile()
+
+    body = {name: leaves for name, leaves in _params(2).items() if name != "head"}
+    untied = body | {"head": {"rows": body["embed"]["embedding"]}}
+    (_, sums), apart = program(untied, CONFIG)(untied, rows, None, None)
+    of_tied = program(body, dataclasses.replace(CONFIG, tie_embeddings=True))
+    (_, metrics), grads = of_tied(body, rows, None, None)
+    uses = apart["embed"]["embedding"], apart.pop("head")["rows"]
+    assert min(map(jnp.linalg.norm, uses)) > 1e-3
+    _assert_same(grads, metrics, (jax.device_get(apart | {"embed": {"embedding": sum(uses)}}), sums))
+    text = of_tied.as_text()
+    assert "f32[96,32]" in text and "f32[32,96]" not in text
 
 
 @pytest.mark.parametrize("old", ["learner", "update", "sampler"])

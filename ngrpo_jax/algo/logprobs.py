@@ -17,7 +17,7 @@ from ngrpo_jax.algo.sampling import scaled
 
 def token_logprobs(
     hidden_BTD: jax.Array,
-    head_DV: jax.Array,
+    head_VD: jax.Array,
     targets_BT: jax.Array,
     temperature: float | jax.Array,
     *,
@@ -25,19 +25,19 @@ def token_logprobs(
     scored_BT: jax.Array | None = None,
     entropy: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-    """log softmax(hidden · head / temperature) at the targets, and the entropy of that law in nats.
+    """log softmax(hidden · headᵀ / temperature) at the targets, and the entropy of that law in nats.
 
     Returns float32 ([B, T], [B, T]). About `chunk` tokens are projected at a time, forward and, by
     recomputation, backward: memory grows with chunk · V and not with B · T · V. Chunks run along T, so that
-    a batch sharded over B stays so; no gather runs along V, so that `head_DV` may be sharded over V.
+    a batch sharded over B stays so; no gather runs along V, so that `head_VD` may be sharded over V.
     With `scored_BT`, bool, only the tokens that it names are projected, and the others get 0 and 0: they are
     moved to the front of their rows, and chunks in which no row has any left are skipped. With `entropy`
     false the second result is 0 and costs nothing.
 
-    Products are in the dtype of `hidden_BTD` with float32 sums. The gradient for `head_DV` is summed over
-    chunks in the dtype of `head_DV`: pass the float32 master, of which each chunk makes its own cast.
+    Products are in the dtype of `hidden_BTD` with float32 sums. The gradient for `head_VD` is summed over
+    chunks in the dtype of `head_VD`: pass the float32 master, of which each chunk makes its own cast.
     """
-    _check(hidden_BTD, head_DV, targets_BT)
+    _check(hidden_BTD, head_VD, targets_BT)
     order_BT = None if scored_BT is None else _order(scored_BT)
     if order_BT is not None:
         hidden_BTD, targets_BT = (_take(x, order_BT) for x in (hidden_BTD, targets_BT))
@@ -46,7 +46,7 @@ def token_logprobs(
     # Saving nothing but its inputs, a chunk is projected anew in the backward pass.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def one_chunk(hidden_BtD: jax.Array, targets_Bt: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits_BtV = scaled(_project(hidden_BtD, head_DV), temperature)
+        logits_BtV = scaled(_project(hidden_BtD, head_VD), temperature)
         return _logprobs_and_entropy(logits_BtV, targets_Bt, entropy=entropy)
 
     def of_chunk(_: None, xs: tuple[jax.Array, jax.Array, jax.Array]):
@@ -71,7 +71,7 @@ TokenLoss = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, di
 def token_loss(
     loss: TokenLoss,
     hidden_BTD: jax.Array,
-    head_DV: jax.Array,
+    head_VD: jax.Array,
     targets_BT: jax.Array,
     scored_BT: jax.Array,
     facts: Any,
@@ -93,26 +93,26 @@ def token_loss(
       temperature, chunk: as for `token_logprobs`.
 
     Returns:
-      the loss summed over chunks, with gradients for `hidden_BTD` and `head_DV`; and metrics [chunks] each.
+      the loss summed over chunks, with gradients for `hidden_BTD` and `head_VD`; and metrics [chunks] each.
     """
-    _check(hidden_BTD, head_DV, targets_BT)
+    _check(hidden_BTD, head_VD, targets_BT)
     chunks, split, join = _cut(targets_BT.shape, chunk)
     needed_N = _needed(scored_BT, chunks, targets_BT.shape[1])
 
-    def of_chunk(hidden_BtD, head_DV, targets_Bt, scored_Bt, facts_Bt):
-        logits_BtV = scaled(_project(hidden_BtD, head_DV), temperature)
+    def of_chunk(hidden_BtD, head_VD, targets_Bt, scored_Bt, facts_Bt):
+        logits_BtV = scaled(_project(hidden_BtD, head_VD), temperature)
         return loss(*_logprobs_and_entropy(logits_BtV, targets_Bt), scored_Bt, facts_Bt)
 
     def of_empty(targets_Bt, scored_Bt, facts_Bt):
         zeros = jnp.zeros(targets_Bt.shape, jnp.float32)
         return loss(zeros, zeros, jnp.zeros_like(scored_Bt), facts_Bt)
 
-    def values(hidden_BTD, head_DV, given):
+    def values(hidden_BTD, head_VD, given):
         def step(total, xs):
             needed, hidden_BtD, *rest = xs
             value, metrics = jax.lax.cond(
                 needed,
-                lambda h, *rest: of_chunk(h, head_DV, *rest),
+                lambda h, *rest: of_chunk(h, head_VD, *rest),
                 lambda h, *rest: of_empty(*rest),
                 hidden_BtD,
                 *rest,
@@ -121,25 +121,25 @@ def token_loss(
 
         return jax.lax.scan(step, jnp.float32(0), (needed_N, split(hidden_BTD), *jax.tree.map(split, given)))
 
-    def values_and_gradients(hidden_BTD, head_DV, given):
-        def full(to_head_DV, hidden_BtD, *rest):
+    def values_and_gradients(hidden_BTD, head_VD, given):
+        def full(to_head_VD, hidden_BtD, *rest):
             gradient = jax.value_and_grad(of_chunk, argnums=(0, 1), has_aux=True)
-            (value, metrics), (to_hidden, to_head) = gradient(hidden_BtD, head_DV, *rest)
-            return to_head_DV + to_head, value, metrics, to_hidden
+            (value, metrics), (to_hidden, to_head) = gradient(hidden_BtD, head_VD, *rest)
+            return to_head_VD + to_head, value, metrics, to_hidden
 
-        def empty(to_head_DV, hidden_BtD, *rest):
-            return to_head_DV, *of_empty(*rest), jnp.zeros_like(hidden_BtD)
+        def empty(to_head_VD, hidden_BtD, *rest):
+            return to_head_VD, *of_empty(*rest), jnp.zeros_like(hidden_BtD)
 
         def step(carry, xs):
-            total, to_head_DV = carry
+            total, to_head_VD = carry
             needed, *rest = xs
-            to_head_DV, value, metrics, to_hidden = jax.lax.cond(needed, full, empty, to_head_DV, *rest)
-            return (total + value, to_head_DV), (metrics, to_hidden)
+            to_head_VD, value, metrics, to_hidden = jax.lax.cond(needed, full, empty, to_head_VD, *rest)
+            return (total + value, to_head_VD), (metrics, to_hidden)
 
-        start = jnp.float32(0), jnp.zeros_like(head_DV)
+        start = jnp.float32(0), jnp.zeros_like(head_VD)
         xs = needed_N, split(hidden_BTD), *jax.tree.map(split, given)
-        (total, to_head_DV), (metrics, to_hidden) = jax.lax.scan(step, start, xs)
-        return (total, metrics), (join(to_hidden), to_head_DV)
+        (total, to_head_VD), (metrics, to_hidden) = jax.lax.scan(step, start, xs)
+        return (total, metrics), (join(to_hidden), to_head_VD)
 
     computed = jax.custom_vjp(values)
     computed.defvjp(
@@ -148,13 +148,13 @@ def token_loss(
     )
     order_BT = _order(scored_BT)
     given = jax.tree.map(lambda x: _take(x, order_BT), (targets_BT, scored_BT, facts))
-    return computed(_permuted(hidden_BTD, order_BT), head_DV, given)
+    return computed(_permuted(hidden_BTD, order_BT), head_VD, given)
 
 
-def _check(hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array) -> None:
-    chex.assert_rank([hidden_BTD, head_DV, targets_BT], [3, 2, 2])
+def _check(hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array) -> None:
+    chex.assert_rank([hidden_BTD, head_VD, targets_BT], [3, 2, 2])
     chex.assert_shape(targets_BT, hidden_BTD.shape[:2])
-    chex.assert_shape(head_DV, (hidden_BTD.shape[2], None))
+    chex.assert_shape(head_VD, (None, hidden_BTD.shape[2]))
 
 
 def _cut(shape: tuple[int, ...], chunk: int) -> tuple[int, Callable, Callable]:
@@ -218,25 +218,25 @@ def _logprobs_and_entropy(
 
 
 @jax.custom_vjp
-def _project(hidden_BtD: jax.Array, head_DV: jax.Array) -> jax.Array:
+def _project(hidden_BtD: jax.Array, head_VD: jax.Array) -> jax.Array:
     """float32 logits [B, t, V]. The gradient is written out to keep its two products in hidden's dtype:
     left to itself it would multiply float32 by float32, several times the price on an accelerator."""
     return jnp.einsum(
-        "btd,dv->btv", hidden_BtD, head_DV.astype(hidden_BtD.dtype), preferred_element_type=jnp.float32
+        "btd,vd->btv", hidden_BtD, head_VD.astype(hidden_BtD.dtype), preferred_element_type=jnp.float32
     )
 
 
-def _project_forward(hidden_BtD: jax.Array, head_DV: jax.Array):
-    return _project(hidden_BtD, head_DV), (hidden_BtD, head_DV)
+def _project_forward(hidden_BtD: jax.Array, head_VD: jax.Array):
+    return _project(hidden_BtD, head_VD), (hidden_BtD, head_VD)
 
 
 def _project_backward(saved: tuple[jax.Array, jax.Array], grad_BtV: jax.Array) -> tuple[jax.Array, jax.Array]:
-    hidden_BtD, head_DV = saved
+    hidden_BtD, head_VD = saved
     dtype = hidden_BtD.dtype
     grad_BtV = grad_BtV.astype(dtype)
-    to_hidden = jnp.einsum("btv,dv->btd", grad_BtV, head_DV.astype(dtype), preferred_element_type=jnp.float32)
-    to_head = jnp.einsum("btd,btv->dv", hidden_BtD, grad_BtV, preferred_element_type=jnp.float32)
-    return to_hidden.astype(dtype), to_head.astype(head_DV.dtype)
+    to_hidden = jnp.einsum("btv,vd->btd", grad_BtV, head_VD.astype(dtype), preferred_element_type=jnp.float32)
+    to_head = jnp.einsum("btv,btd->vd", grad_BtV, hidden_BtD, preferred_element_type=jnp.float32)
+    return to_hidden.astype(dtype), to_head.astype(head_VD.dtype)
 
 
 _project.defvjp(_project_forward, _project_backward)

@@ -76,13 +76,13 @@ def row_loss(
       (loss, metrics of `_loss_of_tokens`).
     """
     hidden_RTD = _hidden(params, rows, compute)
-    head_DV = decoder.head(params, compute.config)
+    head_VD = decoder.head(params, compute.config)
     facts = Facts(old_RT, ref_RT, rows.behaviour_RT, rows.advantages_RT, rows.weight_RT, rows.segment_ids_RT)
     loss = functools.partial(_loss_of_tokens, objective=objective)
     if objective.algorithm == "gspo":  # its ratios join the tokens of a sequence, hence of different chunks
         logprobs_RT, entropy_RT = token_logprobs(
             hidden_RTD,
-            head_DV,
+            head_VD,
             rows.targets_RT,
             compute.temperature,
             chunk=compute.logprob_chunk,
@@ -92,7 +92,7 @@ def row_loss(
     value, parts = token_loss(
         loss,
         hidden_RTD,
-        head_DV,
+        head_VD,
         rows.targets_RT,
         rows.response_RT,
         facts,

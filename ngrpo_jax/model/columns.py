@@ -67,7 +67,7 @@ def lay_out(params: Params, config: ModelConfig) -> Params:
         "layers": tuple(_lay_out_layer(layer, config) for layer in layers),
     }
     if not config.tie_embeddings:
-        laid_out["head"] = {"rows": params["head"]["kernel"].T}
+        laid_out["head"] = params["head"]
     return jax.tree.map(lambda leaf: leaf.astype(config.dtype), laid_out)
 
 

@@ -49,7 +49,7 @@ def init(key: jax.Array, config: ModelConfig) -> Params:
         "final_norm": {"scale": jnp.ones((D,))},
     }
     if not config.tie_embeddings:
-        params["head"] = {"kernel": D**-0.5 * jax.random.normal(head_key, (D, V))}
+        params["head"] = {"rows": D**-0.5 * jax.random.normal(head_key, (V, D))}
     return params
 
 
@@ -120,13 +120,16 @@ def hidden_states(
 
 
 def head(params: Params, config: ModelConfig) -> jax.Array:
-    """The output matrix [D, V] as it is stored: the embedding transposed where the two are tied."""
-    return params["embed"]["embedding"].T if config.tie_embeddings else params["head"]["kernel"]
+    """The output rows [V, D] as they are stored: the embedding where the two are tied.
+
+    Rows in both cases, so that the gradients of a tied table's two uses add up without one being transposed.
+    """
+    return params["embed"]["embedding"] if config.tie_embeddings else params["head"]["rows"]
 
 
 def table_rows(params: Params, config: ModelConfig, table: str) -> jax.Array:
     """The rows [V, D] among which neighbours are sought: of the input "embedding", or of the "head"."""
-    return params["embed"]["embedding"] if table == "embedding" else head(params, config).T
+    return params["embed"]["embedding"] if table == "embedding" else head(params, config)
 
 
 def forward(
@@ -141,8 +144,8 @@ def forward(
     hidden_BTD = hidden_states(
         params, config, inputs, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT
     )
-    head_DV = head(params, config).astype(config.dtype)
-    return jnp.einsum("btd,dv->btv", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
+    head_VD = head(params, config).astype(config.dtype)
+    return jnp.einsum("btd,vd->btv", hidden_BTD, head_VD, preferred_element_type=jnp.float32)
 
 
 @jax.custom_vjp

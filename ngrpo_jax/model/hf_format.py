@@ -81,7 +81,7 @@ def tensors(config: ModelConfig) -> list[Tensor]:
                 (f"layers/attention/{part}_norm/scale", f"{attention}{part}_norm.weight", (H,), (H,))
             )
     if not config.tie_embeddings:
-        table.append(("head/kernel", "lm_head.weight", (D, V), (V, D)))
+        table.append(("head/rows", "lm_head.weight", (V, D), (V, D)))
     return [Tensor(tuple(path.split("/")), name, shape, hf_shape) for path, name, shape, hf_shape in table]
 
 

@@ -28,7 +28,7 @@ AXES = ("data", "fsdp", "tensor")
 # Norms and the q/k norms are a few kilobytes: gathering them would cost more than holding them everywhere.
 RULES: tuple[tuple[str, str, P], ...] = (
     (r"embed/embedding", "VD", P("tensor", "fsdp")),
-    (r"head/kernel", "DV", P("fsdp", "tensor")),
+    (r"head/rows", "VD", P("tensor", "fsdp")),
     (r"final_norm/scale", "D", P(None)),
     (r"LAYER/(input_norm|post_attention_norm)/scale", "D", P(None)),
     (r"LAYER/attention/q/kernel", "DNH", P("fsdp", "tensor", None)),
@@ -42,7 +42,6 @@ RULES: tuple[tuple[str, str, P], ...] = (
 )
 # The same for parameters laid out for the rollout (model/columns.py), whose names and orders are others.
 ROLLOUT_RULES: tuple[tuple[str, str, P], ...] = (
-    (r"head/rows", "VD", P("tensor", None)),
     (r"LAYER/attention/qkv/kernel", "KJHD", P("tensor", None, None, None)),
     (r"LAYER/attention/qkv/bias", "KJH", P("tensor", None, None)),
     (r"LAYER/attention/o/kernel", "DKGH", P(None, "tensor", None, None)),
