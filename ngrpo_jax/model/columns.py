@@ -1,10 +1,9 @@
 """The decoder laid out for writing: prefill and one-token steps from weights joined once a rollout.
 
 The same model as decoder.py. `lay_out` stores every weight as [outputs, inputs], with the three projections
-of attention and the two of the MLP joined, so that a step reads each weight once and in order. What happens
-within a layer is written for one token; `jax.vmap` lays M tokens (rows of the cache, or rows times tokens of
-a prompt) along the axis that suits the machine (`token_axis`). Nothing here is trained, and none of it is
-Flax.
+of attention and the two of the MLP joined, so that a step reads each weight once and in order. The states of
+M tokens (rows of the cache, or rows times tokens of a prompt) lie as columns [D, M] or as rows [M, D], as
+suits the machine: `token_axis`. Nothing here is trained, and none of it is Flax.
 
 Layout:
     embed/embedding [V, D]    head/rows [V, D] unless tied    final_norm/scale [D]    layers: a tuple of
@@ -33,8 +32,8 @@ from ngrpo_jax.model.decoder import unstack_layers
 from ngrpo_jax.model.layers import inverse_frequencies
 
 Params = dict[str, Any]
-Rope = tuple[jax.Array, jax.Array]  # cosines and sines, float32 [M, H/2]
-# (q [M, K, G, H], k and v [M, K, H]) -> (attention [M, K, G, H], the keys and values to be kept)
+Rope = tuple[jax.Array, jax.Array]  # cosines and sines, float32 [H/2], M along `token_axis`
+# (q [K, G, H], k and v [K, H], M tokens along `token_axis`) -> (attention [N], keys and values to be kept)
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, tuple[jax.Array, jax.Array]]]
 
 _MASKED = float(np.finfo(np.float32).min)
@@ -46,7 +45,7 @@ def token_axis() -> int:
     """Where the states of M tokens have their tokens: [D, M] on CPU, [M, D] elsewhere.
 
     On CPU the products are then W · x, which stream every weight through the cache once: up to 30 % less time
-    than rows take (benchmarks/bounds.py). On a GPU rows are 6 to 9 % of a step faster, sparing transposes.
+    than rows take (benchmarks/bounds.py). On a GPU rows spare a step transposes (docs/performance.md).
     """
     return -1 if jax.default_backend() == "cpu" else 0
 
@@ -119,10 +118,10 @@ def prefill(
     for layer in params["layers"]:
         x, seen = _layer(config, layer, x, rope, attend)
         kept.append(seen)
-    x_BD = jnp.moveaxis(x, token_axis(), 0).reshape(B, T, -1)[:, -1]
+    last = jax.lax.slice_in_dim(x, T - 1, B * T, stride=T, axis=token_axis())
     keys, values = (tuple(arrays) for arrays in zip(*kept, strict=True))
     cache = KVCache(keys, values, lengths_B.astype(jnp.int32), jnp.zeros((), jnp.int32))
-    return _norm(x_BD, params["final_norm"]["scale"], config), cache
+    return _hidden(params, config, last), cache
 
 
 def turns(config: ModelConfig, columns: int) -> Rope:
@@ -141,9 +140,8 @@ def decode_step(
     """
     B = cache.lengths_B.shape[0]
     chex.assert_shape(inputs.ids, (B, None))
-    chex.assert_shape(turned, (cache.columns + 1, config.head_dim // 2))
     x = _embedded(params, config, inputs)
-    cos, sin = (jnp.take(part, cache.lengths_B, axis=0, mode="clip") for part in turned)
+    cos, sin = (jnp.take(part, cache.lengths_B, axis=token_axis(), mode="clip") for part in turned)
     rope = cos, sin
     held_BS = kv.held(cache.lengths_B, cache.cursor, cache.columns)
     kept = []
@@ -155,8 +153,7 @@ def decode_step(
         kept.append(seen)
     keys, values = (tuple(arrays) for arrays in zip(*kept, strict=True))
     cache = kv.advanced(cache._replace(keys=keys, values=values))
-    x_BD = jnp.moveaxis(x, token_axis(), 0)
-    return _norm(x_BD, params["final_norm"]["scale"], config), cache
+    return _hidden(params, config, x), cache
 
 
 def logits(params: Params, hidden_BD: jax.Array) -> jax.Array:
@@ -176,43 +173,43 @@ def _layer(
     config: ModelConfig, layer: Params, x: jax.Array, rope: Rope, attend: Attend
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Normalised attention and normalised MLP, each added to what came in; and what `attend` keeps."""
-    before = jax.vmap(functools.partial(_heads_of_token, config, layer), in_axes=(token_axis(), 0))
-    out, kept = attend(*before(x, rope))
-    after = functools.partial(_added_to_token, config, layer)
-    return jax.vmap(after, in_axes=(token_axis(), 0), out_axes=token_axis())(x, out), kept
-
-
-def _heads_of_token(
-    config: ModelConfig, layer: Params, x_D: jax.Array, rope: Rope
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Rotated queries [K, G, H] and key [K, H], and the value [K, H]."""
     group = config.num_heads // config.num_kv_heads
-    attention = layer["attention"]
-    normed_D = _norm(x_D, layer["input_norm"]["scale"], config)
-    qkv = jnp.einsum("kjhd,d->kjh", attention["qkv"]["kernel"], normed_D)
+    attention, mlp = layer["attention"], layer["mlp"]
+    qkv = _times(attention["qkv"]["kernel"], _norm(x, layer["input_norm"]["scale"], config))
     if "bias" in attention["qkv"]:
-        qkv = qkv + attention["qkv"]["bias"]
-    q, k, v = qkv[:, :group], qkv[:, group : group + 1], qkv[:, group + 1]
+        qkv = qkv + jnp.expand_dims(attention["qkv"]["bias"], token_axis())
+    q, k, v = jnp.split(qkv, [group, group + 1], axis=_feature_axis() - 1)
     if "q_norm" in attention:
         q = _norm(q, attention["q_norm"]["scale"], config)
         k = _norm(k, attention["k_norm"]["scale"], config)
-    return _rotated(q, rope), _rotated(k, rope)[:, 0], v
-
-
-def _added_to_token(config: ModelConfig, layer: Params, x_D: jax.Array, out_KGH: jax.Array) -> jax.Array:
-    """What attention found and what the MLP makes of it, both added to the token's state."""
+    out, kept = attend(_rotated(q, rope), *(_only(x) for x in (_rotated(k, rope), v)))
     # As one matrix: with the three dimensions apart, XLA transposes the weight at every step.
-    output = layer["attention"]["o"]["kernel"].reshape(config.hidden_size, -1)
-    x_D = x_D + output @ out_KGH.reshape(-1)
-    normed_D = _norm(x_D, layer["post_attention_norm"]["scale"], config)
-    gate_F, up_F = jnp.einsum("tfd,d->tf", layer["mlp"]["gate_up"]["kernel"], normed_D)
-    return x_D + layer["mlp"]["down"]["kernel"] @ (jax.nn.silu(gate_F) * up_F)
+    output = attention["o"]["kernel"].reshape(config.hidden_size, -1)
+    x = x + _times(output, out)
+    gate_up = _times(mlp["gate_up"]["kernel"], _norm(x, layer["post_attention_norm"]["scale"], config))
+    gate, up = (_only(part) for part in jnp.split(gate_up, 2, axis=_feature_axis() - 1))
+    return x + _times(mlp["down"]["kernel"], jax.nn.silu(gate) * up), kept
+
+
+def _feature_axis() -> int:
+    """Where a token's entries (or those of one of its heads) lie: the last axis that is not its tokens'."""
+    return -2 if token_axis() == -1 else -1
+
+
+def _only(x: jax.Array) -> jax.Array:
+    """Without the axis of length 1 before the features."""
+    return jnp.squeeze(x, _feature_axis() - 1)
+
+
+def _times(kernel: jax.Array, x: jax.Array) -> jax.Array:
+    """A weight [..., N] times tokens of N entries: tokens of [...]."""
+    return jnp.einsum("...n,nm->...m" if token_axis() == -1 else "...n,mn->m...", kernel, x)
 
 
 def _attend_cache(
-    q_BKGH: jax.Array,
-    k_BKH: jax.Array,
-    v_BKH: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
     *,
     keys: jax.Array,
     values: jax.Array,
@@ -220,10 +217,13 @@ def _attend_cache(
     cursor: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """One query per row over the row's cache, into which its own key and value are written first."""
+    q_BKGH, k_BKH, v_BKH = (jnp.moveaxis(x, token_axis(), 0) for x in (q, k, v))
     keys_BKHS, values_BKSH = kv.write(keys, values, k_BKH, v_BKH, cursor)
     scores = _product(q_BKGH, keys_BKHS)
     weights = _softmax(scores, held_BS[:, None, None], q_BKGH.shape[3]).astype(values.dtype)
-    return _product(weights, values_BKSH).astype(values.dtype), (keys_BKHS, values_BKSH)
+    out_BKGH = _product(weights, values_BKSH).astype(values.dtype)
+    out_BN = out_BKGH.reshape(len(out_BKGH), -1)
+    return jnp.moveaxis(out_BN, 0, token_axis()), (keys_BKHS, values_BKSH)
 
 
 def _product(x_BKGC: jax.Array, y_BKCN: jax.Array) -> jax.Array:
@@ -252,26 +252,33 @@ def _product_by_sums(x_BKGC: jax.Array, y_BKCN: jax.Array) -> jax.Array:
 
 
 def _attend_prompts(
-    q_MKGH: jax.Array, k_MKH: jax.Array, v_MKH: jax.Array, *, real_BT: jax.Array
+    q: jax.Array, k: jax.Array, v: jax.Array, *, real_BT: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Causal attention within each prompt, a block of queries at a time; keeps keys and values as a cache."""
     B, T = real_BT.shape
-    q_BTKGH, k_BTKH, v_BTKH = (x.reshape(B, T, *x.shape[1:]) for x in (q_MKGH, k_MKH, v_MKH))
-    keys_BKHT, values_BKTH = jnp.transpose(k_BTKH, (0, 2, 3, 1)), jnp.swapaxes(v_BTKH, 1, 2)
+
+    def by_prompt(x: jax.Array) -> jax.Array:
+        """[B, ..., T]"""
+        x = jnp.moveaxis(x, token_axis(), -1)
+        return jnp.moveaxis(x.reshape(*x.shape[:-1], B, T), -2, 0)
+
+    q_BKGHT, keys_BKHT = by_prompt(q), by_prompt(k)
+    values_BKTH = jnp.swapaxes(by_prompt(v), 2, 3)
     outs = []
     for start in range(0, T, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, T)
         seen_TS = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :]
         mask = (seen_TS[None] & real_BT[:, None, :stop])[:, None, None]
         scores = jnp.einsum(
-            "btkgh,bkhs->bkgts",
-            q_BTKGH[:, start:stop],
+            "bkght,bkhs->bkgts",
+            q_BKGHT[..., start:stop],
             keys_BKHT[..., :stop],
             preferred_element_type=jnp.float32,
         )
-        weights = _softmax(scores, mask, q_MKGH.shape[3]).astype(values_BKTH.dtype)
-        outs.append(jnp.einsum("bkgts,bksh->btkgh", weights, values_BKTH[:, :, :stop]))
-    return jnp.concatenate(outs, axis=1).reshape(q_MKGH.shape), (keys_BKHT, values_BKTH)
+        weights = _softmax(scores, mask, q_BKGHT.shape[3]).astype(values_BKTH.dtype)
+        outs.append(jnp.einsum("bkgts,bksh->kghbt", weights, values_BKTH[:, :, :stop]))
+    out_NM = jnp.concatenate(outs, axis=-1).reshape(-1, B * T)
+    return jnp.moveaxis(out_NM, -1, token_axis()), (keys_BKHT, values_BKTH)
 
 
 def _softmax(scores: jax.Array, mask: jax.Array, head_dim: int) -> jax.Array:
@@ -285,21 +292,30 @@ def _embedded(params: Params, config: ModelConfig, inputs: Mixture) -> jax.Array
     return jnp.moveaxis(x_MD, 0, token_axis())
 
 
+def _hidden(params: Params, config: ModelConfig, x: jax.Array) -> jax.Array:
+    """Final states of M tokens -> [M, D], normalised."""
+    return jnp.moveaxis(_norm(x, params["final_norm"]["scale"], config), token_axis(), 0)
+
+
 def _rope(config: ModelConfig, positions_M: jax.Array) -> Rope:
     angles = positions_M.astype(jnp.float32)[:, None] * jnp.asarray(inverse_frequencies(config))[None]
+    angles = jnp.moveaxis(angles, 0, token_axis())
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def _rotated(x_KJH: jax.Array, rope: Rope) -> jax.Array:
-    """A token's heads: entry i of each with entry i + H/2 ("rotate half", as layers.rotate)."""
-    cos, sin = (part[None, None] for part in rope)
-    first, second = jnp.split(x_KJH.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_KJH.dtype)
+def _rotated(x: jax.Array, rope: Rope) -> jax.Array:
+    """Entry i of every head [K, J, H] with entry i + H/2 ("rotate half", as layers.rotate)."""
+    heads = (0, 1) if token_axis() == -1 else (1, 2)
+    cos, sin = (jnp.expand_dims(part, heads) for part in rope)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=_feature_axis())
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated, axis=_feature_axis()).astype(x.dtype)
 
 
 def _norm(x: jax.Array, scale: jax.Array, config: ModelConfig) -> jax.Array:
-    """RMSNorm over the last axis (width or head size), float32 inside."""
+    """RMSNorm over features (width or head size), float32 inside."""
     wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + config.norm_eps)
-    return (wide * scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(config.dtype)
+    squares = jnp.mean(jnp.square(wide), axis=_feature_axis(), keepdims=True)
+    others = [axis for axis in range(x.ndim) if axis != x.ndim + _feature_axis()]
+    scale = jnp.expand_dims(scale.astype(jnp.float32), others)
+    return (wide * jax.lax.rsqrt(squares + config.norm_eps) * scale).astype(config.dtype)
