@@ -26,7 +26,7 @@ run: $(VENV)/.requirements
 	$(BIN)/python -m ngrpo_jax.train --config=configs/tiny.py --workdir=$(WORKDIR)
 
 test: $(VENV)/.requirements-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: $(VENV)/.requirements-dev
 	$(BIN)/python -m pytest -m long

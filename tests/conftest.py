@@ -17,3 +17,11 @@ import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "float32")
+
+# Two workers take whole files in this order: the longest first, lest one of them end the run alone.
+LONGEST = ("update", "rollout", "commands", "hosts", "learner_oracle", "columns", "benchmarks", "strategies")
+
+
+def pytest_collection_modifyitems(items):
+    ranks = {f"test_{name}.py": rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
