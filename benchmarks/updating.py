@@ -77,7 +77,9 @@ def report_update(
     sides = {"log-probabilities": learner.score, "gradient": learner.gradient, "optimiser step": learner.step}
     timings = measure.alternate(sides, rounds)
     count = rows * tokens
-    forward = count * (2 * shapes.matrix_parameters(config) + shapes.attention_flops(config, tokens))
+    head = config.vocab_size * config.hidden_size
+    forward = count * (2 * (shapes.matrix_parameters(config) - head) + shapes.attention_flops(config, tokens))
+    forward += rows * _responses(tokens) * 2 * head  # the head is needed at response positions alone
     flops = {"log-probabilities": forward, "gradient": 3 * forward, "optimiser step": None}
     lines = []
     for name, work in flops.items():
@@ -149,10 +151,15 @@ class _Learner:
         return time.perf_counter() - start
 
 
+def _responses(tokens: int) -> int:
+    """Response tokens of a row of so many tokens; the last one is no input."""
+    return tokens - tokens // 2 + 1
+
+
 def _rows(config: ModelConfig, rows: int, tokens: int) -> packing.Rows:
     """Full rows of one sequence each: half prompt, half response, a tenth of it written at mixed steps."""
     draw = np.random.default_rng(0)
-    prompt, new = tokens // 2, tokens - tokens // 2 + 1  # the last response token is no input
+    prompt, new = tokens // 2, _responses(tokens)
     ids_BT = draw.integers(config.vocab_size, size=(rows, new)).astype(np.int32)
     ids_BTC = draw.integers(config.vocab_size, size=(rows, new, K)).astype(np.int32)
     ids_BTC[..., 0] = ids_BT

@@ -1,7 +1,7 @@
 """Eight CPU devices, no silent broadcasting of ranks, full float32 products: the same for every test.
 
 The flags must be in the environment before JAX starts its backend, hence the order of lines here.
-NGRPO_TEST_PLATFORM=cuda,cpu (or tpu,cpu) puts them on that machine's devices instead: test_accelerator.py.
+NGRPO_TEST_PLATFORM=cuda,cpu (or tpu,cpu) runs tests on that machine's devices, as test_accelerator.py wants.
 """
 
 import os

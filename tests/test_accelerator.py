@@ -74,7 +74,7 @@ def test_the_fused_attention_is_that_of_plain_and_so_are_its_gradients(name):
 
 @pytest.mark.parametrize("metric", ["cosine", "l2", "l1", "dot"])
 def test_the_neighbour_table_is_exact_eq7_eq8(metric):
-    """By tiles, against float64; scores within 1e-6 of each other count as ties."""
+    """By tiles, against float64; scores within 1e-6 of each other, or of their size, count as ties."""
     rows = np.random.default_rng(0).normal(size=(9000, 48)).astype(np.float32)
     rows[4000:4020] = rows[17]
     table = np.asarray(neighbor_table(rows, 4, metric=metric))

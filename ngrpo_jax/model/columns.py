@@ -33,7 +33,7 @@ from ngrpo_jax.model.layers import inverse_frequencies
 
 Params = dict[str, Any]
 Rope = tuple[jax.Array, jax.Array]  # cosines and sines, float32 [H/2], M along `token_axis`
-# (q [K, G, H], k and v [K, H], M tokens along `token_axis`) -> (attention [N], keys and values to be kept)
+# (q [K, G, H], k and v [K, H], M tokens along `token_axis`) -> (attention [K·G·H], keys and values to keep)
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, tuple[jax.Array, jax.Array]]]
 
 _MASKED = float(np.finfo(np.float32).min)
@@ -44,8 +44,8 @@ SUMMED = 16  # terms of a run of `_product_by_sums`; 8 and 16 are equally fast, 
 def token_axis() -> int:
     """Where the states of M tokens have their tokens: [D, M] on CPU, [M, D] elsewhere.
 
-    On CPU the products are then W · x, which stream every weight through the cache once: up to 30 % less time
-    than rows take (benchmarks/bounds.py). On a GPU rows spare a step transposes (docs/performance.md).
+    Columns make a step's products W · x, which is what a CPU is fastest at: with rows a step takes a fifth
+    longer there. On an H100 rows take 2 to 9 % less (docs/performance.md).
     """
     return -1 if jax.default_backend() == "cpu" else 0
 
@@ -140,6 +140,7 @@ def decode_step(
     """
     B = cache.lengths_B.shape[0]
     chex.assert_shape(inputs.ids, (B, None))
+    chex.assert_equal(turned[0].shape[token_axis()], cache.columns + 1)  # the look-up below would clip
     x = _embedded(params, config, inputs)
     cos, sin = (jnp.take(part, cache.lengths_B, axis=token_axis(), mode="clip") for part in turned)
     rope = cos, sin
@@ -202,7 +203,7 @@ def _only(x: jax.Array) -> jax.Array:
 
 
 def _times(kernel: jax.Array, x: jax.Array) -> jax.Array:
-    """A weight [..., N] times tokens of N entries: tokens of [...]."""
+    """A weight [outputs.., inputs] times tokens of so many inputs: tokens of [outputs..]."""
     return jnp.einsum("...n,nm->...m" if token_axis() == -1 else "...n,mn->m...", kernel, x)
 
 
@@ -222,8 +223,8 @@ def _attend_cache(
     scores = _product(q_BKGH, keys_BKHS)
     weights = _softmax(scores, held_BS[:, None, None], q_BKGH.shape[3]).astype(values.dtype)
     out_BKGH = _product(weights, values_BKSH).astype(values.dtype)
-    out_BN = out_BKGH.reshape(len(out_BKGH), -1)
-    return jnp.moveaxis(out_BN, 0, token_axis()), (keys_BKHS, values_BKSH)
+    joined = out_BKGH.reshape(len(out_BKGH), -1)
+    return jnp.moveaxis(joined, 0, token_axis()), (keys_BKHS, values_BKSH)
 
 
 def _product(x_BKGC: jax.Array, y_BKCN: jax.Array) -> jax.Array:
@@ -277,8 +278,8 @@ def _attend_prompts(
         )
         weights = _softmax(scores, mask, q_BKGHT.shape[3]).astype(values_BKTH.dtype)
         outs.append(jnp.einsum("bkgts,bksh->kghbt", weights, values_BKTH[:, :, :stop]))
-    out_NM = jnp.concatenate(outs, axis=-1).reshape(-1, B * T)
-    return jnp.moveaxis(out_NM, -1, token_axis()), (keys_BKHT, values_BKTH)
+    joined = jnp.concatenate(outs, axis=-1).reshape(-1, B * T)
+    return jnp.moveaxis(joined, -1, token_axis()), (keys_BKHT, values_BKTH)
 
 
 def _softmax(scores: jax.Array, mask: jax.Array, head_dim: int) -> jax.Array:

@@ -225,7 +225,7 @@ def _rollout_parts(model: Any, run: RunShape, compute: int) -> list[Part]:
     hidden = tokens * (3 * model.hidden_size + (heads + 3 * model.intermediate_size) // split) * compute
     block = min(run.prompt_tokens, run.query_block)
     scores = prompts * model.num_heads * block * run.prompt_tokens * (_F32 + compute) // split
-    logits = 3 * slots * model.vocab_size * _F32  # as they come, transposed, and as probabilities
+    logits = 3 * slots * model.vocab_size * _F32  # as they come, scaled, and as probabilities
     shorter = "lower data.max_prompt_tokens or rollout.slots"
     scratch = Part("scratch of prefill", hidden + scores, "rollout", shorter)
     if logits > hidden + scores:  # a prefill and a decode step never run at once
