@@ -77,13 +77,15 @@ def test_tokens_may_lie_along_either_axis(name, axis, monkeypatch):
     """As rows and as columns, whatever this machine's choice is."""
     config, params, ids, logits = golden(name)
     monkeypatch.setattr(columns, "token_axis", lambda: axis)
-    step = jax.jit(lambda *given: columns.decode_step(params, config, *given))
-    hidden, cache = columns.prefill(params, config, jnp.asarray(ids[:, :9]), jnp.array([9, 4]))
+    # Functions of their own: what was compiled for the machine's choice must not be found again.
+    begin = jax.jit(lambda params, *given: columns.prefill(params, config, *given))
+    step = jax.jit(lambda params, *given: columns.decode_step(params, config, *given))
+    hidden, cache = begin(params, ids[:, :9], jnp.array([9, 4]))
     assert largest(columns.logits(params, hidden) - logits[[0, 1], [8, 3]]) <= CLOSE
     cache, lengths = stretched(cache, 13), np.array([9, 4])
     for _ in range(3):
         inputs = one_hot(ids[[0, 1], lengths], 1)
-        hidden, cache = step(inputs, cache, columns.turns(config, 13))
+        hidden, cache = step(params, inputs, cache, columns.turns(config, 13))
         assert largest(columns.logits(params, hidden) - logits[[0, 1], lengths]) <= CLOSE
         lengths = lengths + 1
 
@@ -91,7 +93,8 @@ def test_tokens_may_lie_along_either_axis(name, axis, monkeypatch):
 def test_prefill_in_blocks_of_queries_equals_prefill_at_once(monkeypatch):
     config, params, ids, logits = golden("qwen2_untied")
     monkeypatch.setattr(columns, "QUERY_BLOCK", 8)
-    hidden, _ = columns.prefill(params, config, jnp.asarray(ids[:, :21]), jnp.array([21, 13]))
+    in_blocks = jax.jit(lambda params, *given: columns.prefill(params, config, *given))
+    hidden, _ = in_blocks(params, ids[:, :21], jnp.array([21, 13]))
     assert largest(columns.logits(params, hidden) - logits[[0, 1], [20, 12]]) <= CLOSE
 
 

@@ -40,6 +40,12 @@ CONFIGS = {
 PROMPTS = [[3, 4, 5], [7, 8, 9, 10, 11, 12, 13], [20] * 11]
 STOP = (1, 2)
 UNTIL = (9, (14, 15))
+LONGEST = max(map(len, PROMPTS)) + 24  # of any sequence here: what is replayed is padded to it
+
+# Compiled once for each model; left to run by itself, every operation would be compiled for every length.
+forward = jax.jit(decoder.forward, static_argnums=1)
+hidden_states = jax.jit(decoder.hidden_states, static_argnums=1)
+scores = jax.jit(token_logprobs)
 
 
 def _params(config, seed=0):
@@ -84,10 +90,10 @@ def _packed_gap(params, config, written):
     rows = packing.pack(
         prompts, written, np.zeros(count), np.zeros((count, longest)), row_tokens=64, rows_multiple=1
     )
-    hidden = decoder.hidden_states(
+    hidden = hidden_states(
         params, config, rows.inputs, positions_BT=rows.positions_RT, segment_ids_BT=rows.segment_ids_RT
     )
-    replayed, _ = token_logprobs(hidden, decoder.head(params, config), rows.targets_RT, 0.9)
+    replayed, _ = scores(hidden, decoder.head(params, config), rows.targets_RT, 0.9)
     gap = np.abs(np.asarray(replayed) - rows.behaviour_RT)[rows.response_RT]
     assert len(gap) == written.lengths_B.sum()
     return gap.max()
@@ -108,7 +114,7 @@ def _replayed_logprobs(params, config, prompt, written, index):
     """Log-probabilities of one response by the model, from the prompt and the recorded mixtures alone."""
     count, before = int(written.lengths_B[index]), len(prompt)
     mixtures = written.mixtures
-    padding = ((0, 0), (before, 0), (0, 0))
+    padding = ((0, 0), (before, LONGEST - before - count + 1), (0, 0))
     ids, weights = (np.pad(leaf[index : index + 1, : count - 1], padding) for leaf in mixtures[:2])
     ids[0, :before] = np.array(prompt)[:, None]
     weights[0, :before, 0] = 1.0
@@ -116,9 +122,16 @@ def _replayed_logprobs(params, config, prompt, written, index):
     if mixtures.noise is not None:
         parts = (leaf[index : index + 1, : count - 1] for leaf in mixtures.noise)
         noise = Noise(*(np.pad(leaf, padding[: leaf.ndim]) for leaf in parts))
-    logits = decoder.forward(params, config, jax.tree.map(jnp.asarray, Mixture(ids, weights, noise)))
-    logprobs = jax.nn.log_softmax(logits[0, before - 1 :] / 0.9)
-    return np.asarray(logprobs)[np.arange(count), written.response(index)]
+    logits = forward(params, config, jax.tree.map(jnp.asarray, Mixture(ids, weights, noise)))
+    logprobs = np.asarray(jax.nn.log_softmax(logits[0] / 0.9))[before - 1 :]
+    return logprobs[np.arange(count), written.response(index)]
+
+
+def _next_logits(params, ids):
+    """float32 [V] after `ids`, by the plain model."""
+    padded = np.zeros((1, LONGEST), np.int32)
+    padded[0, : len(ids)] = ids
+    return np.asarray(forward(params, BASE, padded))[0, len(ids) - 1]
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -257,7 +270,7 @@ def test_neighbor_mixture_weights_in_a_rollout():
     table_VC = np.asarray(neighbor_table(params["embed"]["embedding"], 3))
     written = _generate(params, BASE, mixing=Mixing(rate=1.0, k=3), samples=1, max_new_tokens=3)
     for row, prompt in enumerate(PROMPTS):
-        logits_V = np.asarray(decoder.forward(params, BASE, jnp.array([prompt])))[0, -1] / 0.9
+        logits_V = _next_logits(params, prompt) / 0.9
         ids = table_VC[logits_V.argmax()]
         weights = np.exp(logits_V[ids] - logits_V[ids].max())
         np.testing.assert_array_equal(written.mixtures.ids[row, 0], ids)
@@ -270,7 +283,7 @@ def test_greedy_is_the_argmax_chain():
     for row, prompt in enumerate(PROMPTS):
         ids = list(prompt)
         for _ in range(6):
-            ids.append(int(np.asarray(decoder.forward(params, BASE, jnp.array([ids])))[0, -1].argmax()))
+            ids.append(int(_next_logits(params, ids).argmax()))
         assert written.tokens_BT[row].tolist() == ids[len(prompt) :]
 
 

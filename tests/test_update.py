@@ -196,17 +196,27 @@ def _sequence_logprobs(params, prompt, written, index):
     ids, weights = written.mixtures.ids[index, :count], written.mixtures.weights[index, :count]
     mixed = np.einsum("tc,tcd->td", weights.astype(np.float64), table[ids])
     inputs = np.concatenate([table[prompt], mixed[:-1]])
-    hidden = _forward_embedded(params, jnp.asarray(inputs, jnp.float32))
-    logits = np.asarray(hidden @ decoder.head(params, CONFIG).T, np.float64)[len(prompt) - 1 :] / TEMPERATURE
+    logits = np.asarray(_logits_of_embedded(params, inputs), np.float64)[len(prompt) - 1 :] / TEMPERATURE
     logits -= logits.max(-1, keepdims=True)
     laws = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     return laws[np.arange(count), written.tokens_BT[index, :count]]
 
 
-def _forward_embedded(params, inputs_TD):
-    """Hidden states of given embeddings: each becomes the row of a vocabulary made for it."""
+def _logits_of_embedded(params, inputs_TD):
+    """Logits of given embeddings: each becomes the row of a vocabulary made for it.
+
+    Padded to one length, which causality lets, so that one program does for all.
+    """
+    padded = np.zeros((32, inputs_TD.shape[1]), np.float32)
+    padded[: len(inputs_TD)] = inputs_TD
+    return _padded_logits(params, padded)[: len(inputs_TD)]
+
+
+@jax.jit
+def _padded_logits(params, inputs_TD):
     own = params | {"embed": {"embedding": inputs_TD}}
-    return decoder.hidden_states(own, CONFIG, jnp.arange(len(inputs_TD))[None])[0]
+    hidden_TD = decoder.hidden_states(own, CONFIG, jnp.arange(len(inputs_TD))[None])[0]
+    return hidden_TD @ decoder.head(params, CONFIG).T
 
 
 def test_gradient_reaches_the_embedding_rows_of_every_candidate():
