@@ -1,4 +1,4 @@
-"""What a machine allows: a decode step's weight products alone, memory bandwidth, large matrix products.
+"""What a machine allows: a decode step's matrix products alone, memory bandwidth, large matrix products.
 
 Measured, never looked up. Knows sizes of models and nothing of how this project computes.
 """
@@ -49,6 +49,25 @@ def weight_products(config: ModelConfig, rows: int, steps: int) -> Products:
         arrangement=_name(order, fused),
         tried={_name(*arrangement): seconds for arrangement, seconds in tried.items()},
     )
+
+
+def cache_reading(config: ModelConfig, rows: int, tokens: int, passes: int) -> Callable[[], float]:
+    """A function that returns the seconds of reading once the keys and values of `tokens` tokens a row.
+
+    Less than any two products of a step's attention can take: each entry is added to a sum and no more.
+    """
+    shape = (rows, config.num_kv_heads, tokens, config.head_dim)
+    cache = [jnp.ones(shape, config.dtype) for _ in range(2 * config.num_layers)]
+    read = jax.jit(lambda arrays: [jnp.sum(array) for array in arrays])
+    jax.block_until_ready(read(cache))
+
+    def run() -> float:
+        start = time.perf_counter()
+        for _ in range(passes):
+            jax.block_until_ready(read(cache))
+        return (time.perf_counter() - start) / passes
+
+    return run
 
 
 def copy_bandwidth(size: int) -> float:

@@ -15,32 +15,43 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("NGRPO_TEST_PLATFORM", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-# Nearly all of the suite's time is XLA compiling small programs. What one worker or command that a test starts
-# has compiled, the others read: from a folder that lives as long as this run.
-CACHE = "JAX_COMPILATION_CACHE_DIR"
-OWN_CACHE = None if CACHE in os.environ else tempfile.mkdtemp(prefix="ngrpo_jax_tests_")
-if OWN_CACHE:
-    os.environ[CACHE] = OWN_CACHE
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "float32")
-# XLA's own passes stay; LLVM's are left out in this process, which halves its part. Commands that tests start,
-# and the runs of .ci/run, have them all.
+# Nearly all of the suite's time is XLA compiling small programs. LLVM's passes, half of that, are left out in
+# this process; the commands that tests start have them all, as have the runs of .ci/run.
 jax.config.update("jax_disable_most_optimizations", True)
 
 # Two workers take whole files in this order: the longest first, lest one of them end the run alone.
 LONGEST = ("update", "rollout", "commands", "hosts", "learner_oracle", "columns", "benchmarks", "strategies")
 
+OWN_CACHE = pytest.StashKey[str]()
+CACHE_OPTIONS = {
+    "jax_persistent_cache_min_compile_time_secs": 0.2,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+
+
+def pytest_configure(config):
+    """A compilation cache as old as this run: what one worker or command has compiled, the others read.
+
+    In the environment for those that are started from here, where JAX is not imported yet.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    folder = config.stash[OWN_CACHE] = tempfile.mkdtemp(prefix="ngrpo_jax_tests_")
+    for name, value in {"jax_compilation_cache_dir": folder, **CACHE_OPTIONS}.items():
+        os.environ[name.upper()] = str(value)
+        jax.config.update(name, value)
+
+
+def pytest_unconfigure(config):
+    if OWN_CACHE in config.stash:
+        shutil.rmtree(config.stash[OWN_CACHE], ignore_errors=True)
+
 
 def pytest_collection_modifyitems(items):
     ranks = {f"test_{name}.py": rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
-
-
-def pytest_unconfigure():
-    if OWN_CACHE:
-        shutil.rmtree(OWN_CACHE, ignore_errors=True)

@@ -254,3 +254,16 @@ def test_a_rope_scaling_that_cannot_be_is_refused():
         RopeScaling(0.0, 1.0, 4.0, 8192)
     with pytest.raises(ValueError, match="must hold, not 4"):
         RopeScaling(8.0, 4.0, 1.0, 8192)
+
+
+def test_layers_written_out_compute_each_angle_once():
+    """In the gradient as well: XLA does not compute cosines anew in every layer and head."""
+    config, params = hf.load(GOLDEN / "qwen2_tied")
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        return decoder.hidden_states(params, config, jnp.arange(8)[None], unroll=True).sum()
+
+    program = gradient.lower(params).compile().as_text()
+    assert program.count(" cosine(") == program.count(" sine(") == 1

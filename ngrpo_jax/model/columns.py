@@ -16,6 +16,7 @@ Layout:
 
 import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,7 @@ from ngrpo_jax.model import cache as kv
 from ngrpo_jax.model.cache import KVCache
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.model.decoder import unstack_layers
-from ngrpo_jax.model.layers import inverse_frequencies
+from ngrpo_jax.model.layers import cosines_and_sines, inverse_frequencies
 
 Params = dict[str, Any]
 Rope = tuple[jax.Array, jax.Array]  # cosines and sines, float32 [H/2], M along `token_axis`
@@ -249,7 +250,15 @@ def _product_by_sums(x_BKGC: jax.Array, y_BKCN: jax.Array) -> jax.Array:
     terms = tuple(x_BKGRU1[:, :, g] * y_BKRUN for g in range(G))
     zeros = (jnp.zeros((), jnp.float32),) * G
     sums = jax.lax.reduce(terms, zeros, lambda left, right: tuple(map(jnp.add, left, right)), (3,))
-    return jnp.stack([jnp.sum(sum_BKRN, axis=2) for sum_BKRN in sums], axis=2)
+    return jnp.stack([_added(sum_BKRN) for sum_BKRN in sums], axis=2)
+
+
+def _added(sums_BKRN: jax.Array) -> jax.Array:
+    """Σ_r. Few runs are added one by one, which XLA joins with what comes next; many by a call of its own."""
+    R = sums_BKRN.shape[2]
+    if R > SUMMED:
+        return jnp.sum(sums_BKRN, axis=2)
+    return functools.reduce(operator.add, (sums_BKRN[:, :, r] for r in range(R)))
 
 
 def _attend_prompts(
@@ -301,7 +310,7 @@ def _hidden(params: Params, config: ModelConfig, x: jax.Array) -> jax.Array:
 def _rope(config: ModelConfig, positions_M: jax.Array) -> Rope:
     angles = positions_M.astype(jnp.float32)[:, None] * jnp.asarray(inverse_frequencies(config))[None]
     angles = jnp.moveaxis(angles, 0, token_axis())
-    return jnp.cos(angles), jnp.sin(angles)
+    return cosines_and_sines(angles)
 
 
 def _rotated(x: jax.Array, rope: Rope) -> jax.Array:

@@ -39,7 +39,15 @@ def rope_angles(config: ModelConfig, positions_BT: jax.Array) -> Rope:
     """Cosine and sine of every position's angles, float32 [B, T, H/2] each."""
     frequencies = jnp.asarray(inverse_frequencies(config))
     angles = positions_BT.astype(jnp.float32)[..., None] * frequencies[None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+    return cosines_and_sines(angles)
+
+
+def cosines_and_sines(angles: jax.Array) -> Rope:
+    """Both, computed once. As plain operations, XLA would fuse them into all that uses them, and compute them
+    anew in every layer and head; results of a loop, here of two rounds, it leaves as they are.
+    """
+    both = jax.lax.map(lambda sine: jax.lax.cond(sine, jnp.sin, jnp.cos, angles), jnp.array([False, True]))
+    return both[0], both[1]
 
 
 def rotate(x_BTNH: jax.Array, rope: Rope) -> jax.Array:
