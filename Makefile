@@ -14,7 +14,7 @@ WORKDIR := runs/tiny
 
 help:
 	@echo "make run        train configs/tiny.py in $(WORKDIR): a small model learns by N-GRPO in about five minutes"
-	@echo "make test       the test suite, about twenty minutes on two cores"
+	@echo "make test       the test suite, about fifteen minutes on two cores"
 	@echo "make test-long  the long tests"
 	@echo "make lint       ruff, ruff format --check, mypy"
 	@echo ""
