@@ -134,15 +134,15 @@ def test_bfloat16_cache_and_hidden_states():
     assert columns.logits(params, hidden).dtype == jnp.float32
 
 
-@pytest.mark.parametrize("terms", [1, 7, 16, 24, 96, 320])
+@pytest.mark.parametrize(
+    ("terms", "near"), [(1, 1e-5), (7, 1e-5), (16, 1e-5), (24, 1e-5), (96, 1e-5), (320, 5e-5)]
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_sums_over_the_cache_equal_the_product_that_other_devices_take(terms, dtype):
+def test_sums_over_the_cache_equal_the_product_that_other_devices_take(terms, near, dtype):
     """Against float64; the runs of the sum are of 16 terms or of what divides their number."""
     x = jax.random.normal(jax.random.key(0), (3, 2, 5, terms), dtype)
     y = jax.random.normal(jax.random.key(1), (3, 2, terms, 40), dtype)
-    wide = [np.asarray(side, np.float64) for side in (x, y)]
-    expected = np.einsum("bkgc,bkcn->bkgn", *wide)
-    near = 3e-7 * np.einsum("bkgc,bkcn->bkgn", *map(np.abs, wide)).max()
+    expected = np.einsum("bkgc,bkcn->bkgn", np.asarray(x, np.float64), np.asarray(y, np.float64))
     for product in (columns._product_by_sums, columns._product_by_dot):
         found = product(x, y)
         assert found.dtype == jnp.float32

@@ -39,7 +39,8 @@ def test_token_logprobs_and_entropy(chunk):
     np.testing.assert_allclose(
         logprobs, np.log(np.take_along_axis(law, targets[..., None], -1)[..., 0]), rtol=1e-5
     )
-    np.testing.assert_allclose(entropy, -(law * np.log(law)).sum(-1), rtol=1e-5, atol=1e-6)
+    # The entropy is a small difference of sums near 10, whose rounding does not shrink with it.
+    np.testing.assert_allclose(entropy, -(law * np.log(law)).sum(-1), rtol=1e-5, atol=5e-7)
 
 
 @pytest.mark.parametrize("chunk", [1, 6, 1000])
