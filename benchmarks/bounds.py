@@ -54,7 +54,7 @@ def weight_products(config: ModelConfig, rows: int, steps: int) -> Products:
 def cache_reading(config: ModelConfig, rows: int, tokens: int, passes: int) -> Callable[[], float]:
     """A function that returns the seconds of reading once the keys and values of `tokens` tokens a row.
 
-    Less than any two products of a step's attention can take: each entry is added to a sum and no more.
+    A floor for the two products of a step's attention, which multiply each entry once for every query.
     """
     shape = (rows, config.num_kv_heads, tokens, config.head_dim)
     cache = [jnp.ones(shape, config.dtype) for _ in range(2 * config.num_layers)]
