@@ -8,6 +8,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 VENV := .venv
 BIN := $(VENV)/bin
 WORKDIR := runs/tiny
+GOLDEN_TESTS := tests/test_decoder.py tests/test_columns.py tests/test_learner_oracle.py
 
 .DEFAULT_GOAL := help
 .PHONY: help run test test-long lint
@@ -27,6 +28,8 @@ run: $(VENV)/.requirements
 
 test: $(VENV)/.requirements-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@echo "The model's goldens and the learner's oracle once more, compiled as in use:"
+	NGRPO_TEST_OPTIMIZED=1 $(BIN)/python -m pytest -n 2 --dist load $(GOLDEN_TESTS)
 
 test-long: $(VENV)/.requirements-dev
 	$(BIN)/python -m pytest -m long

@@ -1,7 +1,8 @@
 """Eight CPU devices, no silent broadcasting of ranks, full float32 products: the same for every test.
 
 The flags must be in the environment before JAX starts its backend, hence the order of lines here.
-NGRPO_TEST_PLATFORM=cuda,cpu (or tpu,cpu) runs tests on that machine's devices, as test_accelerator.py wants.
+NGRPO_TEST_PLATFORM=cuda,cpu (or tpu,cpu) runs tests on that machine's devices, as test_accelerator.py wants;
+NGRPO_TEST_OPTIMIZED=1 compiles as users do.
 """
 
 import os
@@ -21,11 +22,11 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "float32")
 # Nearly all of the suite's time is XLA compiling small programs. LLVM's passes, half of that, are left out in
-# this process; the commands that tests start have them all, as have the runs of .ci/run.
-jax.config.update("jax_disable_most_optimizations", True)
+# this process. Commands that tests start have them all, and make test repeats goldens and oracle with them.
+jax.config.update("jax_disable_most_optimizations", os.environ.get("NGRPO_TEST_OPTIMIZED") != "1")
 
 # Two workers take whole files in this order: the longest first, lest one of them end the run alone.
-LONGEST = ("update", "rollout", "commands", "hosts", "learner_oracle", "columns", "benchmarks", "strategies")
+LONGEST = ("update", "rollout", "hosts", "commands", "columns", "refresh", "benchmarks", "learner_oracle")
 
 OWN_CACHE = pytest.StashKey[str]()
 CACHE_OPTIONS = {
