@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 import sys
@@ -43,6 +44,8 @@ from ngrpo_jax.runtime import preflight
 
 OBJECTIVE = dataclasses.replace(updating.OBJECTIVE, kl_coef=0.001)
 SAMPLES, PROMPT, NEW = 4, 64, 128
+BLOCKS_OF_GROUP = math.ceil((PROMPT - 1 + SAMPLES * NEW) / attention.BLOCK)
+ROW = BLOCKS_OF_GROUP * attention.BLOCK  # a row that ends with a block needs no filling
 OURS, PEER = "this learner", "TRL GRPOTrainer"
 GIB = 2**30
 TABLES_HELD = 4  # buffers as large as the embedding while a microbatch's gradient is taken
@@ -372,7 +375,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warmups", type=int, default=1)
     parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--row-tokens", type=int, default=PROMPT - 1 + SAMPLES * NEW)
+    parser.add_argument("--row-tokens", type=int, default=ROW, help="of a row; by default a group fills it")
     parser.add_argument("--rows", type=int, default=2, help="of a microbatch")
     parser.add_argument("--chunk", type=int, default=512, help="tokens whose logits exist at once")
     parser.add_argument("--remat", choices=("none", "full", "dots"), default="none")

@@ -4,7 +4,6 @@ Owns "chunked", one of the ways of attention.py, and the rule of segments in one
 Must not know the other ways, or what decides between them.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -13,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 BLOCK = 64  # tokens of a block: on two CPU cores the best of 64 … 192
-# Blocks of queries that are computed together. On two CPU cores 1 to 4 are alike and more is slower, for a
-# batch of small products is no faster there than one after the other; elsewhere a device needs to be filled.
-BANDS = {"cpu": 4, "gpu": 32, "tpu": 32}
+# Blocks of queries that are computed together. On a CPU a batch of small products is no faster than one after
+# the other, and one block alone stops at the end of its own list; elsewhere a device needs to be filled.
+BANDS = {"cpu": 1, "gpu": 32, "tpu": 32}
 MASKED = float(np.finfo(np.float32).min)
 _NOBODY = -1  # a segment id that no token has or sees
 
@@ -77,38 +76,28 @@ def _needed_blocks(own: jax.Array, prefix: jax.Array) -> tuple[jax.Array, jax.Ar
     return jnp.argsort(~needed, axis=2, stable=True), jnp.sum(needed, axis=2)
 
 
-def _scores(q: jax.Array, k: jax.Array, own, prefix, keys, i: jax.Array, j: jax.Array) -> jax.Array:
-    """float32 [W, K, G·b, b] of W pairs of blocks, masked; i and j [W] are their places in the row."""
-    W, K, queries, H = q.shape
-    block = own.shape[1]
-    scores = jnp.einsum("wkqh,wkth->wkqt", q, k, preferred_element_type=jnp.float32) * H**-0.5
-    places = jnp.arange(block)
-    ahead = (i - j)[:, None, None] * block  # of the block of queries, in tokens
-    mask = (ahead + places[None, :, None] >= places[None, None, :]) & sees(own, prefix, keys)
-    scores = scores.reshape(W, K, queries // block, block, block)
-    return jnp.where(mask[:, None, None], scores, -jnp.inf).reshape(W, K, queries, block)
+def _product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)
 
 
 class _Band(NamedTuple):
     """Blocks of queries that are computed together, [W, ...]: what they are and what they may see."""
 
     row: jax.Array  # [W]
-    place: jax.Array  # [W], in the row
-    own: jax.Array  # [W, b]
-    prefix: jax.Array  # [W, b]
+    place: jax.Array  # [W, G·b] of each query, in the row
+    own: jax.Array  # [W, G·b]
+    prefix: jax.Array  # [W, G·b]
     order: jax.Array  # [W, n] the blocks of keys to go through
     needed: jax.Array  # [W] how many of those; 0 for what fills the last band up
 
-    def pair(self, n: jax.Array, own: jax.Array) -> tuple[jax.Array, Callable[[jax.Array, jax.Array], Any]]:
-        """Each block's n-th block of keys j [W], and the scores (q, k) -> [W, K, G·b, b] of the two."""
-        j = self.order[:, n]
+    def pair(self, n: jax.Array, own: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Each block's n-th block of keys [W], and which query sees which of its tokens, [W, G·b, b]."""
+        j, block = self.order[:, n], own.shape[2]
         # Who has gone through all of its own sees nothing more: ids below every other.
-        keys = jnp.where((n < self.needed)[:, None], own[self.row, j], _NOBODY)
-
-        def scores(q: jax.Array, k: jax.Array) -> jax.Array:
-            return _scores(q, k[self.row, j], self.own, self.prefix, keys, self.place, j)
-
-        return j, scores
+        ids = jnp.where((n < self.needed)[:, None], own[self.row, j], _NOBODY)
+        place_of_keys = j[:, None] * block + jnp.arange(block)[None]
+        reached = self.place[:, :, None] >= place_of_keys[:, None, :]
+        return j, reached & sees(self.own, self.prefix, ids)
 
 
 def _bands(blocks: jax.Array) -> jax.Array:
@@ -126,12 +115,14 @@ def _unbanded(banded: jax.Array, blocks: tuple[int, ...]) -> jax.Array:
     return banded.reshape(-1, *banded.shape[2:])[: B * count].reshape(B, count, *banded.shape[2:])
 
 
-def _layout(own: jax.Array, prefix: jax.Array) -> _Band:
-    """All bands, each leaf with a leading dimension to scan over."""
-    B, count, _ = own.shape
+def _layout(own: jax.Array, prefix: jax.Array, group: int) -> _Band:
+    """All bands, each leaf with a leading dimension to scan over; ids once for each of G heads."""
+    B, count, block = own.shape
     order, needed = _needed_blocks(own, prefix)
-    row, place = jnp.divmod(jnp.arange(B * count).reshape(B, count), count)
-    return _Band(*map(_bands, (row, place, own, prefix, order, needed)))
+    row = jnp.broadcast_to(jnp.arange(B)[:, None], (B, count))
+    place = jnp.broadcast_to(jnp.arange(count * block).reshape(1, count, block), own.shape)
+    of_queries = (jnp.tile(ids, (1, 1, group)) for ids in (place, own, prefix))
+    return _Band(*map(_bands, (row, *of_queries, order, needed)))
 
 
 @jax.custom_vjp
@@ -141,20 +132,20 @@ def _blockwise(q: jax.Array, k: jax.Array, v: jax.Array, own: jax.Array, prefix:
 
 def _blockwise_forward(q, k, v, own, prefix):
     """q [B, n, K, G·b, H], k and v [B, n, K, b, H], ids [B, n, b] -> (out like q, what backward needs)."""
+    scale, group = q.shape[-1] ** -0.5, q.shape[3] // own.shape[2]
 
     def of_band(_, scanned):
         band, q_band = scanned
 
         def step(n, carry):
             high, total, out = carry
-            j, scores_of = band.pair(n, own)
-            scores = scores_of(q_band, k)
+            j, seen = band.pair(n, own)
+            scores = _product("wkqh,wkth->wkqt", q_band, k[band.row, j]) * scale
+            scores = jnp.where(seen[:, None], scores, -jnp.inf)
             higher = jnp.maximum(high, jnp.max(scores, axis=-1))
             weights = jnp.exp(scores - higher[..., None])
             shrink = jnp.exp(high - higher)
-            add = jnp.einsum(
-                "wkqt,wkth->wkqh", weights.astype(v.dtype), v[band.row, j], preferred_element_type=jnp.float32
-            )
+            add = _product("wkqt,wkth->wkqh", weights.astype(v.dtype), v[band.row, j])
             return higher, total * shrink + jnp.sum(weights, axis=-1), out * shrink[..., None] + add
 
         # Starting from a finite least score keeps queries that see nothing in a block free of inf - inf.
@@ -164,44 +155,42 @@ def _blockwise_forward(q, k, v, own, prefix):
         total = jnp.where(total > 0, total, 1.0)
         return None, ((out / total[..., None]).astype(q.dtype), high + jnp.log(total))
 
-    _, results = jax.lax.scan(of_band, None, (_layout(own, prefix), _bands(q)))
+    _, results = jax.lax.scan(of_band, None, (_layout(own, prefix, group), _bands(q)))
     out, log_total = (_unbanded(x, own.shape[:2]) for x in results)
     return out, (q, k, v, own, prefix, out, log_total)
 
 
 def _blockwise_backward(saved, grad):
+    """Weights stand here as [keys, queries] and d q as [H, queries], so that no product has to transpose what
+    was just computed: on a CPU that takes as long as the product itself. Keys are transposed once, before."""
     q, k, v, own, prefix, out, log_total = saved
+    scale, group = q.shape[-1] ** -0.5, q.shape[3] // own.shape[2]
     inner = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)  # of Σ_s weight · d weight
+    k_HT = k.swapaxes(-1, -2)
 
     def of_band(to_keys_values, scanned):
         band, (q_band, grad_band, log_band, inner_band) = scanned
 
         def step(n, carry):
             to_q, to_k, to_v = carry
-            j, scores_of = band.pair(n, own)
-            weights = jnp.exp(scores_of(q_band, k) - log_band[..., None])
-            to_weights = jnp.einsum(
-                "wkqh,wkth->wkqt", grad_band, v[band.row, j], preferred_element_type=jnp.float32
-            )
-            to_scores = (weights * (to_weights - inner_band[..., None]) * q.shape[-1] ** -0.5).astype(q.dtype)
-
-            def of_keys(x, y):
-                return jnp.einsum("wkqt,wkqh->wkth", x, y, preferred_element_type=jnp.float32)
-
-            to_q += jnp.einsum(
-                "wkqt,wkth->wkqh", to_scores, k[band.row, j], preferred_element_type=jnp.float32
-            )
-            to_k = to_k.at[band.row, j].add(of_keys(to_scores, q_band))
-            to_v = to_v.at[band.row, j].add(of_keys(weights.astype(q.dtype), grad_band))
+            j, seen = band.pair(n, own)
+            scores = _product("wkth,wkqh->wktq", k[band.row, j], q_band) * scale
+            scores = jnp.where(seen.swapaxes(1, 2)[:, None], scores, -jnp.inf)
+            weights = jnp.exp(scores - log_band[:, :, None])
+            to_weights = _product("wkth,wkqh->wktq", v[band.row, j], grad_band)
+            to_scores = (weights * (to_weights - inner_band[:, :, None]) * scale).astype(q.dtype)
+            to_q += _product("wkht,wktq->wkhq", k_HT[band.row, j], to_scores)
+            to_k = to_k.at[band.row, j].add(_product("wktq,wkqh->wkth", to_scores, q_band))
+            to_v = to_v.at[band.row, j].add(_product("wktq,wkqh->wkth", weights.astype(q.dtype), grad_band))
             return to_q, to_k, to_v
 
-        start = (jnp.zeros(q_band.shape, jnp.float32), *to_keys_values)
+        start = (jnp.zeros_like(q_band.swapaxes(-1, -2), jnp.float32), *to_keys_values)
         to_q, *to_keys_values = jax.lax.fori_loop(0, jnp.max(band.needed), step, start)
-        return tuple(to_keys_values), to_q.astype(q.dtype)
+        return tuple(to_keys_values), to_q.swapaxes(-1, -2).astype(q.dtype)
 
     zeros = jnp.zeros(k.shape, jnp.float32)
     of_queries = tuple(map(_bands, (q, grad, log_total, inner)))
-    (to_k, to_v), to_q = jax.lax.scan(of_band, (zeros, zeros), (_layout(own, prefix), of_queries))
+    (to_k, to_v), to_q = jax.lax.scan(of_band, (zeros, zeros), (_layout(own, prefix, group), of_queries))
     return _unbanded(to_q, own.shape[:2]), to_k.astype(k.dtype), to_v.astype(v.dtype), None, None
 
 
