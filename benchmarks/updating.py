@@ -135,6 +135,7 @@ class _Learner:
 
     def gradient(self) -> float:
         """The gradient of the microbatch, added to a sum of zeros."""
+        self._gradient = None  # a run holds no gradient of an earlier step either
         start = time.perf_counter()
         self._gradient, _ = update.gradients(self._programs, self._state.params, self._batch)
         jax.block_until_ready(self._gradient)
