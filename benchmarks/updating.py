@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import jax
 import numpy as np
@@ -124,31 +123,30 @@ class _Learner:
             state_shardings=jax.tree.map(lambda _: here, self._state),
             rows_sharding=here,
         )
-        placed = self._programs.place(_rows(config, rows, tokens))
-        old_RT = self._programs.score(self._state.params, placed)
-        self._batch = [update.Scored(placed, old_RT, None)]
-        self._gradient: Any = None
+        microbatches = [_rows(config, rows, tokens)]
+        (self._batch,) = update.score(self._programs, self._state.params, None, [microbatches])
+        self._sums: update.Sums | None = None
 
     def score(self) -> float:
         """Log-probabilities of the microbatch under the present parameters."""
-        return measure.seconds_of(lambda: self._programs.score(self._state.params, self._batch[0].rows))
+        return measure.seconds_of(lambda: self._programs.score(self._state.params, self._batch[0].stack))
 
     def gradient(self) -> float:
         """The gradient of the microbatch, added to a sum of zeros."""
-        self._gradient = None  # a run holds no gradient of an earlier step either
+        self._sums = None  # a run holds no gradient of an earlier step either
         start = time.perf_counter()
-        self._gradient, _ = update.gradients(self._programs, self._state.params, self._batch)
-        jax.block_until_ready(self._gradient)
+        self._sums = update.gradients(self._programs, self._state.params, self._batch)
+        jax.block_until_ready(self._sums)
         return time.perf_counter() - start
 
     def step(self) -> float:
         """The optimiser's step with the last gradient."""
-        if self._gradient is None:
+        if self._sums is None:
             self.gradient()
         start = time.perf_counter()
-        self._state, _ = self._programs.apply(self._state, self._gradient)
+        self._state, _ = self._programs.apply(self._state, self._sums)
         jax.block_until_ready(self._state)
-        self._gradient = None
+        self._sums = None
         return time.perf_counter() - start
 
 

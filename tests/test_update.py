@@ -165,6 +165,42 @@ def test_remat_on_equals_off_and_layers_may_be_written_out(remat, unroll):
     _assert_same(grads, metrics)
 
 
+@pytest.mark.parametrize("stack", [1, 2, 3])
+def test_microbatches_go_into_as_many_calls_as_they_need(monkeypatch, stack):
+    monkeypatch.setattr(update, "STACK", stack)
+    grads, metrics, scored, batch = _gradients(row_tokens=30, rows=1)
+    counts = [int(item.stack.count) for item in scored]
+    assert counts == {1: [1, 1, 1, 1, 1], 2: [2, 2, 1], 3: [3, 2]}[stack] and len(batch) == 5
+    _assert_same(grads, metrics)
+
+
+def test_what_fills_a_call_up_is_not_computed():
+    """Three microbatches count; what stands behind them would spoil every sum."""
+    programs, shardings, _ = _programs()
+    batch = _packed(OBJECTIVE, row_tokens=30, rows=1, share_prompts=False)
+    before, new, ref = (jax.device_put(_params(seed), shardings.params) for seed in (0, 2, 4))
+    ((whole,),) = update.score(programs, before, ref, [batch])
+    ((three,),) = update.score(programs, before, ref, [batch[:3]])
+    expected = update.gradients(programs, new, [three])
+
+    def spoiled(leaf):
+        return leaf.at[3:].set(jnp.nan if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf[3:])
+
+    rows, *given = jax.tree.map(spoiled, (whole.stack.rows, whole.old_SRT, whole.ref_SRT))
+    stack = update.Stack(rows, three.stack.count)
+    sums = update.gradients(programs, new, [update.Scored(stack, *given)])
+    scores_SRT = programs.score(before, stack)
+    np.testing.assert_array_equal(scores_SRT[:3], three.old_SRT[:3])
+    for leaf, other in zip(*map(jax.tree.leaves, (sums, expected)), strict=True):
+        np.testing.assert_array_equal(leaf, other)
+    assert not np.asarray(scores_SRT[3:]).any() and int(whole.stack.count) == 5
+
+
+def _with_doubled_behaviour(stack):
+    rows = stack.rows
+    return stack._replace(rows=rows._replace(behaviour_RT=2 * rows.behaviour_RT))
+
+
 def test_gspo_is_not_changed_by_packing():
     objective = dataclasses.replace(OBJECTIVE, algorithm="gspo", clip_low=3e-1, clip_high=4e-1)
     reference = _gradients(row_tokens=30, rows=16, objective=objective)[:2]
@@ -259,14 +295,12 @@ def test_sampler_gap_is_nothing_in_float32_and_is_seen_when_temperatures_differ(
     """The parameters are those that wrote the batch, so that all three sources of π_old agree."""
     objective = dataclasses.replace(OBJECTIVE, old_logprobs="sampler" if old == "sampler" else "trainer")
     grads, metrics, scored, _ = _gradients(params_seed=0, old=old, objective=objective)
-    assert (scored[0].old_RT is None) == (old == "update")
+    assert (scored[0].old_SRT is None) == (old == "update")
     gap = update.figures([metrics])
     assert 0 < gap["gap/max"] <= 1e-4 and gap["gap/mean"] <= gap["gap/max"] and abs(gap["gap/kl"]) < 1e-7
     _assert_same(grads, metrics, _gradients(params_seed=0, row_tokens=30, rows=16)[:2])
     programs, shardings, _ = _programs(objective=objective)
-    wrong = [
-        item._replace(rows=item.rows._replace(behaviour_RT=2 * item.rows.behaviour_RT)) for item in scored
-    ]
+    wrong = [item._replace(stack=_with_doubled_behaviour(item.stack)) for item in scored]
     _, metrics = update.gradients(programs, jax.device_put(_params(0), shardings.params), wrong)
     assert update.figures([jax.device_get(metrics)])["gap/mean"] > 0.5
 
@@ -282,7 +316,7 @@ def test_gap_of_the_first_step_alone():
 
 def test_offloading_changes_where_arrays_wait_and_nothing_else():
     results = []
-    _, _, scored, _ = _gradients(rows=4)
+    _, _, scored, batch = _gradients(rows=4)
     for where in ("none", "both"):
         programs, shardings, optimizer = _programs(offload=where)
         state = update.init_state(jax.device_put(_params(0), shardings.params), optimizer)
@@ -293,8 +327,8 @@ def test_offloading_changes_where_arrays_wait_and_nothing_else():
         assert kinds == {"pinned_host" if where == "both" else "device"}
         kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(reference)}
         assert kinds == {"pinned_host" if where == "both" else "device"}
-        (again,) = update.score(programs, state.params, reference, [[item.rows for item in scored]])
-        results.append(jax.device_get((state, figures, [item.ref_RT for item in again])))
+        (again,) = update.score(programs, state.params, reference, [batch])
+        results.append(jax.device_get((state, figures, [item.ref_SRT for item in again])))
     for one, other in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -322,7 +356,7 @@ def test_update_is_adamw_on_the_clipped_gradient():
 def test_no_reference_is_scored_without_a_kl_term():
     objective = dataclasses.replace(OBJECTIVE, kl_coef=0.0)
     _, metrics, scored, _ = _gradients(objective=objective)
-    assert all(item.ref_RT is None for item in scored) and "kl" not in metrics
+    assert all(item.ref_SRT is None for item in scored) and "kl" not in metrics
 
 
 def test_figures_are_means_over_weight_and_extremes_over_steps():
@@ -402,10 +436,10 @@ def test_no_device_gathers_the_vocabulary(tied):
     ((rows, *_),) = packing.mini_batches(
         prompts, written, advantages, OBJECTIVE, count=1, row_tokens=64, rows=4, max_new_tokens=20
     )
-    placed = programs.place(rows)
-    old_RT = jax.device_put(np.zeros((4, 64), np.float32), placed.weight_RT.sharding)
-    lowered = programs.accumulate.lower(params, params, placed, old_RT, old_RT)
-    for program in (lowered, programs.score.lower(params, placed)):
+    stack = programs.place([rows])
+    scored = update.Scored(stack, stack.rows.behaviour_RT, stack.rows.behaviour_RT)
+    lowered = programs.accumulate.lower(programs.zeros(params, scored), params, scored)
+    for program in (lowered, programs.score.lower(params, stack)):
         gathers = re.findall(r"= \(?(\S+?)\[([\d,]*)\]\S* all-gather", program.compile().as_text())
         assert gathers, "fsdp gathers the other weights"
         assert not [shape for _, shape in gathers if str(CONFIG.vocab_size) in shape.split(",")]

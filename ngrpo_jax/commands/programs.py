@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from ngrpo_jax.commands import composition, evaluation
 from ngrpo_jax.commands.run import make_learner, old_logprobs, placed_shapes
-from ngrpo_jax.learner import packing
+from ngrpo_jax.learner import packing, update
 from ngrpo_jax.model import columns
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.rollout import decode, engine
@@ -30,29 +30,32 @@ def compile_update(
     begun = time.monotonic()
     programs, _, abstract, shardings = make_learner(settings, config, devices)
     state = placed_shapes(abstract, shardings)
-    by_rows = mesh.rows_sharding(devices)
+    of_stack = update.stack_sharding(mesh.rows_sharding(devices))
     count = settings.train.rows_per_device * settings.mesh.data * settings.mesh.fsdp
     mixing = settings.mixing.method(()) if settings.mixing.active else engine.NO_MIXING
     like = Trajectories.empty(1, 1, mixing.candidates, noisy=mixing.noisy).mixtures
     rows = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=by_rows),
+        lambda leaf: jax.ShapeDtypeStruct((update.STACK, *leaf.shape), leaf.dtype, sharding=of_stack),
         packing.empty_rows(count, settings.row_tokens, like),
     )
-    scores = jax.ShapeDtypeStruct((count, settings.row_tokens), jnp.float32, sharding=by_rows)
+    stack = update.Stack(rows, jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh.replicated(devices)))
     source = old_logprobs(settings)
-    old = None if source == "update" else scores
-    reference = scores if settings.objective.kl_coef > 0 else None
+    old = None if source == "update" else rows.behaviour_RT
+    reference = rows.behaviour_RT if settings.objective.kl_coef > 0 else None
+    scored = update.Scored(stack, old, reference)
+    zeros = programs.zeros.lower(state.params, scored).compile()
+    sums = placed_shapes(jax.eval_shape(programs.zeros, state.params, scored), zeros.output_shardings)
     # The learner's parameters are scored in float32, the reference model in the dtype that it is kept in.
     of_learner = ["float32"] if source == "learner" else []
     dtypes = dict.fromkeys(of_learner if reference is None else [*of_learner, config.dtype])
     compiled = {
         **{
-            f"score {dtype}": programs.score.lower(_in(dtype, state.params), rows).compile()
+            f"score {dtype}": programs.score.lower(_in(dtype, state.params), stack).compile()
             for dtype in dtypes
         },
-        "zeros": programs.zeros.lower(state.params).compile(),
-        "accumulate": programs.accumulate.lower(state.params, state.params, rows, old, reference).compile(),
-        "apply": programs.apply.lower(state, state.params).compile(),
+        "zeros": zeros,
+        "accumulate": programs.accumulate.lower(sums, state.params, scored).compile(),
+        "apply": programs.apply.lower(state, sums).compile(),
     }
     analysis = compiled["accumulate"].memory_analysis()
     room = (

@@ -183,3 +183,14 @@ def join_metrics(name: str, values: jax.Array) -> jax.Array:
     if name.endswith("_max"):
         return values.max()
     return values.min() if name.endswith("_min") else values.sum()
+
+
+def no_metrics(like: dict[str, Any]) -> dict[str, jax.Array]:
+    """Metrics (scalars like these) of nothing: what `add_metrics` may add to any without changing them."""
+    least = {"_max": -jnp.inf, "_min": jnp.inf}
+    return {name: jnp.full((), least.get(name[-4:], 0.0), value.dtype) for name, value in like.items()}
+
+
+def add_metrics(some: dict[str, jax.Array], more: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Metrics of two parts -> of both."""
+    return {name: join_metrics(name, jnp.stack([some[name], more[name]])) for name in some}

@@ -1,9 +1,13 @@
 """The sharded update: TrainState and packed rows in, TrainState and metrics out.
 
 Four compiled programs, made once for a run (`compile_programs`): `score` gives log-probabilities of rows
-under any parameters, `accumulate` adds a microbatch's gradient to a donated sum, `apply` makes an optimiser
+under any parameters, `accumulate` adds microbatches' gradients to a donated sum, `apply` makes an optimiser
 step of it, `zeros` starts a sum. Their shapes never change, so nothing compiles after the first step. The
 learner does not know where rows came from, nor what is done with the metrics.
+
+`score` and `accumulate` go through up to STACK microbatches in one call: between two microbatches of a call a
+device neither waits for the host nor gives its working memory back, to be handed fresh pages for it (on a
+CPU a tenth of a small model's update).
 """
 
 from __future__ import annotations
@@ -18,12 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ngrpo_jax.learner.loss import Computation, join_metrics, row_logprobs, row_loss
+from ngrpo_jax.learner.loss import Computation, add_metrics, no_metrics, row_logprobs, row_loss
 from ngrpo_jax.learner.packing import Rows
 from ngrpo_jax.settings import ObjectiveSettings
 
 Params = Any
+Array = Any  # np.ndarray on the host, jax.Array on the devices
 Sharding = jax.sharding.NamedSharding
+STACK = 8  # microbatches of a call; where there are fewer, empty ones fill up the arrays and are not computed
 
 
 class TrainState(NamedTuple):
@@ -34,12 +40,31 @@ class TrainState(NamedTuple):
     step: jax.Array
 
 
-class Scored(NamedTuple):
-    """A microbatch on the devices, with its log-probabilities before the update and by the reference."""
+class Stack(NamedTuple):
+    """Microbatches of one call on the devices: room for S, of R rows of T positions each.
+
+    Attributes:
+      rows: leaves [S, R, T, ...].
+      count: int32, how many there are; no program looks at what stands behind them.
+    """
 
     rows: Rows
-    old_RT: jax.Array | None
-    ref_RT: jax.Array | None
+    count: Array
+
+
+class Scored(NamedTuple):
+    """Microbatches of one call with their log-probabilities before the update and by the reference."""
+
+    stack: Stack
+    old_SRT: jax.Array | None
+    ref_SRT: jax.Array | None
+
+
+class Sums(NamedTuple):
+    """What the microbatches of an optimiser step add up to; the gradient is sharded as the parameters are."""
+
+    gradient: Params
+    metrics: Any  # a dict of scalars
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +94,11 @@ class Shelf:
 class Programs:
     """The compiled programs of a run; see `compile_programs`."""
 
-    score: jax.stages.Wrapped  # (Params, Rows) -> [R, T]
-    zeros: jax.stages.Wrapped  # Params -> Params
-    accumulate: jax.stages.Wrapped  # (total, Params, *Scored) -> (total, metrics)
-    apply: jax.stages.Wrapped  # (TrainState, gradients) -> (TrainState, metrics)
-    place: Callable[[Rows], Rows]
+    score: jax.stages.Wrapped  # (Params, Stack) -> [S, R, T]
+    zeros: jax.stages.Wrapped  # (Params, Scored) -> Sums
+    accumulate: jax.stages.Wrapped  # (Sums, Params, Scored) -> Sums
+    apply: jax.stages.Wrapped  # (TrainState, Sums) -> (TrainState, metrics)
+    place: Callable[[Sequence[Rows]], Stack]
     optimizer: Shelf
     reference: Shelf
 
@@ -101,41 +126,77 @@ def compile_programs(
       offload: what waits in the host's memory while it is not used: "none", "optimizer" (its state),
         "reference" (the model of the KL term) or "both".
     """
-    whole = jax.sharding.NamedSharding(rows_sharding.mesh, jax.sharding.PartitionSpec())
+    mesh = rows_sharding.mesh
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    of_stack = stack_sharding(rows_sharding)
+    loss = functools.partial(row_loss, objective=objective, compute=compute)
 
-    def score(params, rows):
-        return row_logprobs(params, rows, compute)
+    def score(params, stack):
+        def one(i, scores_SRT):
+            return scores_SRT.at[i].set(row_logprobs(params, _at(stack.rows, i), compute))
 
-    def zeros(params):
-        return jax.tree.map(jnp.zeros_like, params)
+        return jax.lax.fori_loop(0, stack.count, one, jnp.zeros_like(stack.rows.behaviour_RT))
 
-    def accumulate(total, params, rows, old_RT, ref_RT):
-        loss = jax.value_and_grad(row_loss, has_aux=True)
-        (_, metrics), grads = loss(params, rows, old_RT, ref_RT, objective=objective, compute=compute)
-        return jax.tree.map(jnp.add, total, grads), metrics
+    def zeros(params, scored):
+        (rows, _), *given = scored
+        _, metrics = jax.eval_shape(loss, params, *_at((rows, *given), 0))
+        return Sums(jax.tree.map(jnp.zeros_like, params), no_metrics(metrics))
 
-    def apply(state, grads):
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        figures = {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
+    def accumulate(sums, params, scored):
+        (rows, count), *given = scored
+
+        def one(i, sums):
+            arguments = _at((rows, *given), i)
+            (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(params, *arguments)
+            total = jax.tree.map(jnp.add, sums.gradient, gradient)
+            return Sums(total, add_metrics(sums.metrics, metrics))
+
+        return jax.lax.fori_loop(0, count, one, sums)
+
+    def apply(state, sums):
+        updates, opt_state = optimizer.update(sums.gradient, state.opt_state, state.params)
+        norms = {"grad_norm": optax.tree.norm(sums.gradient), "update_norm": optax.tree.norm(updates)}
         params = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state, state.step + 1), figures
+        return TrainState(params, opt_state, state.step + 1), {**sums.metrics, **norms}
 
     of_params = state_shardings.params
     away_optimizer, away_reference = offload in ("optimizer", "both"), offload in ("reference", "both")
     return Programs(
-        score=jax.jit(score, out_shardings=rows_sharding),
-        zeros=jax.jit(zeros, out_shardings=of_params),
-        accumulate=jax.jit(accumulate, donate_argnums=0, out_shardings=(of_params, whole)),
+        score=jax.jit(score, out_shardings=of_stack),
+        zeros=jax.jit(zeros, out_shardings=Sums(of_params, whole)),
+        accumulate=jax.jit(accumulate, donate_argnums=0, out_shardings=Sums(of_params, whole)),
         apply=jax.jit(apply, donate_argnums=0, out_shardings=(state_shardings, whole)),
-        place=functools.partial(_place, sharding=rows_sharding),
+        place=functools.partial(_place, rows=of_stack, count=whole),
         optimizer=Shelf(state_shardings.opt_state, away_optimizer),
         reference=Shelf(of_params, away_reference),
     )
 
 
-def _place(rows: Rows, *, sharding: Sharding) -> Rows:
-    """This host's rows as its part of the rows of all hosts."""
-    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), rows)
+def stack_sharding(rows_sharding: Sharding) -> Sharding:
+    """Sharding of the arrays of a Stack, which lie as rows do."""
+    return jax.sharding.NamedSharding(
+        rows_sharding.mesh, jax.sharding.PartitionSpec(None, *rows_sharding.spec)
+    )
+
+
+def _at(stacked: Any, i: int | jax.Array) -> Any:
+    """The i-th of stacked trees."""
+    return jax.tree.map(lambda leaf: leaf[i], stacked)
+
+
+def _place(microbatches: Sequence[Rows], *, rows: Sharding, count: Sharding) -> Stack:
+    """This host's microbatches, as many as every host has and at most STACK, as its part of all hosts'."""
+    filling = STACK - len(microbatches)
+
+    def stacked(*leaves: np.ndarray) -> np.ndarray:
+        return np.stack([*leaves, *[np.zeros_like(leaves[0])] * filling])
+
+    own = Stack(jax.tree.map(stacked, *microbatches), np.int32(len(microbatches)))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.make_array_from_process_local_data(sharding, leaf),
+        own,
+        Stack(jax.tree.map(lambda _: rows, own.rows), count),
+    )
 
 
 def score(
@@ -149,30 +210,28 @@ def score(
     """Puts microbatches on the devices with their old and, given a reference, reference log-probabilities.
 
     Args:
+      batches: the microbatches of each optimiser step; all hosts have as many.
       old: where the old ones come from: "learner", a pass of `params`; "sampler", the rollout's record; or
         "update", where the one optimiser step that follows finds them in its own pass.
     """
     reference = None if reference is None else programs.reference.fetch(reference)
 
-    def one(rows: Rows) -> Scored:
-        placed = programs.place(rows)
-        of_reference = None if reference is None else programs.score(reference, placed)
-        of_sampler = placed.behaviour_RT if old == "sampler" else None
-        of_params = programs.score(params, placed) if old == "learner" else of_sampler
-        return Scored(placed, of_params, of_reference)
+    def one(microbatches: Sequence[Rows]) -> Scored:
+        stack = programs.place(microbatches)
+        of_reference = None if reference is None else programs.score(reference, stack)
+        of_sampler = stack.rows.behaviour_RT if old == "sampler" else None
+        of_params = programs.score(params, stack) if old == "learner" else of_sampler
+        return Scored(stack, of_params, of_reference)
 
-    return [[one(rows) for rows in batch] for batch in batches]
+    return [[one(batch[i : i + STACK]) for i in range(0, len(batch), STACK)] for batch in batches]
 
 
-def gradients(
-    programs: Programs, params: Params, batch: Sequence[Scored]
-) -> tuple[Params, dict[str, jax.Array]]:
-    """Sum of the microbatches' gradients of one optimiser step, and their merged metrics."""
-    total, parts = programs.zeros(params), []
-    for microbatch in batch:
-        total, part = programs.accumulate(total, params, *microbatch)
-        parts.append(part)
-    return total, merge(parts)
+def gradients(programs: Programs, params: Params, batch: Sequence[Scored]) -> Sums:
+    """Sums over the microbatches of one optimiser step: their gradients, and their metrics."""
+    sums = programs.zeros(params, batch[0])
+    for scored in batch:
+        sums = programs.accumulate(sums, params, scored)
+    return sums
 
 
 def update(
@@ -181,17 +240,12 @@ def update(
     """One optimiser step for each mini-batch; the state is donated. Metrics: one dict a step, on device."""
     metrics = []
     for batch in batches:
-        grads, sums = gradients(programs, state.params, batch)
+        sums = gradients(programs, state.params, batch)
         state = state._replace(opt_state=programs.optimizer.fetch(state.opt_state))
-        state, norms = programs.apply(state, grads)
+        state, figures_of_step = programs.apply(state, sums)
         state = state._replace(opt_state=programs.optimizer.store(state.opt_state))
-        metrics.append({**sums, **norms})
+        metrics.append(figures_of_step)
     return state, metrics
-
-
-def merge(parts: Sequence[dict[str, jax.Array]]) -> dict[str, jax.Array]:
-    """Metrics of microbatches -> of their optimiser step: extremes by their suffix, everything else a sum."""
-    return {name: join_metrics(name, jnp.stack([part[name] for part in parts])) for name in parts[0]}
 
 
 def figures(steps: Sequence[dict[str, Any]], *, gap_of_first: bool = False) -> dict[str, float]:
