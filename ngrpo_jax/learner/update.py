@@ -133,7 +133,8 @@ def compile_programs(
 
     def score(params, stack):
         def one(i, scores_SRT):
-            return scores_SRT.at[i].set(row_logprobs(params, _at(stack.rows, i), compute))
+            scores_RT = row_logprobs(_of_turn(params, i), _at(stack.rows, i), compute)
+            return scores_SRT.at[i].set(scores_RT)
 
         return jax.lax.fori_loop(0, stack.count, one, jnp.zeros_like(stack.rows.behaviour_RT))
 
@@ -147,7 +148,8 @@ def compile_programs(
 
         def one(i, sums):
             arguments = _at((rows, *given), i)
-            (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(params, *arguments)
+            gradient_of = jax.value_and_grad(loss, has_aux=True)
+            (_, metrics), gradient = gradient_of(_of_turn(params, i), *arguments)
             total = jax.tree.map(jnp.add, sums.gradient, gradient)
             return Sums(total, add_metrics(sums.metrics, metrics))
 
@@ -182,6 +184,12 @@ def stack_sharding(rows_sharding: Sharding) -> Sharding:
 def _at(stacked: Any, i: int | jax.Array) -> Any:
     """The i-th of stacked trees."""
     return jax.tree.map(lambda leaf: leaf[i], stacked)
+
+
+def _of_turn(params: Params, i: jax.Array) -> Params:
+    """Parameters that seem to change from turn to turn of a loop: XLA would else gather, cast and cut them
+    before it, and hold all of that through it."""
+    return jax.lax.optimization_barrier((params, i))[0]
 
 
 def _place(microbatches: Sequence[Rows], *, rows: Sharding, count: Sharding) -> Stack:
