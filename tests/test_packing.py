@@ -8,6 +8,7 @@ import pytest
 from configs import base
 from ngrpo_jax.algo.mixture import Mixture, Noise
 from ngrpo_jax.learner import packing
+from ngrpo_jax.model.attention import BLOCK
 from ngrpo_jax.rollout.trajectory import Trajectories
 from ngrpo_jax.settings import resolve
 
@@ -149,6 +150,39 @@ def test_a_shared_prompt_stands_once_and_each_response_begins_with_its_last_toke
         rows.advantages_RT[0, rows.response_RT[0]], [3] * 5 + [1] * 3 + [4] * 2 + [2]
     )
     assert np.isclose(rows.weight_RT.sum(), 1.0) and not rows.weight_RT[~rows.response_RT].any()
+
+
+@pytest.mark.parametrize("row_tokens", [575, 576, 640, 900])
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_segments_start_with_a_block_of_attention_as_long_as_the_row_has_room(share_prompts, row_tokens):
+    made = Trajectories.empty(4, 128, 1)
+    made.lengths_B[:] = 128 if share_prompts else [60, 65, 100, 60]
+    made.tokens_BT[:] = 1000 * np.arange(4)[:, None] + np.arange(128)
+    prompts = [list(range(10, 74))] * 4
+    rows = packing.pack(
+        prompts,
+        made,
+        np.zeros(4),
+        np.ones((4, 128), np.float32),
+        row_tokens=row_tokens,
+        rows_multiple=1,
+        share_prompts=share_prompts,
+    )
+    (ids,) = rows.segment_ids_RT
+    numbers = range(1, ids.max() + 1)
+    lengths = [int(np.sum(ids == number)) for number in numbers]
+    assert sum(lengths) == (63 + 4 * 128 if share_prompts else 285 + 4 * 63)
+    assert (np.diff(ids[ids > 0]) >= 0).all() and not ids[np.flatnonzero(ids)[-1] + 1 :].any()
+    room, end = row_tokens - sum(lengths), 0
+    for number, length in zip(numbers, lengths, strict=True):
+        start = int(np.flatnonzero(ids == number)[0])
+        assert (ids[start : start + length] == number).all(), "a segment stands in one piece"
+        assert start == end or start % BLOCK == 0
+        assert start % BLOCK == 0 or -end % BLOCK > room, "there was room for the gap"
+        room, end = room - (start - end), start + length
+    assert sorted(rows.targets_RT[rows.response_RT]) == sorted(
+        token for i in range(4) for token in made.response(i)
+    )
 
 
 def test_a_group_too_long_for_one_row_has_its_prompt_in_each_that_it_needs():

@@ -152,6 +152,17 @@ def test_packing_and_microbatches_do_not_change_the_loss(row_tokens, rows, share
 
 
 @pytest.mark.parametrize("share_prompts", [False, True])
+@pytest.mark.parametrize("attention", ["chunked", "plain"])
+def test_gaps_between_the_segments_of_a_row_do_not_change_the_loss(monkeypatch, attention, share_prompts):
+    monkeypatch.setattr(packing, "BLOCK", 16)
+    grads, metrics, _, batch = _gradients(row_tokens=100, attention=attention, share_prompts=share_prompts)
+    ids_RT = np.concatenate([part.segment_ids_RT for part in batch])
+    followed = np.cumsum(ids_RT[:, ::-1], axis=1)[:, ::-1] > 0
+    assert np.sum((ids_RT == 0) & followed) > 10, "padding with a segment behind it"
+    _assert_same(grads, metrics)
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
 def test_plain_attention_gives_the_same_on_packed_rows(share_prompts):
     grads, metrics, *_ = _gradients(row_tokens=100, attention="plain", share_prompts=share_prompts)
     _assert_same(grads, metrics)
@@ -429,17 +440,27 @@ def test_optimizer_warms_up_linearly():
 @pytest.mark.parametrize("tied", [False, True])
 def test_no_device_gathers_the_vocabulary(tied):
     """Rows of the embedding and columns of the head stay where the tensor axis has them, both passes."""
-    config = dataclasses.replace(CONFIG, tie_embeddings=tied)
-    programs, shardings, _ = _programs(meshes.make_mesh(2, 2, 2), config=config)
-    params = jax.device_put(_params(0, config), shardings.params)
-    prompts, written, advantages = _batch()
-    ((rows, *_),) = packing.mini_batches(
-        prompts, written, advantages, OBJECTIVE, count=1, row_tokens=64, rows=4, max_new_tokens=20
-    )
-    stack = programs.place([rows])
-    scored = update.Scored(stack, stack.rows.behaviour_RT, stack.rows.behaviour_RT)
-    lowered = programs.accumulate.lower(programs.zeros(params, scored), params, scored)
-    for program in (lowered, programs.score.lower(params, stack)):
-        gathers = re.findall(r"= \(?(\S+?)\[([\d,]*)\]\S* all-gather", program.compile().as_text())
+    for text in _compiled_of_rows(dataclasses.replace(CONFIG, tie_embeddings=tied)):
+        gathers = re.findall(r"= \(?(\S+?)\[([\d,]*)\]\S* all-gather", text)
         assert gathers, "fsdp gathers the other weights"
         assert not [shape for _, shape in gathers if str(CONFIG.vocab_size) in shape.split(",")]
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+def test_weights_are_gathered_within_the_turn_of_a_microbatch(unroll):
+    """Gathered before the loop over microbatches, whole weights would be held through all of it."""
+    for text in _compiled_of_rows(CONFIG, unroll=unroll):
+        (before_loop,) = re.findall(r"^ENTRY .*?^}", text, re.MULTILINE | re.DOTALL)
+        assert "while(" in before_loop and "all-gather" in text.replace(before_loop, "")
+        assert "all-gather" not in before_loop
+
+
+def _compiled_of_rows(config, **options):
+    """The texts of a microbatch's gradient and of its scores, compiled for data 2, fsdp 2, tensor 2."""
+    programs, shardings, _ = _programs(meshes.make_mesh(2, 2, 2), config=config, **options)
+    params = jax.device_put(_params(0, config), shardings.params)
+    rows, *_ = _packed(OBJECTIVE, row_tokens=64, rows=4)
+    stack = programs.place([rows])
+    scored = update.Scored(stack, stack.rows.behaviour_RT, stack.rows.behaviour_RT)
+    gradient = programs.accumulate.lower(programs.zeros(params, scored), params, scored)
+    return [program.compile().as_text() for program in (gradient, programs.score.lower(params, stack))]

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from ngrpo_jax.algo.mixture import Mixture
+from ngrpo_jax.model.attention import BLOCK
 from ngrpo_jax.rollout.trajectory import Trajectories
 from ngrpo_jax.settings import ObjectiveSettings
 
@@ -31,7 +32,7 @@ class Rows(NamedTuple):
     Attributes:
       inputs: mixtures [R, T, C]; ordinary tokens are one-hot.
       positions_RT: int32, position within the segment.
-      segment_ids_RT: int32, 1.. rising along each row; 0 is padding, at its end.
+      segment_ids_RT: int32, 1.. rising along each row; 0 is padding, between them and at the end.
       prefix_ids_RT: int32, the segment that a token sees besides its own: a shared prompt; 0 for none.
       targets_RT: int32, the token that follows; 0 where weight is 0.
       weight_RT: float32, the token's share of the loss; 0 at prompts and padding.
@@ -128,59 +129,90 @@ def pack(
             f"sequence {int(np.argmax(lengths))} takes {max(lengths)} positions, more than a row of "
             f"train.row_tokens = {row_tokens}."
         )
+    groups = None
     if share_prompts:
         known: dict[tuple[int, ...], int] = {}
         groups = [known.setdefault(tuple(prompt), len(known)) for prompt in prompts]
         bins = first_fit_groups(groups, prefixes, counts, row_tokens)
     else:
-        groups, bins = list(range(len(prompts))), first_fit(lengths, row_tokens)
+        bins = first_fit(lengths, row_tokens)
     rows = empty_rows(-(-len(bins) // rows_multiple) * rows_multiple, row_tokens, trajectories.mixtures)
     for row, members in enumerate(bins):
-        start = segment = 0
-        prompt_of_group = 0
-        for place, sequence in enumerate(members):
-            first = place == 0 or groups[sequence] != groups[members[place - 1]]
-            if first and share_prompts:
-                segment += 1
-                prompt_of_group, stop = segment, start + prefixes[sequence]
-                _write_prompt(rows, row, start, segment, prompts[sequence][:-1])
-                start = stop
-            segment += 1
-            stop = start + (counts if share_prompts else lengths)[sequence]
-            if share_prompts:
-                rows.prefix_ids_RT[row, start:stop] = prompt_of_group
-                _write_prompt(rows, row, start, segment, prompts[sequence][-1:], prefixes[sequence])
-            else:
-                _write_prompt(rows, row, start, segment, prompts[sequence])
-            answer = slice(stop - counts[sequence], stop)
-            _write_response(rows, row, answer, segment, prefixes[sequence], trajectories, sequence)
-            rows.weight_RT[row, answer] = weight_BT[sequence, : counts[sequence]]
-            rows.advantages_RT[row, start:stop] = advantages_B[sequence]
-            start = stop
+        segments = _segments(members, groups, prefixes, counts)
+        starts = _starts([segment.tokens for segment in segments], row_tokens)
+        for number, (segment, start) in enumerate(zip(segments, starts, strict=True), 1):
+            here = slice(start, start + segment.tokens)
+            _write_tokens(rows, row, here, segment, prompts[segment.sequence], trajectories)
+            rows.segment_ids_RT[row, here] = number
+            rows.prefix_ids_RT[row, here] = segment.prefix
+            rows.advantages_RT[row, here] = advantages_B[segment.sequence]
+            answer = slice(here.stop - segment.response, here.stop)
+            rows.weight_RT[row, answer] = weight_BT[segment.sequence, : segment.response]
     return rows
 
 
-def _write_prompt(rows: Rows, row: int, start: int, segment: int, ids: Sequence[int], at: int = 0) -> None:
-    """Lays prompt tokens, the first of them at position `at` of its sequence, into a row from `start` on."""
-    cut = slice(start, start + len(ids))
-    rows.inputs.ids[row, cut, 0] = ids
-    rows.positions_RT[row, cut] = at + np.arange(len(ids))
-    rows.segment_ids_RT[row, cut] = segment
+class _Segment(NamedTuple):
+    """Tokens of a sequence that stand together in a row: some of its prompt, then its response or nothing."""
+
+    sequence: int
+    first: int  # place of the first token in the sequence
+    prompt: int  # tokens of the prompt
+    response: int  # tokens of the response, of which the last is a target alone
+    prefix: int  # number of the segment that it sees besides itself, 0 for none
+
+    @property
+    def tokens(self) -> int:
+        """Positions that it takes."""
+        return self.prompt + max(self.response - 1, 0)
 
 
-def _write_response(
-    rows: Rows, row: int, answer: slice, segment: int, prefix: int, trajectories: Trajectories, sequence: int
+def _segments(
+    members: Sequence[int], groups: Sequence[int] | None, prefixes: Sequence[int], counts: Sequence[int]
+) -> list[_Segment]:
+    """The segments of a row of these sequences; with `groups`, those of one group share their prompt."""
+    if groups is None:
+        return [_Segment(i, 0, prefixes[i] + 1, counts[i], 0) for i in members]
+    segments: list[_Segment] = []
+    shared = 0
+    for place, i in enumerate(members):
+        if place == 0 or groups[i] != groups[members[place - 1]]:
+            segments.append(_Segment(i, 0, prefixes[i], 0, 0))
+            shared = len(segments)
+        segments.append(_Segment(i, prefixes[i], 1, counts[i], shared))
+    return segments
+
+
+def _starts(lengths: Sequence[int], row_tokens: int) -> list[int]:
+    """Where the segments of a row start: with a block of attention as long as the row has room for the gaps.
+
+    Whoever starts within a block makes it and its neighbours pairs of blocks in which few see anybody.
+    """
+    room, end = row_tokens - sum(lengths), 0
+    starts = []
+    for length in lengths:
+        gap = -end % BLOCK
+        gap = gap if gap <= room else 0
+        starts.append(end + gap)
+        room, end = room - gap, end + gap + length
+    return starts
+
+
+def _write_tokens(
+    rows: Rows, row: int, here: slice, segment: _Segment, prompt: Sequence[int], trajectories: Trajectories
 ) -> None:
-    """Lays a response into a row: `answer` starts at the last prompt token, which is there already."""
-    count = answer.stop - answer.start
-    replayed = slice(answer.start + 1, answer.stop)
+    """Lays a segment's inputs and targets into a row: each input of the response as the rollout had it."""
+    rows.positions_RT[row, here] = segment.first + np.arange(segment.tokens)
+    of_prompt = slice(here.start, here.start + segment.prompt)
+    rows.inputs.ids[row, of_prompt, 0] = prompt[segment.first : segment.first + segment.prompt]
+    if not segment.response:
+        return
+    sequence, count = segment.sequence, segment.response
 
     def replay(row_leaf: np.ndarray, leaf: np.ndarray) -> None:
-        row_leaf[row, replayed] = leaf[sequence, : count - 1]
+        row_leaf[row, of_prompt.stop : here.stop] = leaf[sequence, : count - 1]
 
     jax.tree.map(replay, rows.inputs, trajectories.mixtures)
-    rows.positions_RT[row, answer] = prefix + np.arange(count)
-    rows.segment_ids_RT[row, answer] = segment
+    answer = slice(here.stop - count, here.stop)  # from the prompt's last token on
     rows.targets_RT[row, answer] = trajectories.response(sequence)
     rows.response_RT[row, answer] = True
     rows.behaviour_RT[row, answer] = trajectories.logprobs_BT[sequence, :count]

@@ -32,7 +32,7 @@ _LANES = 128  # what splash attention wants rows and heads to be multiples of
 class Segments(NamedTuple):
     """Who sees whom in rows [B, T], int32.
 
-    `own` is each token's segment: ids rise along the row from 1, and 0 is padding, at its end. `prefix`
+    `own` is each token's segment: ids rise along the row from 1, and 0, padding, stands anywhere. `prefix`
     is the segment that it sees besides its own, 0 for none. What attention gives at padding has no
     meaning but is finite.
     """
