@@ -235,7 +235,9 @@ def _project_backward(saved: tuple[jax.Array, jax.Array], grad_BtV: jax.Array) -
     dtype = hidden_BtD.dtype
     grad_BtV = grad_BtV.astype(dtype)
     to_hidden = jnp.einsum("btv,vd->btd", grad_BtV, head_VD.astype(dtype), preferred_element_type=jnp.float32)
-    to_head = jnp.einsum("btv,btd->vd", grad_BtV, hidden_BtD, preferred_element_type=jnp.float32)
+    # As matrices: with two dimensions to sum over, XLA transposes the gradient on a CPU, element by element.
+    grad_XV, hidden_XD = (x.reshape(-1, x.shape[-1]) for x in (grad_BtV, hidden_BtD))
+    to_head = jnp.einsum("xv,xd->vd", grad_XV, hidden_XD, preferred_element_type=jnp.float32)
     return to_hidden.astype(dtype), to_head.astype(head_VD.dtype)
 
 

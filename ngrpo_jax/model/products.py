@@ -31,7 +31,7 @@ def dense_product(
 
 @jax.custom_vjp
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate) · up, elementwise; the backward pass keeps the two arguments and one sigmoid is computed."""
+    """silu(gate) · up, elementwise; the backward pass keeps the two arguments alone."""
     return nn.silu(gate) * up
 
 
@@ -40,10 +40,12 @@ def _swiglu_forward(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, tuple[ja
 
 
 def _swiglu_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
-    gate, up = saved
+    # The barriers keep XLA from storing what it could share, between the passes and between the two results:
+    # on a CPU reading it back takes longer than an exponential, and kept it takes two arrays a layer.
+    gate, up = jax.lax.optimization_barrier(saved)
+    again = jax.lax.optimization_barrier(gate)
     sigmoid = jax.nn.sigmoid(gate)
-    silu = gate * sigmoid
-    return grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu
+    return grad * up * sigmoid * (1 + gate * (1 - sigmoid)), grad * again * jax.nn.sigmoid(again)
 
 
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)
