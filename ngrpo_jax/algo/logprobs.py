@@ -41,7 +41,6 @@ def token_logprobs(
     order_BT = None if scored_BT is None else _order(scored_BT)
     if order_BT is not None:
         hidden_BTD, targets_BT = (_take(x, order_BT) for x in (hidden_BTD, targets_BT))
-    chunks, split, join = _cut(targets_BT.shape, chunk)
 
     # Saving nothing but its inputs, a chunk is projected anew in the backward pass.
     @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -49,20 +48,18 @@ def token_logprobs(
         logits_BtV = scaled(_project(hidden_BtD, head_VD), temperature)
         return _logprobs_and_entropy(logits_BtV, targets_Bt, entropy=entropy)
 
-    def of_chunk(_: None, xs: tuple[jax.Array, jax.Array, jax.Array]):
-        needed, hidden_BtD, targets_Bt = xs
+    def of_chunk(_: None, needed: jax.Array, hidden_BtD: jax.Array, targets_Bt: jax.Array):
         if scored_BT is None:
-            return None, one_chunk(hidden_BtD, targets_Bt)
+            return None, one_chunk(hidden_BtD, targets_Bt), ()
         zeros = jnp.zeros(targets_Bt.shape, jnp.float32)
-        return None, jax.lax.cond(needed, one_chunk, lambda *_: (zeros, zeros), hidden_BtD, targets_Bt)
+        return None, jax.lax.cond(needed, one_chunk, lambda *_: (zeros, zeros), hidden_BtD, targets_Bt), ()
 
-    needed_N = _needed(scored_BT, chunks, targets_BT.shape[1])
-    _, parts = jax.lax.scan(of_chunk, None, (needed_N, split(hidden_BTD), split(targets_BT)))
-    results = [join(part) for part in parts]
+    most = _most(scored_BT, targets_BT)
+    _, results, _ = _over_chunks(of_chunk, None, (hidden_BTD, targets_BT), chunk, most)
     if order_BT is not None and scored_BT is not None:
         back_BT = jnp.argsort(order_BT, axis=1)
-        results = [jnp.where(scored_BT, _take(x, back_BT), 0.0) for x in results]
-    return results[0], results[1]
+        results = tuple(jnp.where(scored_BT, _take(x, back_BT), 0.0) for x in results)
+    return results
 
 
 TokenLoss = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, dict[str, jax.Array]]]
@@ -96,8 +93,7 @@ def token_loss(
       the loss summed over chunks, with gradients for `hidden_BTD` and `head_VD`; and metrics [chunks] each.
     """
     _check(hidden_BTD, head_VD, targets_BT)
-    chunks, split, join = _cut(targets_BT.shape, chunk)
-    needed_N = _needed(scored_BT, chunks, targets_BT.shape[1])
+    most = _most(scored_BT, targets_BT)
 
     def of_chunk(hidden_BtD, head_VD, targets_Bt, scored_Bt, facts_Bt):
         logits_BtV = scaled(_project(hidden_BtD, head_VD), temperature)
@@ -108,8 +104,7 @@ def token_loss(
         return loss(zeros, zeros, jnp.zeros_like(scored_Bt), facts_Bt)
 
     def values(hidden_BTD, head_VD, given):
-        def step(total, xs):
-            needed, hidden_BtD, *rest = xs
+        def step(total, needed, hidden_BtD, *rest):
             value, metrics = jax.lax.cond(
                 needed,
                 lambda h, *rest: of_chunk(h, head_VD, *rest),
@@ -117,9 +112,10 @@ def token_loss(
                 hidden_BtD,
                 *rest,
             )
-            return total + value, metrics
+            return total + value, (), metrics
 
-        return jax.lax.scan(step, jnp.float32(0), (needed_N, split(hidden_BTD), *jax.tree.map(split, given)))
+        total, _, metrics = _over_chunks(step, jnp.float32(0), (hidden_BTD, *given), chunk, most)
+        return total, metrics
 
     def values_and_gradients(hidden_BTD, head_VD, given):
         def full(to_head_VD, hidden_BtD, *rest):
@@ -130,16 +126,14 @@ def token_loss(
         def empty(to_head_VD, hidden_BtD, *rest):
             return to_head_VD, *of_empty(*rest), jnp.zeros_like(hidden_BtD)
 
-        def step(carry, xs):
+        def step(carry, needed, *rest):
             total, to_head_VD = carry
-            needed, *rest = xs
             to_head_VD, value, metrics, to_hidden = jax.lax.cond(needed, full, empty, to_head_VD, *rest)
-            return (total + value, to_head_VD), (metrics, to_hidden)
+            return (total + value, to_head_VD), to_hidden, metrics
 
         start = jnp.float32(0), jnp.zeros_like(head_VD)
-        xs = needed_N, split(hidden_BTD), *jax.tree.map(split, given)
-        (total, to_head_VD), (metrics, to_hidden) = jax.lax.scan(step, start, xs)
-        return (total, metrics), (join(to_hidden), to_head_VD)
+        (total, to_head_VD), to_hidden, metrics = _over_chunks(step, start, (hidden_BTD, *given), chunk, most)
+        return (total, metrics), (to_hidden, to_head_VD)
 
     computed = jax.custom_vjp(values)
     computed.defvjp(
@@ -157,20 +151,40 @@ def _check(hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array) -> 
     chex.assert_shape(head_VD, (None, hidden_BTD.shape[2]))
 
 
-def _cut(shape: tuple[int, ...], chunk: int) -> tuple[int, Callable, Callable]:
-    """(number of chunks, [B, T, ...] -> [chunks, B, t, ...], and back) for arrays of `shape` [B, T]."""
-    batch, time = shape
-    chunks = -(-time // max(1, chunk // batch))
-    length = -(-time // chunks)
+def _over_chunks(step: Callable, carry: Any, tokens_BT: Any, chunk: int, most: int | jax.Array) -> Any:
+    """Goes through tokens [B, T, ...], about `chunk` at a time of all rows together, and the rest at last.
+
+    Args:
+      step: (carry, needed, *tokens [B, t, ...]) -> (carry, results a token [B, t, ...], results a chunk).
+      most: tokens at the front of a row that count; `needed` says whether a chunk begins before there.
+
+    Returns:
+      carry, results a token [B, T, ...], and results a chunk [chunks, ...].
+    """
+    batch, time = jax.tree.leaves(tokens_BT)[0].shape[:2]
+    length = min(time, max(1, chunk // batch))
+    count = time // length
+    whole = count * length
 
     def split(x_BT: jax.Array) -> jax.Array:
-        pad = ((0, 0), (0, chunks * length - time), *((0, 0),) * (x_BT.ndim - 2))
-        return jnp.moveaxis(jnp.pad(x_BT, pad).reshape(batch, chunks, length, *x_BT.shape[2:]), 1, 0)
+        return jnp.moveaxis(x_BT[:, :whole].reshape(batch, count, length, *x_BT.shape[2:]), 1, 0)
 
     def join(x_NBt: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x_NBt, 0, 1).reshape(batch, chunks * length, *x_NBt.shape[3:])[:, :time]
+        return jnp.moveaxis(x_NBt, 0, 1).reshape(batch, whole, *x_NBt.shape[3:])
 
-    return chunks, split, join
+    def scanned(carry: Any, xs: Any) -> Any:
+        carry, of_tokens, of_chunk = step(carry, *xs)
+        return carry, (of_tokens, of_chunk)
+
+    needed_N = jnp.arange(count) * length < most
+    carry, (of_tokens, of_chunk) = jax.lax.scan(scanned, carry, (needed_N, *jax.tree.map(split, tokens_BT)))
+    of_tokens = jax.tree.map(join, of_tokens)
+    if whole < time:
+        rest = jax.tree.map(lambda x_BT: x_BT[:, whole:], tokens_BT)
+        carry, of_rest, of_last = step(carry, whole < most, *rest)
+        of_tokens = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), of_tokens, of_rest)
+        of_chunk = jax.tree.map(lambda x, y: jnp.append(x, y[None], axis=0), of_chunk, of_last)
+    return carry, of_tokens, of_chunk
 
 
 def _order(scored_BT: jax.Array) -> jax.Array:
@@ -178,11 +192,9 @@ def _order(scored_BT: jax.Array) -> jax.Array:
     return jnp.argsort(~scored_BT, axis=1, stable=True)
 
 
-def _needed(scored_BT: jax.Array | None, chunks: int, time: int) -> jax.Array:
-    """bool [chunks]: whether any row has a scored token in the chunk, once they are at the front."""
-    if scored_BT is None:
-        return jnp.ones((chunks,), bool)
-    return jnp.arange(chunks) * -(-time // chunks) < jnp.max(jnp.sum(scored_BT, axis=1))
+def _most(scored_BT: jax.Array | None, targets_BT: jax.Array) -> int | jax.Array:
+    """The most tokens to score in any row; all where no one says which."""
+    return targets_BT.shape[1] if scored_BT is None else jnp.max(jnp.sum(scored_BT, axis=1))
 
 
 def _take(x_BT: jax.Array, order_BT: jax.Array) -> jax.Array:
