@@ -150,6 +150,7 @@ def test_a_shared_prompt_stands_once_and_each_response_begins_with_its_last_toke
         rows.advantages_RT[0, rows.response_RT[0]], [3] * 5 + [1] * 3 + [4] * 2 + [2]
     )
     assert np.isclose(rows.weight_RT.sum(), 1.0) and not rows.weight_RT[~rows.response_RT].any()
+    assert not rows.advantages_RT[~rows.response_RT].any(), "a shared prompt is no sequence's own"
 
 
 @pytest.mark.parametrize("row_tokens", [575, 576, 640, 900])

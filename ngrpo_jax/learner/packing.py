@@ -37,7 +37,7 @@ class Rows(NamedTuple):
       targets_RT: int32, the token that follows; 0 where weight is 0.
       weight_RT: float32, the token's share of the loss; 0 at prompts and padding.
       response_RT: bool, whether the target is a response token (whatever its weight).
-      advantages_RT: float32, the sequence's advantage.
+      advantages_RT: float32, the sequence's advantage; 0 at a shared prompt, which is of several.
       behaviour_RT: float32, log-probability of the target when the sampler wrote it.
     """
 
@@ -145,7 +145,7 @@ def pack(
             _write_tokens(rows, row, here, segment, prompts[segment.sequence], trajectories)
             rows.segment_ids_RT[row, here] = number
             rows.prefix_ids_RT[row, here] = segment.prefix
-            rows.advantages_RT[row, here] = advantages_B[segment.sequence]
+            rows.advantages_RT[row, here] = advantages_B[segment.sequence] if segment.response else 0.0
             answer = slice(here.stop - segment.response, here.stop)
             rows.weight_RT[row, answer] = weight_BT[segment.sequence, : segment.response]
     return rows
