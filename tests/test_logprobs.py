@@ -131,6 +131,7 @@ def test_products_are_in_the_dtype_of_hidden_with_float32_sums():
         assert np.abs(np.asarray(got, np.float32) - want).max() < 0.02 * np.abs(want).max()
 
 
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 def test_head_sharded_over_the_vocabulary_and_batch_sharded_over_the_data():
     rng = np.random.default_rng(2)
     hidden = rng.normal(size=(4, 6, D)).astype(np.float32)
