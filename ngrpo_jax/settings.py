@@ -149,7 +149,7 @@ class RolloutSettings:
 
 @dataclasses.dataclass(frozen=True)
 class MixingSettings:
-    """Semantic Neighbor Mixing in rollouts (METHOD: strategy, rate rho, k with the anchor)."""
+    """Semantic Neighbor Mixing in rollouts (docs/method.md): strategy, rate rho, k with the anchor."""
 
     strategy: str
     rate: float

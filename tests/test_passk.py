@@ -1,4 +1,4 @@
-"""The estimators of METHOD section 6 against exact fractions and enumeration."""
+"""Pass@k (15) of arXiv 2606.10768 and the other estimators against exact fractions and enumeration."""
 
 from fractions import Fraction
 from itertools import combinations

@@ -44,7 +44,7 @@ class Figure(NamedTuple):
 
 
 def figures(graded: Graded, pass_k: Sequence[int]) -> dict[str, Figure]:
-    """METHOD's figures by name: mean_at_n, pass_at_K and best_at_K for each K, maj_at_n, and of the texts.
+    """An evaluation's figures by name: mean_at_n, pass_at_K and best_at_K for each K, maj_at_n, of the texts.
 
     maj_at_n is left out where no response has an answer that could be voted for.
 

@@ -224,7 +224,7 @@ def _in_words(stats: engine.Stats) -> str:
 def evaluate_set(
     actor: Actor, held_out: ProblemSet, settings: Settings, grader: Grader, *, label: str
 ) -> Evaluation:
-    """The figures of a model on `data.eval` (METHOD section 6); each host writes a share of the problems."""
+    """A model's figures on `data.eval` (docs/evaluation.md); each host writes a share of the problems."""
     name, samples, here = set_name(settings.data.eval), settings.eval.samples, distributed.place()
     share = here.share(len(held_out.problems))
     with console.Progress(

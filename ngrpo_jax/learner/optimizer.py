@@ -8,7 +8,7 @@ from ngrpo_jax.settings import OptimizerSettings
 
 
 def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
-    """The optimiser of the paper (METHOD section 5). Weight decay is decoupled and applies to every leaf."""
+    """The optimiser of the paper (arXiv 2606.10768). Weight decay is decoupled and applies to every leaf."""
     rate: optax.ScalarOrSchedule = settings.learning_rate
     if settings.warmup_steps:
         first = settings.learning_rate / settings.warmup_steps

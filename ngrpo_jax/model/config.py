@@ -1,6 +1,6 @@
 """What a decoder is: sizes, positions, tokens. Frozen and hashable, so that it can be a static argument.
 
-Knows no file format (that is hf_config.py) and holds no arrays.
+Knows no file format (that is hf_format.py) and holds no arrays.
 """
 
 import dataclasses
