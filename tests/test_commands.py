@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 
 import jax
@@ -137,6 +138,22 @@ def test_training_changes_the_parameters_and_writes_its_summary(finished):
     assert [row["step"] for row in rows if "eval/mean_at_n" in row] == [6, 12]
     assert all(row["speed/verdicts"] > 0 and row["reward/no_verdict"] == 0 for row in rows)
     assert summary["zero_variance"] == np.mean([row["groups/zero_variance"] for row in rows])
+
+
+def test_the_page_of_metrics_names_what_a_run_writes_and_nothing_else(finished):
+    root = TINY.parent.parent
+    page = (root / "docs" / "metrics.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\| `(\w+/\w+)` \|[^|]+\| ([^|]+) \|[^|]+\|$", page, re.MULTILINE)
+    when = dict(lines)
+    assert len(when) == len(lines) == page.count("\n| `"), "a line is not whole, or a name is there twice"
+    rows = [row.keys() - {"step"} for row in read_rows(finished / "metrics.jsonl")]
+    assert set().union(*rows) <= when.keys(), "written by a run and not on the page"
+    always = {name for name, condition in when.items() if condition == "always"}
+    assert all(always <= row for row in rows), "said to be written always, and missing from a row"
+    source = "".join(path.read_text(encoding="utf-8") for path in (root / "ngrpo_jax").rglob("*.py"))
+    for name in when.keys() - set().union(*rows):  # under conditions that are not this run's
+        leaf = name.removeprefix("learner/")
+        assert f'"{leaf}"' in source, f"{name} is on the page and nowhere in the program"
 
 
 def test_figures_of_rewards_and_their_grading():
