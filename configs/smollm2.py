@@ -22,7 +22,6 @@ def get_config():
     config.data.chat_template = "configs/smollm2.jinja"
     config.data.max_prompt_tokens = 40
     config.mixing.until = None
-    config.mixing.refresh_every = 10  # a table takes as long as several of these short rollouts
     config.rollout.prompts = 3
     config.rollout.group = 8
     config.rollout.max_new_tokens = 24

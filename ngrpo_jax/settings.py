@@ -9,6 +9,7 @@ is at hand, so that the library rooms run without it.
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from ngrpo_jax.algo.objectives import ALGORITHMS, KL_ESTIMATORS
 
 DTYPES = ("float32", "bfloat16")
 WARM_START = "warm-start"  # the model.path of a model that the run makes itself
+GRADER_MB = 128  # MiB; math-verify itself takes about 70
 BEST_METRICS = ("mean_at_n", "pass_at_k", "maj_at_n")  # of an evaluation; larger is better
 
 
@@ -422,7 +424,11 @@ class RewardSettings:
     memory_mb: int
 
     def __post_init__(self) -> None:
-        _positive("reward", self, "workers", "deadline_s", "memory_mb")
+        _positive("reward", self, "workers", "deadline_s")
+        require(
+            self.memory_mb >= GRADER_MB,
+            f"reward.memory_mb is {self.memory_mb}; a grader's process needs at least {GRADER_MB}.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -489,6 +495,8 @@ def resolve(config: Any) -> Settings:
         for leaf, value in values[name].items():
             optional = type(None) in typing.get_args(wanted[leaf])
             require(value is not None or optional, f"{name}.{leaf} is None; it needs a value.")
+            endless = isinstance(value, float) and not math.isfinite(value)
+            require(not endless, f"{name}.{leaf} is {value}; it must be a finite number.")
         resolved[name] = kind(**values[name])
     return Settings(**resolved)
 

@@ -122,6 +122,13 @@ def test_base_is_the_papers_table_of_hyperparameters():
         ("mesh.tensor", 0, "mesh.tensor is 0"),
         ("warm_start.num_heads", 5, "warm_start.hidden_size 192 is no multiple of warm_start.num_heads 5"),
         ("optimizer.learning_rate", 0.0, "optimizer.learning_rate is 0.0"),
+        (
+            "optimizer.learning_rate",
+            float("inf"),
+            "optimizer.learning_rate is inf; it must be a finite",
+        ),
+        ("objective.kl_coef", float("nan"), "objective.kl_coef is nan; it must be a finite number"),
+        ("reward.memory_mb", 64, "reward.memory_mb is 64; a grader's process needs at least 128"),
         ("seed", -1, "seed is -1"),
     ],
 )

@@ -13,8 +13,8 @@ import numpy as np
 
 ALGORITHMS = ("grpo", "gspo")
 
-# exp stays finite up to 88. Beyond this the gradient is cut to 0, where the clip cuts it anyway but autodiff
-# would make it 0 · inf = NaN.
+# exp stays finite up to 88. Beyond this the gradient is cut to 0: the clip or the dual clip does so too, but
+# autodiff would make it 0 · inf = NaN. (For A < 0 without a dual clip it is this alone.)
 _LARGEST_LOG_RATIO = 60.0
 
 

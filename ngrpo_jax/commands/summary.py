@@ -12,7 +12,7 @@ import numpy as np
 from ngrpo_jax.commands import composition
 from ngrpo_jax.commands.run import Position, Run, best_key
 from ngrpo_jax.model import hf
-from ngrpo_jax.runtime import console, distributed, mesh, metrics, preflight
+from ngrpo_jax.runtime import console, distributed, files, mesh, metrics, preflight
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.settings import Settings
 
@@ -22,7 +22,10 @@ def already_finished(settings: Settings, workdir: pathlib.Path) -> bool:
     path = workdir / "summary.json"
     if not path.is_file():
         return False
-    summary = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); remove it, and the run goes on.") from error
     if summary["steps"] < settings.train.steps:
         return False
     if distributed.place().primary:
@@ -85,12 +88,26 @@ def step_line(step: int, row: dict[str, float], steps: int, pace: float) -> str:
 def finish(
     run: Run, position: Position, after: dict[str, float], checkpoints: Checkpoints, seconds: float
 ) -> None:
-    """Exports the last parameters, writes summary.json, prints the table: the first process alone."""
+    """Exports the last parameters, writes summary.json, prints the table: the first process alone.
+
+    The others wait for it: a process that left would have jax abort all of them after five minutes.
+    """
+    params = jax.tree.map(mesh.to_host, position.state.params)
+    if distributed.place().primary:
+        _write(run, position, params, after, checkpoints, seconds)
+    distributed.exchange("the run is summed up", None)
+
+
+def _write(
+    run: Run,
+    position: Position,
+    params: Any,
+    after: dict[str, float],
+    checkpoints: Checkpoints,
+    seconds: float,
+) -> None:
     settings, source = run.settings, run.source
     export = run.workdir / "export"
-    params = jax.tree.map(mesh.to_host, position.state.params)
-    if not distributed.place().primary:
-        return
     hf.save(export, source.config, params, tokenizer_from=source.directory, dtype=source.config.dtype)
     rows = metrics.read_rows(run.workdir / "metrics.jsonl")
     mixed = [row for row in rows if "rollout/mix_cosine_mean" in row]
@@ -119,7 +136,7 @@ def finish(
         "checkpoint": str(run.workdir / "checkpoints" / str(position.step)),
         "export": str(export),
     }
-    (run.workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    files.write_json(run.workdir / "summary.json", summary)
     print_summary(summary, settings, run.workdir)
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-# Dense bfloat16 operations a second of one jax.Device, as the makers state them; by the start of device_kind,
-# the longest that fits. A device of TPU v2 and v3 is one core of a chip of two.
+# Dense bfloat16 operations a second of one jax.Device, as the makers state them; by the first words of
+# device_kind, the most that fit. A device of TPU v2 and v3 is one core of a chip of two.
 PEAK_FLOPS = {
     "TPU v2": 22.5e12,
     "TPU v3": 61.5e12,
@@ -24,8 +24,10 @@ PEAK_FLOPS = {
     "NVIDIA A100": 312e12,
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100": 989e12,
+    "NVIDIA H100 NVL": 835e12,
     "NVIDIA H200": 989e12,
     "NVIDIA L4": 121e12,
+    "NVIDIA L40": 181e12,
     "NVIDIA L40S": 362e12,
     "NVIDIA B200": 2250e12,
 }
@@ -33,7 +35,9 @@ PEAK_FLOPS = {
 
 def peak_flops(device: Any) -> float | None:
     """Dense bfloat16 operations a second of a device; None where the table does not have it (CPUs)."""
-    fitting = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
+    # "NVIDIA A100-SXM4-80GB": a hyphen ends a word too.
+    words = f"{device.device_kind.replace('-', ' ')} "
+    fitting = [kind for kind in PEAK_FLOPS if words.startswith(f"{kind} ")]
     return PEAK_FLOPS[max(fitting, key=len)] if fitting else None
 
 

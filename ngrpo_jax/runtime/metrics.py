@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from . import files
+
 CLOCK_GROUPS = ("time/", "speed/")
 
 
@@ -168,6 +170,4 @@ def _cut(path: Path, last: int) -> None:
     if not path.exists():
         return
     kept = [line for row, line in _rows(path) if row["step"] <= last]
-    temporary = path.with_suffix(".jsonl.tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    files.write_text(path, "".join(line + "\n" for line in kept))

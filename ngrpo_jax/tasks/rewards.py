@@ -19,6 +19,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from ngrpo_jax.settings import GRADER_MB
+
 from . import math_worker
 from .grading import (
     after_thinking,
@@ -110,14 +112,14 @@ class Grader:
       workers: processes at most; entered as a context manager it starts all of them at once in the
         background, else each is started when first needed.
       deadline_s: wall-clock seconds for one question; then its worker is killed and the score is 0.0.
-      memory_mb: address space of one worker, in MiB; math-verify itself takes about 70.
+      memory_mb: address space of one worker, in MiB.
     Raises ValueError for arguments out of range. Safe to call from several threads.
     """
 
     def __init__(self, workers: int = 2, deadline_s: float = 5.0, memory_mb: int = 1024):
-        if workers < 1 or deadline_s <= 0 or memory_mb < 128:
+        if workers < 1 or deadline_s <= 0 or memory_mb < GRADER_MB:
             raise ValueError(
-                f"grading needs at least 1 worker, a deadline above 0 s and 128 MB, not {workers}, "
+                f"grading needs at least 1 worker, a deadline above 0 s and {GRADER_MB} MiB, not {workers}, "
                 f"{deadline_s} and {memory_mb}"
             )
         self.counts = Counts()
