@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ngrpo_jax.algo.objectives import WEIGHTED
 from ngrpo_jax.learner.loss import Computation, add_metrics, no_metrics, row_logprobs, row_loss
 from ngrpo_jax.learner.packing import Rows
 from ngrpo_jax.settings import ObjectiveSettings
@@ -264,12 +265,10 @@ def figures(steps: Sequence[dict[str, Any]], *, gap_of_first: bool = False) -> d
     goes to `gap/...`: mean and max of |Δ log π|, and the k3 estimate of KL(sampler ‖ trainer), nats a token;
     `gap_of_first` takes it of the first step alone, where later ones would count what the update has moved.
     """
-    summed = {"policy_loss", "kl", "ratio", "clip_low", "clip_high", "dual_clip", "entropy"}
-    summed |= {"importance", "importance_capped"}
     gap = {"gap": "gap/mean", "gap_max": "gap/max", "gap_kl": "gap/kl"}
 
     def value(step: dict[str, Any], name: str) -> float:
-        share = step["weight"] if name in summed else step["scored"] if name in ("gap", "gap_kl") else 1.0
+        share = step["weight"] if name in WEIGHTED else step["scored"] if name in ("gap", "gap_kl") else 1.0
         return float(step[name]) / float(share) if share else 0.0
 
     def join(name: str) -> float:
