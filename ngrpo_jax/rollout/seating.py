@@ -72,9 +72,8 @@ class Seating:
         self.sequence_S = np.full(slots, FREE)  # the sequence in each slot
         self._steps_S = np.zeros(slots, np.int64)  # decode steps since it sat down
         self._next = 0  # the first sequence that waits
-        self._first = self._prefilled = (
-            0  # the last prefill holds the prompts from the first to below the second
-        )
+        # The last prefill holds the prompts from the first of these to below the second.
+        self._first = self._prefilled = 0
 
     @property
     def waiting(self) -> bool:
