@@ -5,6 +5,8 @@ number arrives for each row), mixtures, stop ids.
 
 `jax.random.categorical` would draw and compare V Gumbel numbers a row. Here a row is read once for the sums
 of its blocks, and then one block of it again.
+
+Letters of this file: N blocks of a row, W entries of a block, M largest logits of a row.
 """
 
 from collections.abc import Callable

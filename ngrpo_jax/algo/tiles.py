@@ -8,6 +8,8 @@ blocks is computed once. A row remembers, of every group of columns that are equ
 score with the column's number in the group packed into its low bits, and the best score that this forgot.
 That is two maxima an entry, whatever the number of neighbours; the packing and the forgetting cost no
 exactness, because both are in the bound. Memory: `groups` × 2 integers a row, and one tile.
+
+Letters of this file: T rows of a tile, R rows, G groups.
 """
 
 import functools

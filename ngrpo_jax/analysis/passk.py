@@ -2,6 +2,8 @@
 
 Owns the estimators alone, in NumPy. `correct_PN` is bool or 0/1, one row a problem, one column a sample. Must
 not know how responses were made or graded.
+
+N is samples of a problem, P problems.
 """
 
 from collections.abc import Callable, Hashable, Sequence

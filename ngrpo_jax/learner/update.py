@@ -42,10 +42,10 @@ class TrainState(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """Microbatches of one call on the devices: room for S, of R rows of T positions each.
+    """Microbatches of one call on the devices: room for M, of R rows of T positions each.
 
     Attributes:
-      rows: leaves [S, R, T, ...].
+      rows: leaves [M, R, T, ...].
       count: int32, how many there are; no program looks at what stands behind them.
     """
 
@@ -57,8 +57,8 @@ class Scored(NamedTuple):
     """Microbatches of one call with their log-probabilities before the update and by the reference."""
 
     stack: Stack
-    old_SRT: jax.Array | None
-    ref_SRT: jax.Array | None
+    old_MRT: jax.Array | None
+    ref_MRT: jax.Array | None
 
 
 class Sums(NamedTuple):
@@ -95,7 +95,7 @@ class Shelf:
 class Programs:
     """The compiled programs of a run; see `compile_programs`."""
 
-    score: jax.stages.Wrapped  # (Params, Stack) -> [S, R, T]
+    score: jax.stages.Wrapped  # (Params, Stack) -> [M, R, T]
     zeros: jax.stages.Wrapped  # (Params, Scored) -> Sums
     accumulate: jax.stages.Wrapped  # (Sums, Params, Scored) -> Sums
     apply: jax.stages.Wrapped  # (TrainState, Sums) -> (TrainState, metrics)
@@ -133,9 +133,9 @@ def compile_programs(
     loss = functools.partial(row_loss, objective=objective, compute=compute)
 
     def score(params, stack):
-        def one(i, scores_SRT):
+        def one(i, scores_MRT):
             scores_RT = row_logprobs(_of_turn(params, i), _at(stack.rows, i), compute)
-            return scores_SRT.at[i].set(scores_RT)
+            return scores_MRT.at[i].set(scores_RT)
 
         return jax.lax.fori_loop(0, stack.count, one, jnp.zeros_like(stack.rows.behaviour_RT))
 
