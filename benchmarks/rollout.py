@@ -115,12 +115,11 @@ def long_tail(report: measure.Report, model: Model, peer: Peer | None, given: ar
         sides, given.tail_rounds, warmups=given.tail_warmups, rest_s=_REST_S, pids=[peer.pid] if peer else []
     )
     stats, perfect = ours.stats, perfect_steps(work.lengths_B, given.slots)
-    rows = [_tail_row(OURS, work, timings, stats.tokens / (stats.steps * stats.slots), stats.steps)]
+    rows = [_tail_row(OURS, work, timings, stats.occupancy, stats.steps)]
     if peer is not None:
         steps = sides[PEER].steps
         rows.append(_tail_row(PEER, work, timings, work.tokens / (steps * given.slots), steps))
     rows.append(("a perfect scheduler", None, None, work.tokens / (perfect * given.slots), perfect))
-    waiting = stats.waiting_tokens / max(stats.waiting_steps * stats.slots, 1)
     share = perfect * given.slots / (stats.steps * stats.slots)
     report.table(
         f"Long tail: {TAIL_PROMPTS} prompts × {SAMPLES}, prompt {PROMPT}, {given.slots} slots",
@@ -128,8 +127,9 @@ def long_tail(report: measure.Report, model: Model, peer: Peer | None, given: ar
         rows,
         f"{work.tokens} tokens: response lengths log-normal, median {np.median(work.lengths_B):.0f}, "
         f"95th percentile {np.quantile(work.lengths_B, 0.95):.0f}, cap {TAIL_CAP}. {timings.note()}.",
-        f"Occupancy while sequences wait: {waiting:.3f} (goal 0.88). Over the whole run, of a perfect "
-        f"scheduler's (chunk 1, same slots and order): {share:.3f} (goal 0.95). Hugging Face: goal 4.0.",
+        f"Occupancy while sequences wait: {stats.waiting_occupancy:.3f} (goal 0.88). Over the whole run, of "
+        f"a perfect scheduler's (chunk 1, same slots and order): {share:.3f} (goal 0.95). "
+        "Hugging Face: goal 4.0.",
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks import bounds, measure, shapes
 from ngrpo_jax.algo.mixture import Mixture
-from ngrpo_jax.learner import packing, update
+from ngrpo_jax.learner import credit, packing, update
 from ngrpo_jax.learner.loss import Computation
 from ngrpo_jax.learner.optimizer import make_optimizer
 from ngrpo_jax.model import attention
@@ -174,7 +174,7 @@ def _rows(config: ModelConfig, rows: int, tokens: int) -> packing.Rows:
         stopped_B=np.zeros(rows, bool),
         failed_B=np.zeros(rows, bool),
     )
-    weight_BT = packing.token_weights(
+    weight_BT = credit.token_weights(
         lengths_B, mixed_BT, aggregate="sequence", loss_on_mixed=True, max_new_tokens=new
     )
     prompts = draw.integers(config.vocab_size, size=(rows, prompt)).tolist()

@@ -76,9 +76,8 @@ def get_config() -> ml_collections.ConfigDict:
         algorithm="grpo",  # or "gspo"
         clip_low=0.2,
         clip_high=0.2,
-        dual_clip=_optional(
-            3.0
-        ),  # bound on the loss of a bad response whose probability has grown; None: off
+        # Bound on the loss of a bad response whose probability has grown; None: off.
+        dual_clip=_optional(3.0),
         kl_coef=0.001,  # beta, of the KL term in the loss; 0: no reference model is loaded
         kl_estimator="k3",  # or k1, k2
         scale_by_std=True,  # divide advantages by the group's standard deviation

@@ -70,14 +70,14 @@ def test_a_state_comes_back_bitwise_on_another_mesh(tmp_path):
 def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path):
     step = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
     state, wanted = _state(), []
-    with Checkpoints(tmp_path, model=MODEL, keep_latest=3) as checkpoints:
-        for i in range(3):
+    for i in range(3):
+        with Checkpoints(tmp_path / str(i), model=MODEL) as checkpoints:
             wanted.append(jax.device_get(state))
             checkpoints.save(i, state, {})
             for _ in range(3):
                 state = step(state)
-    with Checkpoints(tmp_path, model=MODEL) as checkpoints:
-        for i in range(3):
+    for i in range(3):
+        with Checkpoints(tmp_path / str(i), model=MODEL) as checkpoints:
             _assert_equal(checkpoints.restore(i, _state())[0], wanted[i])
 
 
@@ -97,7 +97,7 @@ def test_latest_and_best_are_both_kept_and_ties_go_to_the_newest(tmp_path):
 
 
 def test_the_best_by_another_metric_is_found_among_what_was_kept(tmp_path):
-    with Checkpoints(tmp_path, model=MODEL, best="eval/mean_at_n", keep_latest=3) as checkpoints:
+    with Checkpoints(tmp_path, model=MODEL, best="eval/mean_at_n") as checkpoints:
         for step, (mean, passed) in {1: (0.1, 0.9), 2: (0.5, 0.3), 3: (0.2, 0.9)}.items():
             checkpoints.save(step, _state(step), {}, {"eval/mean_at_n": mean, "eval/pass_at_k": passed})
         assert checkpoints.best_step() == 2
@@ -106,10 +106,10 @@ def test_the_best_by_another_metric_is_found_among_what_was_kept(tmp_path):
             assert checkpoints.best_step() == step
 
 
-def test_without_best_only_the_newest_stay(tmp_path):
-    _saved(tmp_path, steps=4, keep_latest=2)
+def test_without_best_only_the_newest_stays(tmp_path):
+    _saved(tmp_path, steps=4)
     with Checkpoints(tmp_path, model=MODEL) as checkpoints:
-        assert checkpoints.steps() == [3, 4]
+        assert checkpoints.steps() == [4]
         assert checkpoints.best_step() is None
 
 

@@ -201,8 +201,8 @@ def test_prefill_computes_each_angle_once():
 
 
 def test_an_empty_cache_holds_no_buffer_twice():
-    config = golden("qwen3")[0]
-    cache = kv.init(config, 2, 4, "bfloat16")
+    config = dataclasses.replace(golden("qwen3")[0], dtype="bfloat16")
+    cache = kv.init(config, 2, 4)
     assert cache.keys[0].shape == (2, config.num_kv_heads, config.head_dim, 4)
     assert cache.keys[0].dtype == jnp.bfloat16
     assert len({leaf.unsafe_buffer_pointer() for leaf in cache.keys + cache.values}) == 2 * config.num_layers

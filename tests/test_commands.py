@@ -13,6 +13,7 @@ from ngrpo_jax import evaluate, export, train
 from ngrpo_jax.commands import commandline
 from ngrpo_jax.model import hf
 from ngrpo_jax.report import __main__ as report
+from ngrpo_jax.report import panels
 from ngrpo_jax.runtime.metrics import CLOCK_GROUPS, read_rows
 from ngrpo_jax.tasks.rewards import Counts
 
@@ -41,6 +42,9 @@ SMALL = {
     "mesh.data": 8,
     "mixing.rate": 0.5,
     "reward.kind": "own_reward:odd_length",
+    "objective.importance_cap": 2.0,
+    "objective.overlong": "penalize",
+    "objective.skip_zero_variance": True,
 }
 
 
@@ -154,6 +158,14 @@ def test_the_page_of_metrics_names_what_a_run_writes_and_nothing_else(finished):
     for name in when.keys() - set().union(*rows):  # under conditions that are not this run's
         leaf = name.removeprefix("learner/")
         assert f'"{leaf}"' in source, f"{name} is on the page and nowhere in the program"
+
+
+def test_the_report_has_a_place_for_all_that_a_run_writes_and_for_nothing_else(finished):
+    written = {key for row in read_rows(finished / "metrics.jsonl") for key in row} - {"step"}
+    placed = {key for section in panels.SECTIONS for panel in section.panels for key in panel.series}
+    assert placed - written <= {"speed/update_mfu"}  # for devices alone whose peak is known
+    (*_, last) = panels.present(sorted(written))
+    assert last.title != panels.REST_TITLE, last.panels
 
 
 def test_figures_of_rewards_and_their_grading():

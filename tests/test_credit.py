@@ -7,7 +7,7 @@ import pytest
 
 from configs import base
 from ngrpo_jax.algo.objectives import group_advantages
-from ngrpo_jax.learner import credit, packing
+from ngrpo_jax.learner import credit
 from ngrpo_jax.rollout.trajectory import Trajectories
 from ngrpo_jax.settings import resolve
 
@@ -56,12 +56,12 @@ def test_what_is_left_out_has_no_weight_and_the_rest_is_the_mean_of_the_rest(agg
     mixed = np.zeros((9, 10), bool)
     options = dict(aggregate=aggregate, loss_on_mixed=True, max_new_tokens=10)
     counted = np.arange(9) % 3 != 1
-    weights = packing.token_weights(LENGTHS, mixed, counted_B=counted, **options)
+    weights = credit.token_weights(LENGTHS, mixed, counted_B=counted, **options)
     assert not weights[~counted].any()
     np.testing.assert_array_equal(
-        weights[counted], packing.token_weights(LENGTHS[counted], mixed[counted], **options)
+        weights[counted], credit.token_weights(LENGTHS[counted], mixed[counted], **options)
     )
-    assert not packing.token_weights(LENGTHS, mixed, counted_B=np.zeros(9, bool), **options).any()
+    assert not credit.token_weights(LENGTHS, mixed, counted_B=np.zeros(9, bool), **options).any()
 
 
 @pytest.mark.parametrize("aggregate", ["sequence", "token", "constant"])
@@ -76,12 +76,12 @@ def test_hosts_weigh_tokens_by_what_all_of_them_have_kept(aggregate):
             assert value == own
             return said
 
-        return packing.token_weights(
+        return credit.token_weights(
             LENGTHS[host], mixed[host], counted_B=counted[host], gather=gather, **options
         )
 
     shares = [share(host, own) for host, own in zip(hosts, said, strict=True)]
-    whole = packing.token_weights(LENGTHS, mixed, counted_B=counted, **options)
+    whole = credit.token_weights(LENGTHS, mixed, counted_B=counted, **options)
     np.testing.assert_array_equal(np.concatenate(shares), whole)
 
 

@@ -138,15 +138,11 @@ def test_optimiser_state_follows_the_parameters():
     assert specs["step"] == P()
 
 
-def test_other_arrays_of_the_state_need_a_rule_of_their_own():
+def test_other_arrays_of_the_state_are_refused():
     mesh = meshes.make_mesh(2, 2, 2)
     state = {"params": {"final_norm": {"scale": jnp.zeros(D)}}, "table_VC": jnp.zeros((V, 3), jnp.int32)}
     with pytest.raises(ValueError, match="table_VC"):
         meshes.state_shardings(mesh, state)
-    specs = _specs(meshes.state_shardings(mesh, state, extra=[("table_VC", P("fsdp"))]))
-    assert specs["table_VC"] == P("fsdp")
-    with pytest.raises(ValueError, match=r"table_VC has 3 entries in dimension 1"):
-        meshes.state_shardings(mesh, state, extra=[("table_VC", P(None, "fsdp"))])
 
 
 def test_rows_are_split_over_data_and_fsdp():

@@ -385,6 +385,16 @@ def test_loss_and_sums_add_over_microbatches(batch):
         np.testing.assert_allclose(value, combine(parts), rtol=1e-5, atol=1e-7, err_msg=name)
 
 
+def test_every_metric_is_a_sum_of_weight_by_name_or_an_extreme(batch):
+    old = batch["old_logprobs_BT"]
+    constants = dict(sampler_logprobs_BT=old - 1.0, entropy_BT=np.abs(old), dual_clip=2.0, importance_cap=2.0)
+    _, metrics = policy_loss(**batch, **constants)
+    _, doubled = policy_loss(**{**batch, "weight_BT": 2 * batch["weight_BT"]}, **constants)
+    changed = {name for name in metrics if doubled[name] != metrics[name]}
+    assert changed == {"weight"} | objectives.WEIGHTED
+    assert all(name.endswith(("_min", "_max")) for name in metrics.keys() - changed)
+
+
 def test_a_batch_without_responses_has_no_loss_and_neutral_extremes(batch):
     loss, metrics = policy_loss(**batch | dict(weight_BT=np.zeros((B, T), np.float32)), kl_coef=0.1)
     assert loss == 0 and metrics["weight"] == 0

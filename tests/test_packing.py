@@ -7,7 +7,7 @@ import pytest
 
 from configs import base
 from ngrpo_jax.algo.mixture import Mixture, Noise
-from ngrpo_jax.learner import packing
+from ngrpo_jax.learner import bins, credit, packing
 from ngrpo_jax.model.attention import BLOCK
 from ngrpo_jax.rollout.trajectory import Trajectories
 from ngrpo_jax.settings import resolve
@@ -32,7 +32,7 @@ def _trajectories(candidates=2, length=6):
 
 def _weights(aggregate, loss_on_mixed=True):
     made = _trajectories()
-    return packing.token_weights(
+    return credit.token_weights(
         made.lengths_B, made.mixed_BT, aggregate=aggregate, loss_on_mixed=loss_on_mixed, max_new_tokens=6
     )
 
@@ -94,10 +94,10 @@ def test_a_row_predicts_each_response_token_from_what_stood_before_it():
 
 def test_first_fit_fills_rows_and_loses_nobody():
     lengths = np.random.default_rng(1).integers(1, 100, size=200).tolist()
-    bins = packing.first_fit(lengths, 128)
-    assert sorted(i for members in bins for i in members) == list(range(200))
-    assert all(sum(lengths[i] for i in members) <= 128 for members in bins)
-    assert sum(lengths) / (128 * len(bins)) > 0.9
+    found = bins.first_fit(lengths, 128)
+    assert sorted(i for members in found for i in members) == list(range(200))
+    assert all(sum(lengths[i] for i in members) <= 128 for members in found)
+    assert sum(lengths) / (128 * len(found)) > 0.9
 
 
 def test_mini_batches_keep_prompts_together_and_count_their_own_weights():
@@ -187,8 +187,8 @@ def test_segments_start_with_a_block_of_attention_as_long_as_the_row_has_room(sh
 
 
 def test_a_group_too_long_for_one_row_has_its_prompt_in_each_that_it_needs():
-    bins = packing.first_fit_groups([0, 0, 0, 1], [10, 10, 10, 3], [20, 20, 20, 4], capacity=50)
-    assert bins == [[0, 1], [2, 3]]
+    found = bins.first_fit_groups([0, 0, 0, 1], [10, 10, 10, 3], [20, 20, 20, 4], capacity=50)
+    assert found == [[0, 1], [2, 3]]
 
 
 def _long_tail():

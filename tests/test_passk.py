@@ -41,11 +41,11 @@ def test_impossible_counts_are_refused(n, c, k):
 def test_matrix_figures_weigh_problems_equally():
     correct_PN = np.array([[1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
     assert passk.mean_at_n(correct_PN) == pytest.approx(5 / 12)
-    assert passk.pass_at_k_mean(correct_PN, 2) == pytest.approx((0.5 + 0 + 1) / 3)
-    assert passk.pass_at_k_mean(correct_PN, 1) == pytest.approx(passk.mean_at_n(correct_PN))
+    assert passk.pass_at_k_by_problem(correct_PN, 2).mean() == pytest.approx((0.5 + 0 + 1) / 3)
+    assert passk.pass_at_k_by_problem(correct_PN, 1).mean() == pytest.approx(passk.mean_at_n(correct_PN))
     assert passk.mean_at_n([[0.5, 1.0]]) == 0.75  # graded rewards have a mean, and no pass@k
     with pytest.raises(ValueError, match="pass@k"):
-        passk.pass_at_k_mean([[0.5, 1.0]], 1)
+        passk.pass_at_k_by_problem([[0.5, 1.0]], 1)
 
 
 @pytest.mark.parametrize("shape", [(3,), (0, 4), (4, 0)])
@@ -61,7 +61,7 @@ def test_bootstrap_draws_with_replacement_and_so_reads_low():
         expected = np.mean(1 - (1 - correct_PN.mean(axis=1)) ** k)
         found = passk.best_at_k_bootstrap(correct_PN, k, resamples=2000)
         assert found == pytest.approx(expected, abs=0.005)
-    assert found < passk.pass_at_k_mean(correct_PN, 16)
+    assert found < passk.pass_at_k_by_problem(correct_PN, 16).mean()
 
 
 def test_bootstrap_is_a_function_of_its_seed():
@@ -78,9 +78,9 @@ def test_majority_counts_answers_not_graders():
     answers = [["4", "5", "5", None], ["1", "2", "3", "1"], [None] * 4, ["7", "8", "8", "7"]]
     correct = [[0, 1, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 1]]
     # 5 wins and is right; 1 wins and is wrong; nobody answered; 7 and 8 tie and 7 came first.
-    assert passk.majority_at_n(answers, correct) == 0.5
+    np.testing.assert_array_equal(passk.majority_by_problem(answers, correct), [True, False, False, True])
     with pytest.raises(ValueError, match="as many answers as grades"):
-        passk.majority_at_n([["4"]], [[1, 0]])
+        passk.majority_by_problem([["4"]], [[1, 0]])
 
 
 def test_interval_over_problems_covers_the_truth_about_as_often_as_it_says():
@@ -96,6 +96,6 @@ def test_interval_over_problems_covers_the_truth_about_as_often_as_it_says():
 def test_interval_of_pass_at_k_holds_its_value():
     correct_PN = np.random.default_rng(2).random((30, 8)) < 0.2
     low, high = passk.bootstrap_interval(correct_PN, lambda c: passk.pass_at_k_by_problem(c, 4))
-    assert low < passk.pass_at_k_mean(correct_PN, 4) < high
+    assert low < passk.pass_at_k_by_problem(correct_PN, 4).mean() < high
     with pytest.raises(ValueError, match="level"):
         passk.bootstrap_interval(correct_PN, lambda c: c.mean(axis=1), level=1.0)

@@ -197,14 +197,14 @@ def test_what_fills_a_call_up_is_not_computed():
     def spoiled(leaf):
         return leaf.at[3:].set(jnp.nan if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf[3:])
 
-    rows, *given = jax.tree.map(spoiled, (whole.stack.rows, whole.old_SRT, whole.ref_SRT))
+    rows, *given = jax.tree.map(spoiled, (whole.stack.rows, whole.old_MRT, whole.ref_MRT))
     stack = update.Stack(rows, three.stack.count)
     sums = update.gradients(programs, new, [update.Scored(stack, *given)])
-    scores_SRT = programs.score(before, stack)
-    np.testing.assert_array_equal(scores_SRT[:3], three.old_SRT[:3])
+    scores_MRT = programs.score(before, stack)
+    np.testing.assert_array_equal(scores_MRT[:3], three.old_MRT[:3])
     for leaf, other in zip(*map(jax.tree.leaves, (sums, expected)), strict=True):
         np.testing.assert_array_equal(leaf, other)
-    assert not np.asarray(scores_SRT[3:]).any() and int(whole.stack.count) == 5
+    assert not np.asarray(scores_MRT[3:]).any() and int(whole.stack.count) == 5
 
 
 def _with_doubled_behaviour(stack):
@@ -306,7 +306,7 @@ def test_sampler_gap_is_nothing_in_float32_and_is_seen_when_temperatures_differ(
     """The parameters are those that wrote the batch, so that all three sources of π_old agree."""
     objective = dataclasses.replace(OBJECTIVE, old_logprobs="sampler" if old == "sampler" else "trainer")
     grads, metrics, scored, _ = _gradients(params_seed=0, old=old, objective=objective)
-    assert (scored[0].old_SRT is None) == (old == "update")
+    assert (scored[0].old_MRT is None) == (old == "update")
     gap = update.figures([metrics])
     assert 0 < gap["gap/max"] <= 1e-4 and gap["gap/mean"] <= gap["gap/max"] and abs(gap["gap/kl"]) < 1e-7
     _assert_same(grads, metrics, _gradients(params_seed=0, row_tokens=30, rows=16)[:2])
@@ -339,7 +339,7 @@ def test_offloading_changes_where_arrays_wait_and_nothing_else():
         kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(reference)}
         assert kinds == {"pinned_host" if where == "both" else "device"}
         (again,) = update.score(programs, state.params, reference, [batch])
-        results.append(jax.device_get((state, figures, [item.ref_SRT for item in again])))
+        results.append(jax.device_get((state, figures, [item.ref_MRT for item in again])))
     for one, other in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -367,7 +367,7 @@ def test_update_is_adamw_on_the_clipped_gradient():
 def test_no_reference_is_scored_without_a_kl_term():
     objective = dataclasses.replace(OBJECTIVE, kl_coef=0.0)
     _, metrics, scored, _ = _gradients(objective=objective)
-    assert all(item.ref_SRT is None for item in scored) and "kl" not in metrics
+    assert all(item.ref_MRT is None for item in scored) and "kl" not in metrics
 
 
 def test_figures_are_means_over_weight_and_extremes_over_steps():

@@ -2,6 +2,8 @@
 
 Owns: the chunked projection, its backward pass, the entropy, and that only the positions that count are
 projected. Must not know: the model above the projection, mixtures, what is done with a log-probability.
+
+Letters of this file: N chunks, t tokens of a chunk, X all tokens of a chunk as one dimension.
 """
 
 import functools

@@ -8,6 +8,8 @@ Closeness is the real number that a metric orders by: the cosine, the product, o
 bound here holds for it and not for a rounded stand-in: u = 2^-24 is the rounding unit, a sum of D products in
 any order is off by at most D·u times the sum of their absolute values, and |Σ a_d b_d| ≤ |a||b|.
 docs/method.md derives them.
+
+Letters of this file: R and W rows, on the two sides of a tile; K dimensions of a pass.
 """
 
 import chex

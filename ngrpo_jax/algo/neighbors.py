@@ -9,6 +9,8 @@ are scored again from their rows by one formula and ordered by (score, lower id)
 of the last wanted one is above everything that was not nominated, by more than rounding can do; the few other
 rows are searched alone, against all rows. There, rows with the same bits share one nomination score, so that
 ties among them go to the lower id however many there are.
+
+Letters of this file: R rows that are searched for, G groups of columns, M columns of a group, or of some.
 """
 
 from __future__ import annotations

@@ -12,6 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 ALGORITHMS = ("grpo", "gspo")
+# Metrics of `policy_loss` that are sums of weight times something: means once divided by the sum of `weight`.
+WEIGHTED = frozenset({"policy_loss", "ratio", "clip_low", "clip_high", "dual_clip", "kl", "entropy"})
+WEIGHTED |= {"importance", "importance_capped"}
 
 # exp stays finite up to 88. Beyond this the gradient is cut to 0: the clip or the dual clip does so too, but
 # autodiff would make it 0 · inf = NaN. (For A < 0 without a dual clip it is this alone.)
@@ -117,7 +120,7 @@ def policy_loss(
     Only `logprobs_BT` and `entropy_BT` get gradient. The settings are static Python values.
 
     Returns the float32 loss and metrics, float32 scalars over tokens of weight > 0. Sums of weight, which add
-    over microbatches and become means on division by the sum of `weight`: `weight`, `policy_loss` (without
+    over microbatches: `weight`, and those of WEIGHTED, means on division by it: `policy_loss` (without
     KL and entropy), `ratio`, `clip_low` and `clip_high` (weight of the tokens whose ratio was
     clipped from below with A < 0, from above with A > 0), `dual_clip`; given what they need `kl`, `entropy`,
     `importance` (the truncated weights) and `importance_capped`. Extremes, of which to take the min and

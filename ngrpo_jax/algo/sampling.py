@@ -5,6 +5,8 @@ number arrives for each row), mixtures, stop ids.
 
 `jax.random.categorical` would draw and compare V Gumbel numbers a row. Here a row is read once for the sums
 of its blocks, and then one block of it again.
+
+Letters of this file: N blocks of a row, W entries of a block, M largest logits of a row.
 """
 
 from collections.abc import Callable
@@ -12,6 +14,8 @@ from collections.abc import Callable
 import chex
 import jax
 import jax.numpy as jnp
+
+from ngrpo_jax.algo.bits import ordered, unordered
 
 # Entries of one block of the two-level search: about the square root of a vocabulary, and whole vector lanes.
 _BLOCK = 256
@@ -157,13 +161,13 @@ def _search_nucleus_cut(
     logits_BV: jax.Array, mass_BV: jax.Array, target_B: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """`_nucleus_cut` by bisection, without a sort: over all float32 values, then over the ids of the tie."""
-    keys_BV = _ordered_bits(logits_BV)
+    keys_BV = ordered(logits_BV)
 
     def mass_from(key_B: jax.Array) -> jax.Array:
         return jnp.sum(jnp.where(keys_BV >= key_B[:, None], mass_BV, 0.0), axis=-1)
 
     # From -inf on, should rounding leave the whole row short of a target that is all but all of it.
-    bottom_B = _ordered_bits(jnp.full(target_B.shape, -jnp.inf))
+    bottom_B = ordered(jnp.full(target_B.shape, -jnp.inf))
     above_B = jnp.max(keys_BV, axis=-1) + 1
     cut_B = _bisect(lambda key_B: mass_from(key_B) >= target_B, bottom_B, above_B)
 
@@ -177,7 +181,7 @@ def _search_nucleus_cut(
 
     last_B = jnp.full(target_B.shape, keys_BV.shape[1] - 1)
     id_B = _bisect(too_few, jnp.full(target_B.shape, -1), last_B) + 1
-    return _from_ordered_bits(cut_B), id_B
+    return unordered(cut_B), id_B
 
 
 def _bisect(holds: Callable[[jax.Array], jax.Array], low_B: jax.Array, high_B: jax.Array) -> jax.Array:
@@ -190,17 +194,6 @@ def _bisect(holds: Callable[[jax.Array], jax.Array], low_B: jax.Array, high_B: j
         return jnp.where(holds_B, middle_B, low_B), jnp.where(holds_B, high_B, middle_B)
 
     return jax.lax.fori_loop(0, 32, halve, (low_B, high_B))[0]
-
-
-def _ordered_bits(x: jax.Array) -> jax.Array:
-    """float32 -> int32 in the same order."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-    return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
-
-
-def _from_ordered_bits(keys: jax.Array) -> jax.Array:
-    bits = jnp.where(keys < 0, keys ^ jnp.int32(0x7FFFFFFF), keys)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _up_to(logits_BV: jax.Array, value_B: jax.Array, id_B: jax.Array) -> jax.Array:

@@ -8,6 +8,8 @@ blocks is computed once. A row remembers, of every group of columns that are equ
 score with the column's number in the group packed into its low bits, and the best score that this forgot.
 That is two maxima an entry, whatever the number of neighbours; the packing and the forgetting cost no
 exactness, because both are in the bound. Memory: `groups` × 2 integers a row, and one tile.
+
+Letters of this file: T rows of a tile, R rows, G groups.
 """
 
 import functools
@@ -16,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ngrpo_jax.algo.bits import NEGATIVE_INFINITY, ordered, unordered
 from ngrpo_jax.algo.eligible import Eligible
 from ngrpo_jax.algo.nearness import tile_scores
 
@@ -77,7 +80,7 @@ def nominate(
       nominees of the own blocks' rows among the rows they met, and of all rows among the own blocks' rows.
     """
     blocks, tile, groups = tiling
-    never = jnp.full((tile, groups), _NEVER)
+    never = jnp.full((tile, groups), NEGATIVE_INFINITY)
 
     def block_of(x: Any, index: jax.Array) -> Any:
         return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index * tile, tile), x)
@@ -114,7 +117,7 @@ def nominate(
         )
         return by_column, _nominees(by_row, count, tiling)
 
-    nothing = jnp.full((blocks, groups, tile), _NEVER)
+    nothing = jnp.full((blocks, groups, tile), NEGATIVE_INFINITY)
     by_column, of_rows = jax.lax.scan(walk, (nothing, nothing), first + jnp.arange(own, dtype=jnp.int32))
     of_columns = jax.lax.map(lambda best: _nominees((best[0].T, best[1].T), count, tiling), by_column)
     flat = functools.partial(jax.tree.map, lambda x: x.reshape(-1, *x.shape[2:]))
@@ -127,7 +130,7 @@ def merge(parts: list[Nominees], tiling: Tiling) -> Nominees:
     ids_RC = jnp.concatenate([part.ids_RC for part in parts], axis=1)
     # The least of what is kept bounds what is not. (No slice of a top_k: on CPU, XLA makes a sort of one.)
     top_RC, place_RC = jax.lax.top_k(scores_RC, parts[0].ids_RC.shape[1])
-    dropped_R = _float(_ordered(jnp.min(top_RC, axis=1)) | jnp.int32(tiling.low_bits))
+    dropped_R = unordered(ordered(jnp.min(top_RC, axis=1)) | jnp.int32(tiling.low_bits))
     rest_R = functools.reduce(jnp.maximum, [part.rest_R for part in parts], dropped_R)
     return Nominees(top_RC, jnp.take_along_axis(ids_RC, place_RC, axis=1), rest_R)
 
@@ -150,9 +153,10 @@ def _remember(
         part = functools.partial(
             jax.lax.slice_in_dim, start_index=member * tiling.groups, limit_index=(member + 1) * tiling.groups
         )
-        packed = (_ordered(part(scores_TT, axis=axis)) & ~low) | (block * members + member).astype(jnp.int32)
+        packed = (ordered(part(scores_TT, axis=axis)) & ~low) | (block * members + member).astype(jnp.int32)
         allowed = jnp.expand_dims(part(valid_T, axis=0), 1 - axis)
-        packed = jnp.where(allowed, jnp.maximum(packed, _NEVER), _NEVER)  # -inf packed would sink below it
+        packed = jnp.maximum(packed, NEGATIVE_INFINITY)  # which itself, packed, would sink below
+        packed = jnp.where(allowed, packed, NEGATIVE_INFINITY)
         lost = jnp.maximum(lost, jnp.minimum(kept, packed))
         kept = jnp.maximum(kept, packed)
     return kept, lost
@@ -162,24 +166,9 @@ def _nominees(best_RG: Best, count: int, tiling: Tiling) -> Nominees:
     """The best `count` of what rows remember; there are at least as many groups."""
     kept_RG, lost_RG = best_RG
     # Back to floats: of those every backend has a fast top_k and a fast maximum of a row.
-    top_RC, group_RC = jax.lax.top_k(_float(kept_RG), count)
-    packed_RC = _ordered(top_RC)
+    top_RC, group_RC = jax.lax.top_k(unordered(kept_RG), count)
+    packed_RC = ordered(top_RC)
     low = jnp.int32(tiling.low_bits)
     ids_RC = jnp.where(jnp.isneginf(top_RC), 0, (packed_RC & low) * tiling.groups + group_RC)
-    rest_R = jnp.maximum(jnp.max(_float(lost_RG), axis=1), jnp.min(top_RC, axis=1))
-    return Nominees(top_RC, ids_RC.astype(jnp.int32), _float(_ordered(rest_R) | low))
-
-
-def _ordered(x: jax.Array) -> jax.Array:
-    """float32 -> int32 in the same order: maxima and packing need no care for signs and tiny numbers."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-    return bits ^ ((bits >> 31) & jnp.int32(0x7FFFFFFF))
-
-
-def _float(ordered: jax.Array) -> jax.Array:
-    """The inverse of `_ordered`."""
-    bits = ordered ^ ((ordered >> 31) & jnp.int32(0x7FFFFFFF))
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
-
-
-_NEVER = jnp.iinfo(jnp.int32).min + 0x007FFFFF  # what -inf is in the order of `_ordered`
+    rest_R = jnp.maximum(jnp.max(unordered(lost_RG), axis=1), jnp.min(top_RC, axis=1))
+    return Nominees(top_RC, ids_RC.astype(jnp.int32), unordered(ordered(rest_R) | low))

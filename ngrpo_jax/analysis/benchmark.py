@@ -2,6 +2,8 @@
 
 Owns which figures there are and their names. Must not know how responses were made, stored or graded: the
 same arrays give the same figures, to the bit, wherever they come from.
+
+N is samples of a problem, P problems.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence

@@ -2,6 +2,8 @@
 
 Owns this geometry in NumPy, for a few tokens at a time. Must not know tokenizers, models or files. The table
 that rollouts mix by is `algo.neighbors`; here the nearest rows of a few tokens are found directly.
+
+N and S are points.
 """
 
 from collections.abc import Sequence

@@ -17,7 +17,7 @@ TITLES = {
     "gsm8k": "GSM8K",
 }
 # The settings of every evaluation of the paper.
-SAMPLES, TEMPERATURE, TOP_P, MAX_NEW_TOKENS, PASS_K = 32, 0.6, 0.95, 8192, (16, 32)
+SAMPLES, TEMPERATURE, TOP_P, MAX_NEW_TOKENS = 32, 0.6, 0.95, 8192
 
 
 class Cell(NamedTuple):

@@ -2,6 +2,8 @@
 
 Owns the estimators alone, in NumPy. `correct_PN` is bool or 0/1, one row a problem, one column a sample. Must
 not know how responses were made or graded.
+
+N is samples of a problem, P problems.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -33,11 +35,6 @@ def mean_at_n(correct_PN: np.ndarray) -> float:
     return float(_grades(correct_PN).mean())
 
 
-def pass_at_k_mean(correct_PN: np.ndarray, k: int) -> float:
-    """Pass@k averaged over problems."""
-    return float(pass_at_k_by_problem(correct_PN, k).mean())
-
-
 def pass_at_k_by_problem(correct_PN: np.ndarray, k: int) -> np.ndarray:
     """Pass@k of each problem, float64 [P]."""
     matrix = _matrix(correct_PN)
@@ -64,8 +61,10 @@ def best_at_k_bootstrap(correct_PN: np.ndarray, k: int, *, resamples: int = 1000
     return float(np.mean(shares))
 
 
-def majority_at_n(answers_PN: Sequence[Sequence[Hashable | None]], correct_PN: np.ndarray) -> float:
-    """maj@n: the share of problems whose most frequent answer is correct.
+def majority_by_problem(
+    answers_PN: Sequence[Sequence[Hashable | None]], correct_PN: np.ndarray
+) -> np.ndarray:
+    """maj@n of each problem: whether its most frequent answer is correct, bool [P].
 
     None is no answer and has no vote; of equally frequent answers the one that came first stands.
 
@@ -76,18 +75,9 @@ def majority_at_n(answers_PN: Sequence[Sequence[Hashable | None]], correct_PN: n
     Raises:
         ValueError: the two do not have the same shape.
     """
-    return float(majority_by_problem(answers_PN, correct_PN).mean())
-
-
-def majority_by_problem(
-    answers_PN: Sequence[Sequence[Hashable | None]], correct_PN: np.ndarray
-) -> np.ndarray:
-    """Whether each problem's most frequent answer is correct, bool [P]; as `majority_at_n`."""
     matrix = _matrix(correct_PN)
     if len(answers_PN) != len(matrix) or any(len(row) != matrix.shape[1] for row in answers_PN):
-        raise ValueError(
-            f"majority_at_n needs as many answers as grades, {matrix.shape[0]} × {matrix.shape[1]}"
-        )
+        raise ValueError(f"maj@n needs as many answers as grades, {matrix.shape[0]} × {matrix.shape[1]}")
     return np.array(
         [_majority_correct(answers, row) for answers, row in zip(answers_PN, matrix, strict=True)]
     )

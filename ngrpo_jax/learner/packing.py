@@ -2,8 +2,8 @@
 
 A row holds several sequences (prompt + response) end to end, told apart by segment ids. Each position
 predicts the next token of its own segment, so a sequence of P prompt and n response tokens takes P + n - 1
-positions: the last response token is a target and never an input. Every token carries its share of the loss,
-computed here from the counts of the whole optimiser step, so that neither packing nor microbatches bias it.
+positions: the last response token is a target and never an input. Every token carries its share of the loss
+(credit.py), so that neither packing nor microbatches bias it.
 
 With shared prompts, responses to one prompt that lie in one row have it once: the P - 1 first prompt tokens
 are a segment, and each response is another that sees it as its prefix. The last prompt token, which predicts
@@ -12,13 +12,15 @@ the first of the response, starts every response's segment, and positions go on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from ngrpo_jax.algo.mixture import Mixture
+from ngrpo_jax.learner.bins import first_fit, first_fit_groups
+from ngrpo_jax.learner.credit import Gather, one_host, token_weights
 from ngrpo_jax.model.attention import BLOCK
 from ngrpo_jax.rollout.trajectory import Trajectories
 from ngrpo_jax.settings import ObjectiveSettings
@@ -50,51 +52,6 @@ class Rows(NamedTuple):
     response_RT: Array
     advantages_RT: Array
     behaviour_RT: Array
-
-
-Gather = Callable[[Any], list[Any]]  # what every host says (by its number), given what this one says
-
-
-def one_host(value: Any) -> list[Any]:
-    """The `Gather` of a run on one host."""
-    return [value]
-
-
-def token_weights(
-    lengths_B: np.ndarray,
-    mixed_BT: np.ndarray,
-    *,
-    aggregate: str,
-    loss_on_mixed: bool,
-    max_new_tokens: int,
-    counted_B: np.ndarray | None = None,
-    gather: Gather = one_host,
-) -> np.ndarray:
-    """Each response token's share of an optimiser step's loss, float32 [B, T].
-
-    Args:
-      lengths_B: response lengths of this host's sequences of the step.
-      mixed_BT: positions whose input was mixed.
-      aggregate: "sequence": mean over each response, then over responses (13); "token": mean over all
-        tokens; "constant": sum over tokens, divided by responses × max_new_tokens.
-      loss_on_mixed: false gives mixed positions weight 0 and leaves the other weights as they are.
-      counted_B: bool, the sequences that take part, all by default; the others get weight 0, and the means
-        above are over the rest. With none left all weights are 0.
-      gather: asks the other hosts of the step for their counts.
-    """
-    counted_B = np.ones(len(lengths_B), bool) if counted_B is None else counted_B
-    counts = gather([int(counted_B.sum()), int(lengths_B[counted_B].sum())])
-    count, total = (max(sum(of_hosts), 1) for of_hosts in zip(*counts, strict=True))
-    real_BT = (np.arange(mixed_BT.shape[1]) < lengths_B[:, None]) & counted_B[:, None]
-    share_B = {
-        "sequence": 1.0 / (count * lengths_B),
-        "token": np.full(len(lengths_B), 1.0 / total),
-        "constant": np.full(len(lengths_B), 1.0 / (count * max_new_tokens)),
-    }[aggregate]
-    weight_BT = np.where(real_BT, share_B[:, None], 0.0)
-    if not loss_on_mixed:
-        weight_BT = np.where(mixed_BT, 0.0, weight_BT)
-    return weight_BT.astype(np.float32)
 
 
 def pack(
@@ -237,48 +194,6 @@ def empty_rows(count: int, length: int, like: Mixture) -> Rows:
         advantages_RT=zeros(np.float32),
         behaviour_RT=zeros(np.float32),
     )
-
-
-def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """First-fit decreasing: indices of `lengths` grouped so that no group's sum exceeds `capacity`."""
-    return first_fit_groups(range(len(lengths)), [0] * len(lengths), lengths, capacity)
-
-
-def first_fit_groups(
-    groups: Sequence[int], prefixes: Sequence[int], counts: Sequence[int], capacity: int
-) -> list[list[int]]:
-    """First-fit decreasing of sequences of which those of a group share a prefix where they share a bin.
-
-    Args:
-      groups: of each sequence; those of one group have equal prefixes.
-      prefixes, counts: tokens that a group pays once a bin, and that a sequence pays for itself.
-      capacity: of a bin, at least prefix + count of every sequence.
-
-    Returns:
-      indices of the sequences of each bin, those of a group together.
-    """
-    size = {group: 0 for group in groups}
-    for group, count in zip(groups, counts, strict=True):
-        size[group] += count
-    order = sorted(range(len(counts)), key=lambda i: (-size[groups[i]], groups[i], -counts[i], i))
-    bins: list[list[int]] = []
-    room: list[int] = []
-    homes: list[int] = []  # bins that hold the present group
-    for place, index in enumerate(order):
-        if place and groups[index] != groups[order[place - 1]]:
-            homes = []
-        fitting = next((home for home in homes if counts[index] <= room[home]), None)
-        if fitting is None:
-            cost = prefixes[index] + counts[index]
-            fitting = next((number for number, left in enumerate(room) if cost <= left), len(bins))
-            if fitting == len(bins):
-                bins.append([])
-                room.append(capacity)
-            homes.append(fitting)
-            room[fitting] -= prefixes[index]
-        bins[fitting].append(index)
-        room[fitting] -= counts[index]
-    return bins
 
 
 def mini_batches(

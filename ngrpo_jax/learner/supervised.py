@@ -3,6 +3,8 @@
 Next-token cross-entropy on the worked part of each example, less a bonus for entropy (the confidence penalty
 of arXiv 1701.06548): it leaves a model that is unsure rather than wrong, which is what reinforcement learning
 from a reward alone can mend. AdamW under a warmed-up cosine. Knows token ids only, not what they say.
+
+N is examples.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ngrpo_jax.algo.objectives import WEIGHTED
 from ngrpo_jax.learner.loss import Computation, add_metrics, no_metrics, row_logprobs, row_loss
 from ngrpo_jax.learner.packing import Rows
 from ngrpo_jax.settings import ObjectiveSettings
@@ -41,10 +42,10 @@ class TrainState(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """Microbatches of one call on the devices: room for S, of R rows of T positions each.
+    """Microbatches of one call on the devices: room for M, of R rows of T positions each.
 
     Attributes:
-      rows: leaves [S, R, T, ...].
+      rows: leaves [M, R, T, ...].
       count: int32, how many there are; no program looks at what stands behind them.
     """
 
@@ -56,8 +57,8 @@ class Scored(NamedTuple):
     """Microbatches of one call with their log-probabilities before the update and by the reference."""
 
     stack: Stack
-    old_SRT: jax.Array | None
-    ref_SRT: jax.Array | None
+    old_MRT: jax.Array | None
+    ref_MRT: jax.Array | None
 
 
 class Sums(NamedTuple):
@@ -94,7 +95,7 @@ class Shelf:
 class Programs:
     """The compiled programs of a run; see `compile_programs`."""
 
-    score: jax.stages.Wrapped  # (Params, Stack) -> [S, R, T]
+    score: jax.stages.Wrapped  # (Params, Stack) -> [M, R, T]
     zeros: jax.stages.Wrapped  # (Params, Scored) -> Sums
     accumulate: jax.stages.Wrapped  # (Sums, Params, Scored) -> Sums
     apply: jax.stages.Wrapped  # (TrainState, Sums) -> (TrainState, metrics)
@@ -132,9 +133,9 @@ def compile_programs(
     loss = functools.partial(row_loss, objective=objective, compute=compute)
 
     def score(params, stack):
-        def one(i, scores_SRT):
+        def one(i, scores_MRT):
             scores_RT = row_logprobs(_of_turn(params, i), _at(stack.rows, i), compute)
-            return scores_SRT.at[i].set(scores_RT)
+            return scores_MRT.at[i].set(scores_RT)
 
         return jax.lax.fori_loop(0, stack.count, one, jnp.zeros_like(stack.rows.behaviour_RT))
 
@@ -264,12 +265,10 @@ def figures(steps: Sequence[dict[str, Any]], *, gap_of_first: bool = False) -> d
     goes to `gap/...`: mean and max of |Δ log π|, and the k3 estimate of KL(sampler ‖ trainer), nats a token;
     `gap_of_first` takes it of the first step alone, where later ones would count what the update has moved.
     """
-    summed = {"policy_loss", "kl", "ratio", "clip_low", "clip_high", "dual_clip", "entropy"}
-    summed |= {"importance", "importance_capped"}
     gap = {"gap": "gap/mean", "gap_max": "gap/max", "gap_kl": "gap/kl"}
 
     def value(step: dict[str, Any], name: str) -> float:
-        share = step["weight"] if name in summed else step["scored"] if name in ("gap", "gap_kl") else 1.0
+        share = step["weight"] if name in WEIGHTED else step["scored"] if name in ("gap", "gap_kl") else 1.0
         return float(step[name]) / float(share) if share else 0.0
 
     def join(name: str) -> float:

@@ -36,9 +36,9 @@ class KVCache(NamedTuple):
         return self.keys[0].shape[KEY_COLUMNS]
 
 
-def init(config: ModelConfig, batch: int, length: int, dtype: str | None = None) -> KVCache:
-    """An empty cache of `batch` rows with `length` columns, in `dtype` (by default the compute type)."""
-    heads, size, dtype = config.num_kv_heads, config.head_dim, dtype or config.dtype
+def init(config: ModelConfig, batch: int, length: int) -> KVCache:
+    """An empty cache of `batch` rows with `length` columns, in the compute type."""
+    heads, size, dtype = config.num_kv_heads, config.head_dim, config.dtype
     layers = range(config.num_layers)
     # Every array is its own buffer: a donated cache may not hold one buffer twice.
     keys = tuple(jnp.zeros((batch, heads, size, length), dtype) for _ in layers)

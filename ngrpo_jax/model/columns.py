@@ -23,10 +23,10 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ngrpo_jax.algo.mixture import Mixture, embed, one_hot
 from ngrpo_jax.model import cache as kv
+from ngrpo_jax.model.blockwise import MASKED
 from ngrpo_jax.model.cache import KVCache
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.model.decoder import unstack_layers
@@ -37,7 +37,6 @@ Rope = tuple[jax.Array, jax.Array]  # cosines and sines, float32 [H/2], M along 
 # (q [K, G, H], k and v [K, H], M tokens along `token_axis`) -> (attention [K·G·H], keys and values to keep)
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, tuple[jax.Array, jax.Array]]]
 
-_MASKED = float(np.finfo(np.float32).min)
 QUERY_BLOCK = 512  # queries of a prompt whose scores exist at once
 SUMMED = 16  # terms of a run of `_product_by_sums`; 8 and 16 are equally fast, 4 and 32 are slower
 
@@ -293,7 +292,7 @@ def _attend_prompts(
 
 def _softmax(scores: jax.Array, mask: jax.Array, head_dim: int) -> jax.Array:
     """float32 weights over the last axis; a finite stand-in for -inf, so that an empty mask gives no NaN."""
-    return jax.nn.softmax(jnp.where(mask, scores * head_dim**-0.5, _MASKED), axis=-1)
+    return jax.nn.softmax(jnp.where(mask, scores * head_dim**-0.5, MASKED), axis=-1)
 
 
 def _embedded(params: Params, config: ModelConfig, inputs: Mixture) -> jax.Array:

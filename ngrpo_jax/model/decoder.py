@@ -58,8 +58,7 @@ def unstack_layers(params: Params) -> Params:
     layers = params["layers"]
     if isinstance(layers, tuple):
         return params
-    depth = jax.tree.leaves(layers)[0].shape[0]
-    return params | {"layers": tuple(jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(depth))}
+    return params | {"layers": _unstacked(layers)}
 
 
 def hidden_states(

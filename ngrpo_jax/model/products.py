@@ -4,6 +4,8 @@ Left to autodiff, the gradient of a weight is the transpose of (gradientᵀ · i
 for it with a transposed copy of the gradient, into which it fuses (and so repeats, with strided reads) the
 arithmetic before it: a third of a small model's update. Written as inputᵀ · gradient nothing of the kind
 happens. On accelerators both ways are one call of the same matrix product.
+
+X is all leading dimensions as one.
 """
 
 import math

@@ -1,6 +1,8 @@
 """A model's embedding rows, read for people: the neighbours of given tokens, and Figure 1 as a page.
 
 Owns these two views. The geometry is `analysis.geometry`'s, drawing is `charts`'.
+
+A is anchors, S points.
 """
 
 import dataclasses

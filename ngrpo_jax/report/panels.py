@@ -39,9 +39,9 @@ SECTIONS = (
             ),
             Panel(
                 "Groups without variance",
-                {"groups/zero_variance": "all right or all wrong"},
+                {"groups/zero_variance": "rewards all alike"},
                 "%",
-                note="Such a group has advantage 0: only the KL term moves it.",
+                note="As graded. Its advantage is 0, unless a penalty for length tells it apart.",
             ),
         ),
     ),
@@ -54,6 +54,7 @@ SECTIONS = (
                 {"rollout/length_mean": "training", "eval/length_mean": "held out"},
                 "tokens",
             ),
+            Panel("Longest response", {"rollout/length_max": "training"}, "tokens"),
             Panel(
                 "Cut off at the length limit",
                 {"rollout/truncated": "training", "eval/truncated": "held out"},
@@ -66,6 +67,7 @@ SECTIONS = (
                 "%",
                 note="Their reward is 0.",
             ),
+            Panel("Reward taken off for length", {"reward/overlong_penalty": "mean a response"}),
         ),
     ),
     Section(
@@ -83,13 +85,17 @@ SECTIONS = (
         "Update",
         "How far a step moves the policy.",
         (
-            Panel("KL to the reference", {"learner/kl": "k3, mean a token"}),
+            Panel(
+                "KL to the reference",
+                {"learner/kl": "mean a token"},
+                "nats",
+                note="By the estimator of objective.kl_estimator.",
+            ),
             Panel("Gradient norm", {"learner/grad_norm": "before clipping"}),
             Panel("Norm of the parameter update", {"learner/update_norm": "mean of the optimiser steps"}),
             Panel(
                 "Clipped tokens",
                 {
-                    "learner/clip_fraction": "share",
                     "learner/clip_low": "ratio fell",
                     "learner/clip_high": "ratio rose",
                     "learner/dual_clip": "dual clip",
@@ -101,6 +107,10 @@ SECTIONS = (
                 {"learner/ratio": "mean", "learner/ratio_max": "largest", "learner/ratio_min": "least"},
             ),
             Panel("Loss", {"learner/loss": "with KL", "learner/policy_loss": "without"}),
+            Panel("Importance weights, trainer to sampler", {"learner/importance": "mean a token"}),
+            Panel("Importance weights at their cap", {"learner/importance_capped": "share of tokens"}, "%"),
+            Panel("Groups left out of the update", {"groups/left_out": "rewards all alike"}),
+            Panel("Responses left out of the update", {"responses/left_out": "of such a group, or cut off"}),
         ),
     ),
     Section(
@@ -132,14 +142,31 @@ SECTIONS = (
                 {"speed/rollout_tokens": "rollout alone", "speed/step_tokens": "whole step"},
                 "tokens/s",
             ),
+            Panel(
+                "Learner's tokens a second",
+                {"speed/update_tokens": "update", "speed/logprob_tokens": "log-probabilities"},
+                "tokens/s",
+            ),
+            Panel("Arithmetic of the update", {"speed/update_mfu": "share of the devices' peak"}, "%"),
+            Panel("Peak memory", {"speed/peak_memory": "fullest device"}, "bytes"),
             Panel("Verdicts a second", {"speed/verdicts": "grading"}, "verdicts/s"),
             Panel("Packed rows filled", {"rows/fill": "tokens that are not padding"}, "%"),
+            Panel("Refresh of the neighbour table", {"table/cost": "share of a build's cost"}, "%"),
+            Panel(
+                "Work of such a refresh",
+                {"table/rescored": "rows scored again", "table/searched": "rows searched again"},
+                "%",
+            ),
         ),
     ),
 )
 REST_TITLE = "Everything else"
-# Sums of others: a phase chart that is stacked already shows them.
-_COVERED = {"time/step": "Time a step, by phase", "reward/std": "Mean reward"}
+# Metrics that follow from what the named panel shows, or add little to it: no chart of their own.
+_COVERED = {
+    "time/step": "Time a step, by phase",
+    "reward/std": "Mean reward",
+    "speed/reward_tokens": "Verdicts a second",
+}
 
 
 def present(keys: Iterable[str]) -> list[Section]:

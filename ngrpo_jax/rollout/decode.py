@@ -108,18 +108,18 @@ class Slots(NamedTuple):
 
 
 class Written(NamedTuple):
-    """What the steps of a chunk wrote, [steps, B, ...]; `valid_NB` marks tokens of unfinished rows.
+    """What the steps of a chunk wrote, [T, B, ...]; `valid_TB` marks tokens of unfinished rows.
 
-    `failed_NB` marks the step at which a row's logits were not finite; that step writes nothing.
+    `failed_TB` marks the step at which a row's logits were not finite; that step writes nothing.
     """
 
-    tokens_NB: jax.Array
+    tokens_TB: jax.Array
     mixtures: mix.Mixture
-    mixed_NB: jax.Array
-    logprobs_NB: jax.Array
-    stopped_NB: jax.Array
-    failed_NB: jax.Array
-    valid_NB: jax.Array
+    mixed_TB: jax.Array
+    logprobs_TB: jax.Array
+    stopped_TB: jax.Array
+    failed_TB: jax.Array
+    valid_TB: jax.Array
 
 
 class Seats(NamedTuple):

@@ -186,8 +186,8 @@ def _run(params, table_VC, prompts, shapes, seating, results, limits_B, lookahea
             jax.tree.map(lambda leaf: leaf.copy_to_host_async(), written)
             running.append((seating.advance(shapes.chunk), seating.waiting, written))
         if len(running) > (lookahead if seating.seated else 0):
-            who_S, waited, written = running.popleft()
-            ended, tokens = _collect(results, who_S, jax.device_get(written), limits_B)
+            who_B, waited, written = running.popleft()
+            ended, tokens = _collect(results, who_B, jax.device_get(written), limits_B)
             seating.release(ended)
             stats.steps += shapes.chunk
             stats.tokens += tokens
@@ -350,24 +350,24 @@ def _fitted(state: decode.Slots, need: int, shapes: Shapes) -> decode.Slots:
 
 
 def _collect(
-    results: Trajectories, who_S: np.ndarray, written: decode.Written, limits_B: np.ndarray
+    results: Trajectories, who_B: np.ndarray, written: decode.Written, limits_B: np.ndarray
 ) -> tuple[list[int], int]:
     """Copies a chunk's tokens into the results; returns the sequences that have ended and the tokens."""
     ended, tokens = [], 0
     kept, fresh = jax.tree.leaves(results.mixtures), jax.tree.leaves(written.mixtures)
-    for slot in np.flatnonzero(who_S >= 0):
-        sequence, count = who_S[slot], int(written.valid_NB[:, slot].sum())
+    for slot in np.flatnonzero(who_B >= 0):
+        sequence, count = who_B[slot], int(written.valid_TB[:, slot].sum())
         start = results.lengths_B[sequence]
         here, there = (sequence, slice(start, start + count)), (slice(count), slot)
-        results.tokens_BT[here] = written.tokens_NB[there]
-        results.mixed_BT[here] = written.mixed_NB[there]
-        results.logprobs_BT[here] = written.logprobs_NB[there]
+        results.tokens_BT[here] = written.tokens_TB[there]
+        results.mixed_BT[here] = written.mixed_TB[there]
+        results.logprobs_BT[here] = written.logprobs_TB[there]
         for old, new in zip(kept, fresh, strict=True):
             old[here] = new[there]
         was_over = results.over(sequence, limits_B[sequence])
         results.lengths_B[sequence] += count
-        results.stopped_B[sequence] |= written.stopped_NB[there].any()
-        results.failed_B[sequence] |= written.failed_NB[:, slot].any()
+        results.stopped_B[sequence] |= written.stopped_TB[there].any()
+        results.failed_B[sequence] |= written.failed_TB[:, slot].any()
         tokens += count
         if results.over(sequence, limits_B[sequence]) and not was_over:
             ended.append(int(sequence))

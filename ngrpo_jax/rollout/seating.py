@@ -69,12 +69,11 @@ class Seating:
         self._lengths_B = np.repeat(lengths_P, samples)
         self._limits_B, self._samples, self._keys_B2 = limits_B, samples, keys_B2
         self._shards, self._prompts = shards, prompts
-        self.sequence_S = np.full(slots, FREE)  # the sequence in each slot
-        self._steps_S = np.zeros(slots, np.int64)  # decode steps since it sat down
+        self.sequence_B = np.full(slots, FREE)  # the sequence in each slot
+        self._steps_B = np.zeros(slots, np.int64)  # decode steps since it sat down
         self._next = 0  # the first sequence that waits
-        self._first = self._prefilled = (
-            0  # the last prefill holds the prompts from the first to below the second
-        )
+        # The last prefill holds the prompts from the first of these to below the second.
+        self._first = self._prefilled = 0
 
     @property
     def waiting(self) -> bool:
@@ -84,11 +83,11 @@ class Seating:
     @property
     def seated(self) -> bool:
         """Whether anybody sits."""
-        return bool((self.sequence_S != FREE).any())
+        return bool((self.sequence_B != FREE).any())
 
     def wants_prefill(self) -> range | None:
         """The next prompts to prefill, where a free slot waits for one of them."""
-        if not self.waiting or not (self.sequence_S == FREE).any():
+        if not self.waiting or not (self.sequence_B == FREE).any():
             return None
         if self._next // self._samples < self._prefilled:
             return None
@@ -104,8 +103,8 @@ class Seating:
         if not len(sequences):
             return None
         free, self._next = free[: len(sequences)], last
-        self.sequence_S[free], self._steps_S[free] = sequences, 0
-        width = len(self.sequence_S) // self._shards
+        self.sequence_B[free], self._steps_B[free] = sequences, 0
+        width = len(self.sequence_B) // self._shards
         seats = no_seats(self._shards, width)
         for slot, sequence in zip(free, sequences, strict=True):
             shard = slot // width
@@ -119,25 +118,25 @@ class Seating:
 
     def _free_slots(self) -> np.ndarray:
         """Free slots, the shards taking turns, so that none seats all newcomers while others look on."""
-        width = len(self.sequence_S) // self._shards
-        turns = np.arange(len(self.sequence_S)).reshape(self._shards, width).T.reshape(-1)
-        return turns[self.sequence_S[turns] == FREE]
+        width = len(self.sequence_B) // self._shards
+        turns = np.arange(len(self.sequence_B)).reshape(self._shards, width).T.reshape(-1)
+        return turns[self.sequence_B[turns] == FREE]
 
     def columns_needed(self, steps: int) -> int:
         """Cache columns that the seated sequences fill at most in the next `steps` steps."""
-        taken = self.sequence_S != FREE
-        sequences = self.sequence_S[taken]
-        written = np.minimum(self._steps_S[taken] + steps, self._limits_B[sequences])
+        taken = self.sequence_B != FREE
+        sequences = self.sequence_B[taken]
+        written = np.minimum(self._steps_B[taken] + steps, self._limits_B[sequences])
         return int((self._lengths_B[sequences] + written).max(initial=1))
 
     def advance(self, steps: int) -> np.ndarray:
         """Notes that a chunk has been started; returns who sits where in it, [slots]."""
-        self._steps_S += steps
-        return self.sequence_S.copy()
+        self._steps_B += steps
+        return self.sequence_B.copy()
 
     def release(self, sequences: Sequence[int]) -> None:
         """Frees the slots of sequences that have ended."""
-        self.sequence_S[np.isin(self.sequence_S, sequences)] = FREE
+        self.sequence_B[np.isin(self.sequence_B, sequences)] = FREE
 
 
 def no_seats(shards: int, width: int) -> Seats:

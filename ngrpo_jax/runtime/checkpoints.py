@@ -36,8 +36,8 @@ class Checkpoints:
         directory: holds one folder a step; need not exist.
         model: facts that identify the model, such as its layer count and widths (flat, JSON-able). A
             checkpoint with other facts is refused. None reads any checkpoint, and cannot save.
-        keep_latest: how many of the newest checkpoints stay.
-        best: key of the metric, larger is better, whose best checkpoint stays as well; None for none.
+        best: key of the metric, larger is better, whose best checkpoint stays besides the latest; None for
+            none.
     """
 
     def __init__(
@@ -45,16 +45,12 @@ class Checkpoints:
         directory: str | os.PathLike[str],
         *,
         model: Mapping[str, Json] | None,
-        keep_latest: int = 1,
         best: str | None = None,
     ):
-        if keep_latest < 1:
-            raise ValueError(f"keep_latest is {keep_latest}; at least the newest one has to stay")
         _quiet_orbax()
         name = os.fspath(directory)
         self.directory = name if "://" in name else os.path.abspath(name)
         self._model = None if model is None else _as_json(model)
-        self._keep_latest = keep_latest
         self._best = best
         self._writes = False
         self._manager = self._open(writes=False)
@@ -165,7 +161,7 @@ class Checkpoints:
 
     def _open(self, *, writes: bool) -> ocp.CheckpointManager:
         # Latest and best are two policies: `best_fn` with `max_to_keep` would delete the latest one.
-        keep: list[policies.PreservationPolicy] = [policies.LatestN(self._keep_latest)]
+        keep: list[policies.PreservationPolicy] = [policies.LatestN(1)]
         if self._best is not None:
             keep.append(policies.BestN(get_metric_fn=self._rank, n=1, keep_checkpoints_without_metrics=False))
         options = ocp.CheckpointManagerOptions(

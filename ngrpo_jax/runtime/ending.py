@@ -65,9 +65,8 @@ def _own_hosts(coordinator: str | None) -> list[str]:
     hosts += [socket.gethostname(), socket.getfqdn()]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(
-                ("192.0.2.1", 9)
-            )  # sends nothing: asks which of this host's addresses leads outside
+            # Sends nothing: asks which of this host's addresses leads outside.
+            probe.connect(("192.0.2.1", 9))
             hosts.append(probe.getsockname()[0])
         except OSError:
             pass

@@ -13,7 +13,7 @@ Axes, outermost first:
 import collections
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -199,24 +199,18 @@ def param_shardings(mesh: Mesh, shapes: Any, *, layout: str = "learner") -> Any:
     )
 
 
-def state_shardings(mesh: Mesh, state: Any, *, extra: Iterable[tuple[str, P]] = ()) -> Any:
+def state_shardings(mesh: Mesh, state: Any) -> Any:
     """Shardings of a training state: parameters and what repeats their tree, such as the moments of Adam.
 
     A leaf belongs to a parameter when its path ends like one (`opt_state/1/mu/embed/embedding`). Scalars are
-    replicated. `extra` gives (regular expression, PartitionSpec) for other arrays, matched against the end of
-    the path and before the table, for example `(r"table_VC", P())`.
+    replicated.
 
     Raises:
         ValueError: as param_shardings.
     """
-    rules = [(re.compile(r"(?:^|/)(?:" + pattern + ")$"), spec) for pattern, spec in extra]
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = path_name(path)
-        for pattern, spec in rules:
-            if pattern.search(name):
-                _check_divides(mesh, name, leaf.shape, "", spec)
-                return NamedSharding(mesh, spec)
         return NamedSharding(mesh, P() if not leaf.shape else _param_spec(mesh, name, leaf.shape, "learner"))
 
     return jax.tree_util.tree_map_with_path(sharding, state)
@@ -263,16 +257,9 @@ def _param_spec(mesh: Mesh, name: str, shape: tuple[int, ...], layout: str) -> P
 
 
 def _check_divides(mesh: Mesh, name: str, shape: tuple[int, ...], letters: str, spec: P) -> None:
-    for dimension, axis in enumerate(spec):
-        if axis is None:
-            continue
-        axes = axis if isinstance(axis, tuple) else (axis,)
-        size = math.prod(mesh.shape[a] for a in axes)
-        if shape[dimension] % size:
-            letter = letters[dimension : dimension + 1]
-            what = f"{_DIMENSIONS[letter]} ({letter})" if letter else f"entries in dimension {dimension}"
-            settings = " × ".join(f"mesh.{a}" for a in axes)
+    for size, letter, axis in zip(shape, letters, spec, strict=True):
+        if axis is not None and size % mesh.shape[axis]:
             raise ValueError(
-                f"{name} has {shape[dimension]} {what}, which {settings} = {size} does not divide; "
-                f"choose {settings} that divides {shape[dimension]}"
+                f"{name} has {size} {_DIMENSIONS[letter]} ({letter}), which mesh.{axis} = {mesh.shape[axis]} "
+                f"does not divide; choose mesh.{axis} that divides {size}"
             )

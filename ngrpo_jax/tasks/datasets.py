@@ -147,11 +147,6 @@ class ProblemStream(Iterator[list[Problem]]):
         self._position += 1
         return [self._problems[int(self._order[start + i])] for i in range(self._batch)]
 
-    @property
-    def epoch(self) -> float:
-        """How often the data set has been gone through, over all hosts."""
-        return self._position * self._stride / len(self._problems)
-
     def get_state(self) -> dict[str, Any]:
         """What `set_state` needs to go on exactly here; plain values, the same on every host."""
         return {"taken": self._position * self._stride, "data": self._fingerprint}

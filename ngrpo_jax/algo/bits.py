@@ -1,0 +1,19 @@
+"""float32 as int32 in the same order, so that maxima, bisection and packing need no care for signs."""
+
+import jax
+import jax.numpy as jnp
+
+
+def ordered(x: jax.Array) -> jax.Array:
+    """float32 -> int32 in the same order, from -inf to inf; -0 comes just before 0."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    return bits ^ ((bits >> 31) & jnp.int32(0x7FFFFFFF))
+
+
+def unordered(keys: jax.Array) -> jax.Array:
+    """The inverse of `ordered`."""
+    bits = keys ^ ((keys >> 31) & jnp.int32(0x7FFFFFFF))
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+NEGATIVE_INFINITY = jnp.iinfo(jnp.int32).min + 0x007FFFFF  # `ordered` of it
