@@ -29,7 +29,7 @@ import numpy as np
 
 from benchmarks import measure, shapes
 from ngrpo_jax import train
-from ngrpo_jax.commands import commandline, composition, table
+from ngrpo_jax.commands import commandline, composition, fit, table
 from ngrpo_jax.commands.actor import training_draws, write_responses
 from ngrpo_jax.commands.run import Position, Run, prepare
 from ngrpo_jax.model.config import ModelConfig
@@ -104,7 +104,7 @@ def main() -> None:
 def measured(case: Case) -> dict[str, tuple[int, int]]:
     """Phase -> bytes calculated and bytes measured, of a whole step."""
     settings = _settings(case)
-    parts = composition.memory_parts(settings, case.model)
+    parts = fit.memory_parts(settings, case.model)
     always = preflight.held(parts, "always")
     with tempfile.TemporaryDirectory() as folder:
         run, position = _begin(case.model, settings, pathlib.Path(folder))

@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from ngrpo_jax.commands import commandline, composition, evalsets, stored
+from ngrpo_jax.commands import commandline, composition, evalsets, fit, stored
 from ngrpo_jax.commands.actor import (
     EVAL_STREAM,
     Actor,
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
     preflight.check_workdir(folder)
     source = composition.open_source(settings, workdir)
     for one in sets:
-        composition.check_evaluation(one.settings, source.config)
+        fit.check_evaluation(one.settings, source.config)
     if flags["prompt"] is not None:
         step, params = open_checkpoint(source, workdir, devices, flags["step"], best_key(settings))
         actor = actor_of(settings, source, devices, params)
@@ -103,7 +103,7 @@ def announce(
     stores: Sequence[Store],
 ) -> None:
     """What will be evaluated, before it is."""
-    parts = [composition.evaluation_memory(one.settings, source.config) for one in sets]
+    parts = [fit.evaluation_memory(one.settings, source.config) for one in sets]
     needed = console.format_bytes(max(preflight.peak(of_set)[0] for of_set in parts))
     print(f"model      {source.directory} ({source.config.architecture})")
     print(f"memory     about {needed} on each device, by estimate")

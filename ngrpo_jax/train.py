@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ngrpo_jax.commands import checklist, commandline, composition, summary, table
+from ngrpo_jax.commands import checklist, commandline, composition, fit, summary, table
 from ngrpo_jax.commands.actor import (
     Actor,
     compile_ahead,
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
         raise SystemExit(checklist.run(config, workdir))
     settings = resolve(config)
     here = distributed.initialize()
-    composition.check_hosts(settings, here.count)
+    fit.check_hosts(settings, here.count)
     distributed.check_shared(workdir)
     finished = summary.already_finished(settings, workdir)
     if any(distributed.exchange("finished", finished)):  # shared storage may show it to some before others
@@ -70,10 +70,11 @@ def main(argv: Sequence[str]) -> None:
     begun = time.monotonic()
     with Grader(settings.reward.workers, settings.reward.deadline_s, settings.reward.memory_mb) as grader:
         grader.check(settings.reward.kind)
-        parts = composition.compose(settings, workdir, devices)
-        params = composition.load_params(parts[0], devices)
-        facts = composition.fingerprint(parts[0], params)
+        source, training, held_out = composition.compose(settings, workdir, devices)
+        params = composition.load_params(source, devices)
+        facts = composition.fingerprint(source, params)
         with Checkpoints(workdir / "checkpoints", model=facts, best=best_key(settings)) as checkpoints:
+            parts = (source, training, held_out)
             run, position = prepare(settings, workdir, parts, devices, params, checkpoints)
             del params  # donated
             workdir.mkdir(parents=True, exist_ok=True)

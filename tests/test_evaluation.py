@@ -33,7 +33,7 @@ def model(tmp_path_factory):
     """A model directory of random weights with the arithmetic tokenizer."""
     import jax
 
-    from ngrpo_jax.commands.composition import warm_start_config
+    from ngrpo_jax.commands.warm_start import warm_start_config
     from ngrpo_jax.model import decoder, hf
     from ngrpo_jax.settings import resolve
     from ngrpo_jax.tasks import arithmetic, prompts

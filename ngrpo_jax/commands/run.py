@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ngrpo_jax.algo import refresh
-from ngrpo_jax.commands import composition
+from ngrpo_jax.commands import composition, fit
 from ngrpo_jax.learner import update
 from ngrpo_jax.learner.loss import Computation
 from ngrpo_jax.learner.optimizer import make_optimizer
@@ -146,7 +146,7 @@ def make_learner(settings: Settings, config: ModelConfig, devices: jax.sharding.
 def computation(settings: Settings, config: ModelConfig, devices: jax.sharding.Mesh) -> Computation:
     """How the learner computes log-probabilities in this run."""
     train = settings.train
-    name = composition.attention_name(settings)
+    name = fit.attention_name(settings)
     return Computation(
         config,
         settings.rollout.temperature,
