@@ -29,7 +29,8 @@ import numpy as np
 
 from benchmarks import measure, shapes
 from ngrpo_jax import train
-from ngrpo_jax.commands import commandline, composition, evaluation, table
+from ngrpo_jax.commands import commandline, composition, fit, table
+from ngrpo_jax.commands.actor import training_draws, write_responses
 from ngrpo_jax.commands.run import Position, Run, prepare
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.runtime import mesh, preflight
@@ -103,7 +104,7 @@ def main() -> None:
 def measured(case: Case) -> dict[str, tuple[int, int]]:
     """Phase -> bytes calculated and bytes measured, of a whole step."""
     settings = _settings(case)
-    parts = composition.memory_parts(settings, case.model)
+    parts = fit.memory_parts(settings, case.model)
     always = preflight.held(parts, "always")
     with tempfile.TemporaryDirectory() as folder:
         run, position = _begin(case.model, settings, pathlib.Path(folder))
@@ -142,9 +143,9 @@ def _step(run: Run, position: Position) -> tuple[Position, dict[str, int]]:
     served = _counted(peaks, "table", lambda: table.serve(run, position))
 
     def write() -> Any:
-        actor = train.make_actor(run, position, served)
-        draws = evaluation.training_draws(settings)
-        return evaluation.write_responses(actor, prompts, settings, label="rollout", stream=1, draws=draws)
+        actor = train.actor_of(run, position, served)
+        draws = training_draws(settings)
+        return write_responses(actor, prompts, settings, label="rollout", stream=1, draws=draws)
 
     trajectories = _counted(peaks, "rollout", write)
     rewards_PG = np.resize([0.0, 1.0], (len(prompts), group))

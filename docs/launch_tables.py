@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from benchmarks import shapes
-from ngrpo_jax.commands import commandline, composition
+from ngrpo_jax.commands import commandline, fit
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.runtime import preflight
 from ngrpo_jax.runtime.hardware import PEAK_FLOPS
@@ -78,7 +78,7 @@ def plans(config: str, model: ModelConfig, devices: int) -> Iterator[Plan]:
             continue
         grid = MeshSettings(data=1, fsdp=devices // tensor, tensor=tensor)
         own = dataclasses.replace(settings, mesh=grid)
-        run = dataclasses.replace(composition.run_shape(own), attention="splash", logits_copies=3)
+        run = dataclasses.replace(fit.run_shape(own), attention="splash", logits_copies=3)
         parts = preflight.memory_estimate(model, run)
         phases = ("always", "table", "rollout", "update")
         yield Plan(own, {phase: preflight.held(parts, phase) for phase in phases})

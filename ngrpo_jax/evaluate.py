@@ -20,9 +20,19 @@ from typing import Any
 
 import jax
 
-from ngrpo_jax.commands import commandline, composition, evalsets, evaluation, stored
+from ngrpo_jax.commands import commandline, composition, evalsets, fit, stored
+from ngrpo_jax.commands.actor import (
+    EVAL_STREAM,
+    Actor,
+    compile_ahead,
+    evaluation_draws,
+    make_actor,
+    write_responses,
+)
 from ngrpo_jax.commands.composition import ProblemSet
 from ngrpo_jax.commands.evalsets import EvalSet
+from ngrpo_jax.commands.evaluation import answer_problems
+from ngrpo_jax.commands.figures import mixed_cosines
 from ngrpo_jax.commands.generations import Store, blocks, file_of, make_header, rows_of
 from ngrpo_jax.commands.run import best_key, open_checkpoint
 from ngrpo_jax.runtime import console, distributed, mesh, preflight
@@ -52,10 +62,10 @@ def main(argv: Sequence[str]) -> None:
     preflight.check_workdir(folder)
     source = composition.open_source(settings, workdir)
     for one in sets:
-        composition.check_evaluation(one.settings, source.config)
+        fit.check_evaluation(one.settings, source.config)
     if flags["prompt"] is not None:
         step, params = open_checkpoint(source, workdir, devices, flags["step"], best_key(settings))
-        actor = make_actor(settings, source, devices, params)
+        actor = actor_of(settings, source, devices, params)
         try_prompt(settings, actor, flags["prompt"], step)
         return
     held_out = [composition.load_set(one.settings, source.language.tokenizer, "test") for one in sets]
@@ -68,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
             Store(file_of(folder, step, one.name), make_header(one, problems, step, facts))
             for one, problems in zip(sets, held_out, strict=True)
         ]
-        actor = make_actor(settings, source, devices, params)
+        actor = actor_of(settings, source, devices, params)
         announce(settings, source, sets, held_out, stores)
         compile_rollouts(actor, sets, held_out, stores)
         for one, problems, store in zip(sets, held_out, stores, strict=True):
@@ -76,13 +86,13 @@ def main(argv: Sequence[str]) -> None:
     stored.show([store.path for store in stores], None, regrade=False)
 
 
-def make_actor(
+def actor_of(
     settings: Settings, source: composition.Source, devices: jax.sharding.Mesh, params: Any
-) -> evaluation.Actor:
+) -> Actor:
     """The checkpoint ready to write; a neighbour table only where evaluation mixes."""
-    mixes = evaluation.evaluation_draws(settings).mixes
+    mixes = evaluation_draws(settings).mixes
     table_VC = composition.build_table(params, source, devices) if mixes else None
-    return evaluation.make_actor(source, devices, params, table_VC, settings.rollout.layout)
+    return make_actor(source, devices, params, table_VC, settings.rollout.layout)
 
 
 def announce(
@@ -93,7 +103,7 @@ def announce(
     stores: Sequence[Store],
 ) -> None:
     """What will be evaluated, before it is."""
-    parts = [composition.evaluation_memory(one.settings, source.config) for one in sets]
+    parts = [fit.evaluation_memory(one.settings, source.config) for one in sets]
     needed = console.format_bytes(max(preflight.peak(of_set)[0] for of_set in parts))
     print(f"model      {source.directory} ({source.config.architecture})")
     print(f"memory     about {needed} on each device, by estimate")
@@ -104,36 +114,34 @@ def announce(
             f"{there} ({problems.dropped} left out as too long)",
             flush=True,
         )
-    if evaluation.evaluation_draws(settings).mixes:
+    if evaluation_draws(settings).mixes:
         print(f"mixing     on, rate {settings.mixing.rate}")
 
 
 def compile_rollouts(
-    actor: evaluation.Actor, sets: Sequence[EvalSet], held_out: Sequence[ProblemSet], stores: Sequence[Store]
+    actor: Actor, sets: Sequence[EvalSet], held_out: Sequence[ProblemSet], stores: Sequence[Store]
 ) -> None:
     """Compiles the rollouts of the sets that are not done yet, and says how long it took."""
     draws = {
-        evaluation.evaluation_draws(one.settings): one.settings
+        evaluation_draws(one.settings): one.settings
         for one, problems, store in zip(sets, held_out, stores, strict=True)
         if store.done < len(problems.problems)
     }
-    seconds = sum(evaluation.compile_ahead(actor, settings, each) for each, settings in draws.items())
+    seconds = sum(compile_ahead(actor, settings, each) for each, settings in draws.items())
     if draws:
         print(f"rollouts   compiled for every size in {console.format_seconds(seconds)}", flush=True)
 
 
-def complete(
-    actor: evaluation.Actor, one: EvalSet, problems: ProblemSet, grader: Grader, store: Store
-) -> None:
+def complete(actor: Actor, one: EvalSet, problems: ProblemSet, grader: Grader, store: Store) -> None:
     """Writes, grades and stores the responses that the store lacks, block by block."""
     settings, samples, count = one.settings, one.settings.eval.samples, len(problems.problems)
     begun, tokens, done_before, graded_before = time.monotonic(), 0, store.done, grader.snapshot()
     size = max(1, BLOCK_OF_SLOTS * settings.rollout.slots // samples)
-    mixes = evaluation.evaluation_draws(settings).mixes
+    mixes = evaluation_draws(settings).mixes
     line = console.Progress(one.name, count * samples, "sequences", start=done_before * samples, keep=False)
     with line as progress:
         for numbers in blocks(done_before, count, size):
-            answered = evaluation.answer_problems(
+            answered = answer_problems(
                 actor,
                 problems,
                 numbers,
@@ -143,7 +151,7 @@ def complete(
                 progress=progress,
                 done_before=numbers.start * samples,
             )
-            cosines = evaluation.mixed_cosines(actor, answered.trajectories) if mixes else None
+            cosines = mixed_cosines(actor, answered.trajectories) if mixes else None
             store.append(rows_of(answered, problems, numbers, settings.reward.kind, cosines))
             tokens += int(answered.trajectories.lengths_B.sum())
     seconds = time.monotonic() - begun
@@ -158,7 +166,7 @@ def complete(
         )
 
 
-def try_prompt(settings: Settings, actor: evaluation.Actor, text: str, step: int) -> None:
+def try_prompt(settings: Settings, actor: Actor, text: str, step: int) -> None:
     """Prints `eval.samples` responses to a prompt of the user's, mixed tokens marked."""
     tokenizer, data = actor.language.tokenizer, settings.data
     prompt = prompts.encode_prompt(tokenizer, prompts.user_text(text, data.prompt), data.chat_template)
@@ -166,9 +174,9 @@ def try_prompt(settings: Settings, actor: evaluation.Actor, text: str, step: int
         raise ValueError(
             f"--prompt has {len(prompt)} tokens, more than data.max_prompt_tokens = {data.max_prompt_tokens}."
         )
-    draws = evaluation.evaluation_draws(settings)
-    trajectories = evaluation.write_responses(
-        actor, [prompt], settings, label="response", stream=evaluation.EVAL_STREAM, draws=draws
+    draws = evaluation_draws(settings)
+    trajectories = write_responses(
+        actor, [prompt], settings, label="response", stream=EVAL_STREAM, draws=draws
     )
     what = f"mixing on (rate {settings.mixing.rate}; mixed tokens ⟦so⟧)" if draws.mixes else "mixing off"
     print(f"step {step}, temperature {draws.temperature}, {what}")

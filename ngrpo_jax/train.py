@@ -21,15 +21,33 @@ from typing import Any
 import jax
 import numpy as np
 
-from ngrpo_jax.commands import checklist, commandline, composition, evaluation, summary, table
+from ngrpo_jax.commands import checklist, commandline, composition, fit, summary, table
+from ngrpo_jax.commands.actor import (
+    Actor,
+    compile_ahead,
+    evaluation_draws,
+    failures,
+    make_actor,
+    response_texts,
+    training_draws,
+    write_responses,
+)
+from ngrpo_jax.commands.evaluation import evaluate_set
+from ngrpo_jax.commands.figures import (
+    gather_outcome,
+    learner_speed,
+    reward_figures,
+    rollout_figures,
+    sample_row,
+)
 from ngrpo_jax.commands.run import Position, Run, best_key, old_logprobs, prepare, save
 from ngrpo_jax.learner import credit, packing, update
 from ngrpo_jax.model import hf
 from ngrpo_jax.rollout.trajectory import Trajectories
-from ngrpo_jax.runtime import console, distributed, ending, hardware, mesh, metrics, preflight
+from ngrpo_jax.runtime import console, distributed, ending, mesh, metrics
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.settings import TrainSettings, resolve
-from ngrpo_jax.tasks.rewards import Counts, Grader
+from ngrpo_jax.tasks.rewards import Grader
 
 SAMPLES_A_STEP = 2  # responses of each step that go to samples.jsonl
 
@@ -42,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
         raise SystemExit(checklist.run(config, workdir))
     settings = resolve(config)
     here = distributed.initialize()
-    composition.check_hosts(settings, here.count)
+    fit.check_hosts(settings, here.count)
     distributed.check_shared(workdir)
     finished = summary.already_finished(settings, workdir)
     if any(distributed.exchange("finished", finished)):  # shared storage may show it to some before others
@@ -52,10 +70,11 @@ def main(argv: Sequence[str]) -> None:
     begun = time.monotonic()
     with Grader(settings.reward.workers, settings.reward.deadline_s, settings.reward.memory_mb) as grader:
         grader.check(settings.reward.kind)
-        parts = composition.compose(settings, workdir, devices)
-        params = composition.load_params(parts[0], devices)
-        facts = composition.fingerprint(parts[0], params)
+        source, training, held_out = composition.compose(settings, workdir, devices)
+        params = composition.load_params(source, devices)
+        facts = composition.fingerprint(source, params)
         with Checkpoints(workdir / "checkpoints", model=facts, best=best_key(settings)) as checkpoints:
+            parts = (source, training, held_out)
             run, position = prepare(settings, workdir, parts, devices, params, checkpoints)
             del params  # donated
             workdir.mkdir(parents=True, exist_ok=True)
@@ -107,9 +126,9 @@ def train(run: Run, position: Position, grader: Grader, checkpoints: Checkpoints
 def compile_rollouts(run: Run, position: Position) -> None:
     """Compiles the rollouts of training and evaluation for all sizes, and says how long it took."""
     settings = run.settings
-    actor = make_actor(run, position, None)
-    draws = (evaluation.training_draws(settings), evaluation.evaluation_draws(settings))
-    seconds = sum(evaluation.compile_ahead(actor, settings, one) for one in draws)
+    actor = actor_of(run, position, None)
+    draws = (training_draws(settings), evaluation_draws(settings))
+    seconds = sum(compile_ahead(actor, settings, one) for one in draws)
     if distributed.place().primary:
         print(f"rollouts   compiled for every size in {console.format_seconds(seconds)}", flush=True)
 
@@ -126,17 +145,17 @@ def train_step(
     with _timed(seconds, "table"):
         served = table.serve(run, position)
     with _timed(seconds, "rollout"):
-        actor = make_actor(run, position, served)
+        actor = actor_of(run, position, served)
         prompts = [run.prompt_of[problem.id] for problem in problems]
-        trajectories = evaluation.write_responses(
+        trajectories = write_responses(
             actor,
             prompts,
             settings,
             label=f"step {step}: rollout",
             stream=step,
-            draws=evaluation.training_draws(settings),
+            draws=training_draws(settings),
         )
-    own = evaluation.failures(trajectories, rollout.group, [problem.id for problem in problems])
+    own = failures(trajectories, rollout.group, [problem.id for problem in problems])
     sentence = "; ".join(filter(None, distributed.exchange("failures", own)))  # all hosts stop with one
     if sentence:
         raise FloatingPointError(
@@ -144,13 +163,13 @@ def train_step(
             "lower optimizer.learning_rate in a new --workdir if it happens again"
         )
     with _timed(seconds, "reward"):
-        texts = evaluation.response_texts(run.source.language, trajectories)
+        texts = response_texts(run.source.language, trajectories)
         golds = [problem.answer for problem in problems for _ in range(rollout.group)]
         before = grader.snapshot()
         rewards_B = np.asarray(grader.score(texts, golds, settings.reward.kind), np.float32)
         graded = grader.snapshot().since(before)
-    outcome = evaluation.gather_outcome("rollout", trajectories, rewards_B, rollout.group)
-    figures = evaluation.rollout_figures(actor, trajectories, outcome)
+    outcome = gather_outcome("rollout", trajectories, rewards_B, rollout.group)
+    figures = rollout_figures(actor, trajectories, outcome)
     del actor  # the rollout's copy of the parameters must not outlive the rollout
 
     rewards_PG = rewards_B.reshape(len(problems), rollout.group)
@@ -176,7 +195,7 @@ def train_step(
         **learner_speed(run, prompts, trajectories, seconds, jax.local_devices()[0]),
     }
     samples = [
-        evaluation.sample_row(
+        sample_row(
             run.source.language, problems[i // rollout.group], trajectories, i, rewards_B[i], step=step
         )
         for i in range(0, min(SAMPLES_A_STEP, len(problems)) * rollout.group, rollout.group)
@@ -225,76 +244,17 @@ def learn(
     return state, {**figures, "rows/fill": packing.fill(batches, gather)}
 
 
-def learner_speed(
-    run: Run,
-    prompts: Sequence[Sequence[int]],
-    trajectories: Trajectories,
-    seconds: dict[str, float],
-    device: jax.Device,
-) -> dict[str, float]:
-    """Tokens a second of scoring and update, the latter's model FLOP utilisation, and peak memory.
-
-    Tokens are those of prompts and responses of all hosts, each prompt once a response, however many models
-    score them; where none has to, that figure is left out. The utilisation counts the products of an update
-    (of three forward passes), over the peak of the devices' bfloat16 arithmetic; it is left out where
-    that is unknown. Memory is that of the fullest of the hosts' first devices. Every process calls this.
-    """
-    settings, config = run.settings, run.source.config
-    lengths = [
-        (len(prompt), int(trajectories.lengths_B[i * settings.rollout.group + j]))
-        for i, prompt in enumerate(prompts)
-        for j in range(settings.rollout.group)
-    ]
-    forward = sum(preflight.forward_flops(config, *length) for length in lengths)
-    own = [sum(prompt + response for prompt, response in lengths), forward, hardware.peak_memory(device)]
-    of_tokens, of_work, of_memory = zip(*distributed.exchange("speed", own), strict=True)
-    figures = {"speed/update_tokens": sum(of_tokens) / seconds["update"]}
-    if run.reference is not None or old_logprobs(settings) == "learner":
-        figures["speed/logprob_tokens"] = sum(of_tokens) / seconds["logprobs"]
-    peak = hardware.peak_flops(device)
-    if peak is not None:
-        figures["speed/update_mfu"] = 3 * sum(of_work) / seconds["update"] / (peak * run.mesh.size)
-    held = [memory for memory in of_memory if memory is not None]
-    return {**figures, "speed/peak_memory": float(max(held))} if held else figures
-
-
-def reward_figures(rewards_PG: np.ndarray, graded: Counts) -> dict[str, float]:
-    """Mean and deviation of the rewards, the share of groups in which all are alike, and how grading went.
-
-    Args:
-      rewards_PG: of all hosts.
-      graded: what this host's grader did for them. Every process has to call this.
-    """
-    own = [graded.graded, graded.seconds, graded.timeouts + graded.failures]
-    verdicts, took, without = zip(*distributed.exchange("grading", own), strict=True)
-    return {
-        "reward/mean": float(rewards_PG.mean()),
-        "reward/std": float(rewards_PG.std()),
-        "reward/no_verdict": sum(without) / sum(verdicts),
-        "speed/verdicts": sum(verdicts) / max(took),
-        "groups/zero_variance": float((rewards_PG.max(axis=1) == rewards_PG.min(axis=1)).mean()),
-    }
-
-
-def make_actor(run: Run, position: Position, served: table.Serving | None) -> evaluation.Actor:
+def actor_of(run: Run, position: Position, served: table.Serving | None) -> Actor:
     """Today's parameters ready to write, mixing by the table that serves."""
     table_VC = None if served is None else served.table_VC
-    return evaluation.make_actor(
-        run.source, run.mesh, position.state.params, table_VC, run.settings.rollout.layout
-    )
+    return make_actor(run.source, run.mesh, position.state.params, table_VC, run.settings.rollout.layout)
 
 
 def evaluate(run: Run, position: Position, grader: Grader, label: str) -> dict[str, float]:
     """Held-out figures of the current parameters."""
     settings = run.settings
     served = table.serve(run, position) if settings.eval.mixing else None
-    return evaluation.evaluate_set(
-        make_actor(run, position, served),
-        run.held_out,
-        settings,
-        grader,
-        label=label,
-    ).figures
+    return evaluate_set(actor_of(run, position, served), run.held_out, settings, grader, label=label)
 
 
 @contextmanager

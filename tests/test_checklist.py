@@ -7,7 +7,7 @@ import pytest
 from test_commands import TINY, _argv
 
 from ngrpo_jax import train
-from ngrpo_jax.commands import checklist, commandline, composition, programs
+from ngrpo_jax.commands import checklist, commandline, fit, programs
 from ngrpo_jax.commands.commandline import load_config
 from ngrpo_jax.runtime import preflight
 from ngrpo_jax.settings import resolve
@@ -117,6 +117,6 @@ def test_a_program_that_does_not_compile_is_named(tmp_path, capsys, monkeypatch,
 
 def test_prompts_that_hosts_cannot_share_are_refused():
     settings = resolve(load_config(str(TINY)))
-    composition.check_hosts(settings, 4)
+    fit.check_hosts(settings, 4)
     with pytest.raises(ValueError, match=r"rollout\.prompts is 32, no multiple of the 3 processes"):
-        composition.check_hosts(settings, 3)
+        fit.check_hosts(settings, 3)

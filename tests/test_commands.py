@@ -11,6 +11,7 @@ import pytest
 
 from ngrpo_jax import evaluate, export, train
 from ngrpo_jax.commands import commandline
+from ngrpo_jax.commands.figures import reward_figures
 from ngrpo_jax.model import hf
 from ngrpo_jax.report import __main__ as report
 from ngrpo_jax.report import panels
@@ -170,7 +171,7 @@ def test_the_report_has_a_place_for_all_that_a_run_writes_and_for_nothing_else(f
 
 def test_figures_of_rewards_and_their_grading():
     graded = Counts(graded=8, timeouts=1, failures=1, seconds=2.0)
-    figures = train.reward_figures(np.array([[1.0, 0.0], [1.0, 1.0]], np.float32), graded)
+    figures = reward_figures(np.array([[1.0, 0.0], [1.0, 1.0]], np.float32), graded)
     assert figures["reward/mean"] == 0.75 and figures["groups/zero_variance"] == 0.5
     assert figures["speed/verdicts"] == 4.0 and figures["reward/no_verdict"] == 0.25
 

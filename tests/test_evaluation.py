@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ngrpo_jax import evaluate
-from ngrpo_jax.commands import commandline, evaluation, generations
+from ngrpo_jax.commands import actor, commandline, evaluation, generations
 from ngrpo_jax.commands.composition import ProblemSet
 from ngrpo_jax.report import __main__ as report
 from ngrpo_jax.report.embeddings import visible
@@ -33,7 +33,7 @@ def model(tmp_path_factory):
     """A model directory of random weights with the arithmetic tokenizer."""
     import jax
 
-    from ngrpo_jax.commands.composition import warm_start_config
+    from ngrpo_jax.commands.warm_start import warm_start_config
     from ngrpo_jax.model import decoder, hf
     from ngrpo_jax.settings import resolve
     from ngrpo_jax.tasks import arithmetic, prompts
@@ -86,7 +86,7 @@ def test_keys_depend_on_seed_set_problem_and_sample_alone():
     import jax
 
     def data(*arguments):
-        return np.asarray(jax.random.key_data(evaluation.evaluation_keys(*arguments)))
+        return np.asarray(jax.random.key_data(actor.evaluation_keys(*arguments)))
 
     everything = data(0, "aime25", range(6), 4).reshape(6, 4, 2)
     np.testing.assert_array_equal(data(0, "aime25", range(2, 5), 4).reshape(3, 4, 2), everything[2:5])

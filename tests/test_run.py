@@ -8,7 +8,7 @@ import pytest
 
 from configs import base
 from ngrpo_jax.commands import composition
-from ngrpo_jax.commands.run import prepare
+from ngrpo_jax.commands.run import check_resumable, lasting_settings, prepare
 from ngrpo_jax.model import decoder
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.runtime import mesh as meshes
@@ -36,3 +36,28 @@ def test_the_reference_is_a_sharded_copy_in_the_compute_dtype_and_none_without_k
         return
     for own, sharding in zip(jax.tree.leaves(run.reference), jax.tree.leaves(shardings), strict=True):
         assert own.dtype == jnp.bfloat16 and own.sharding.is_equivalent_to(sharding, own.ndim)
+
+
+def _settings(**model):
+    config = base.get_config()
+    config.model.update(model)
+    return resolve(config)
+
+
+def test_a_run_goes_on_in_the_dtype_that_it_was_begun_in(tmp_path):
+    host = {"settings": lasting_settings(_settings(dtype="float32"))}
+    check_resumable(host, 1, _settings(dtype="float32"), tmp_path)
+    with pytest.raises(ValueError, match=r"model\.dtype float32, not bfloat16"):
+        check_resumable(host, 1, _settings(dtype="bfloat16"), tmp_path)
+
+
+def test_a_model_may_lie_elsewhere_when_a_run_goes_on(tmp_path):
+    """Whether it is the same model is not read off its name: checkpoints compare its fingerprint."""
+    host = {"settings": lasting_settings(_settings(path="here", revision=None))}
+    check_resumable(host, 1, _settings(path="there", revision="main"), tmp_path)
+
+
+def test_a_setting_that_an_older_checkpoint_does_not_store_is_not_refused(tmp_path):
+    stored = lasting_settings(_settings(dtype="float32"))
+    del stored["model.dtype"]
+    check_resumable({"settings": stored}, 1, _settings(dtype="bfloat16"), tmp_path)

@@ -16,8 +16,9 @@ from typing import Any
 
 import jax
 
-from ngrpo_jax.commands import composition, programs
+from ngrpo_jax.commands import composition, fit, programs
 from ngrpo_jax.commands.run import best_key, check_resumable
+from ngrpo_jax.commands.warm_start import warm_start_config
 from ngrpo_jax.model import hf
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.runtime import console, distributed, ending, environment, mesh, preflight
@@ -116,7 +117,7 @@ def _processes(_: Any) -> tuple[Any, str]:
 
 
 def _hosts(settings: Settings, here: distributed.Place) -> tuple[Any, str]:
-    composition.check_hosts(settings, here.count)
+    fit.check_hosts(settings, here.count)
     return here, f"{settings.rollout.prompts // here.count} prompts a step on each"
 
 
@@ -160,9 +161,9 @@ def _tokenizer(settings: Settings, model: tuple[pathlib.Path, Any]) -> tuple[Any
 
 
 def _sizes(settings: Settings, model: tuple[pathlib.Path, Any], tokenizer: Any) -> tuple[Any, str]:
-    config = model[1] or composition.warm_start_config(settings.warm_start, tokenizer)
+    config = model[1] or warm_start_config(settings.warm_start, tokenizer)
     config = dataclasses.replace(config, dtype=settings.model.dtype)
-    composition.check_positions(settings, config)
+    fit.check_positions(settings, config)
     count = console.format_count(preflight.parameter_count(config))
     return config, f"{config.architecture}, {count} parameters, {config.max_positions} positions"
 
@@ -214,12 +215,12 @@ def _checkpoints(settings: Settings, config: ModelConfig, workdir: pathlib.Path)
 
 
 def _memory(settings: Settings, _: Any, config: ModelConfig) -> tuple[Any, str]:
-    composition.check_offload(settings)
-    composition.check_memory(settings, config)
-    parts = composition.memory_parts(settings, config)
+    fit.check_offload(settings)
+    fit.check_memory(settings, config)
+    parts = fit.memory_parts(settings, config)
     needed, phase = preflight.peak(parts)
     largest = max((part for part in parts if part.phase in ("always", phase)), key=lambda part: part.size)
-    available = composition.available_memory()
+    available = fit.available_memory()
     room = "unknown" if available is None else console.format_bytes(available)
     return needed, (
         f"about {console.format_bytes(needed)} of {room} on each device, most in the {phase}: "

@@ -1,7 +1,8 @@
-"""Settings -> the parts of a run: model, tokenizer, problems, neighbour table, mesh. Shared by the commands.
+"""Settings -> the parts of a run: model, tokenizer, problems, neighbour table. Shared by the commands.
 
-Everything that can be wrong with them is found here, before anything is written: each refusal is one
-sentence.
+Owns the order in which they are found and checked: everything that can be wrong with them is, before anything
+is written, and each refusal is one sentence. Must not know how a run is found to fit (fit.py), nor how a
+warm start is made (warm_start.py).
 """
 
 from __future__ import annotations
@@ -22,17 +23,15 @@ from ngrpo_jax.algo import refresh
 from ngrpo_jax.algo.eligible import Eligible, eligible_rows
 from ngrpo_jax.algo.mixture import Mixing
 from ngrpo_jax.algo.neighbors import neighbor_table
+from ngrpo_jax.commands.fit import attention_name, check_offload, check_sizes
 from ngrpo_jax.commands.problems import check_choices, report_unreadable, training_problems
-from ngrpo_jax.learner.supervised import train_supervised
-from ngrpo_jax.model import attention, columns, decoder, hf
+from ngrpo_jax.commands.warm_start import RECIPE, recipe, warm_start, warm_start_config
+from ngrpo_jax.model import decoder, hf
 from ngrpo_jax.model.config import ModelConfig
-from ngrpo_jax.runtime import console, distributed, mesh, preflight
-from ngrpo_jax.settings import WARM_START, Settings, WarmStartSettings
+from ngrpo_jax.runtime import distributed, mesh, preflight
+from ngrpo_jax.settings import WARM_START, Settings
 from ngrpo_jax.tasks import arithmetic, prompts
 from ngrpo_jax.tasks.datasets import Problem, load_problems
-
-RECIPE = "warm_start.json"  # beside warm_start/: the settings that made it
-ESTIMATE_ERROR = 1.2  # the memory estimate may be a fifth too high
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +130,7 @@ def compose(
         if made:
             directory = locate_model(settings, workdir)
         elif here.primary:
-            warm_start(settings, config, tokenizer, training, folder, directory)
+            warm_start(settings, config, tokenizer, training.problems, training.prompts, folder, directory)
         distributed.exchange("the starting model is there", None)
     return Source(str(directory), config, language), training, held_out
 
@@ -183,14 +182,6 @@ def locate_model(settings: Settings, workdir: pathlib.Path, *, weights: bool = T
     return directory
 
 
-def recipe(settings: Settings) -> dict[str, Any]:
-    """Everything that a warm start depends on."""
-    data = dataclasses.asdict(settings.data)
-    for name in ("eval", "overlap_with", "drop_overlap"):  # an arithmetic source never shares a problem
-        del data[name]
-    return {"seed": settings.seed, "data": data, "warm_start": dataclasses.asdict(settings.warm_start)}
-
-
 def load_set(settings: Settings, tokenizer: Any, split: str) -> ProblemSet:
     """Problems and prompts of `data.train` ("train") or `data.eval` ("test"), less the too long.
 
@@ -214,151 +205,6 @@ def load_set(settings: Settings, tokenizer: Any, split: str) -> ProblemSet:
 def parameter_shapes(config: ModelConfig) -> Any:
     """The learner's parameter tree as jax.ShapeDtypeStruct, float32."""
     return jax.eval_shape(lambda key: decoder.init(key, config), jax.random.key(0))
-
-
-def memory_parts(settings: Settings, config: ModelConfig) -> list[preflight.Part]:
-    """What one device holds in this run, by estimate."""
-    return preflight.memory_estimate(config, run_shape(settings))
-
-
-def run_shape(settings: Settings) -> preflight.RunShape:
-    """The numbers of a run on these devices that memory depends on."""
-    grid, rollout = settings.mesh, settings.rollout
-    return preflight.RunShape(
-        data=grid.data,
-        fsdp=grid.fsdp,
-        tensor=grid.tensor,
-        rollout_tensor=grid.tensor if settings.rollout.layout == "tensor" else 1,
-        rollout_shards=rollout_shards(settings),
-        slots=rollout.slots,
-        cache_length=settings.data.max_prompt_tokens
-        + max(rollout.max_new_tokens, settings.eval.max_new_tokens),
-        prefill_rows=max(1, rollout.slots // min(rollout.group, settings.eval.samples)),
-        prompt_tokens=settings.data.max_prompt_tokens,
-        query_block=columns.QUERY_BLOCK,
-        rows_per_device=settings.train.rows_per_device,
-        row_tokens=settings.row_tokens,
-        logprob_chunk=settings.train.logprob_chunk,
-        remat=settings.train.remat,
-        attention=attention_name(settings),
-        offload=settings.train.offload,
-        reference=settings.objective.kl_coef > 0,
-        table=settings.mixing.active and settings.mixing.method(()).uses_table,
-        # XLA hands the arithmetic on logits to a library there, which keeps each step of it: measured.
-        logits_copies=8 if jax.local_devices()[0].platform == "cpu" else 3,
-    )
-
-
-def check_hosts(settings: Settings, hosts: int) -> None:
-    """Refuses prompts that cannot be divided evenly over the hosts."""
-    for name, value in (
-        ("rollout.prompts", settings.rollout.prompts),
-        ("train.mini_batch_prompts", settings.train.mini_batch_prompts),
-    ):
-        if value % hosts:
-            raise ValueError(
-                f"{name} is {value}, no multiple of the {hosts} processes; each takes an equal share."
-            )
-
-
-def attention_name(settings: Settings) -> str:
-    """The learner's attention, "auto" resolved; ValueError where these devices cannot run it."""
-    return attention.choose(
-        settings.train.attention,
-        platform=jax.local_devices()[0].platform,
-        row_tokens=settings.row_tokens,
-        shared_prefixes=settings.train.share_prompts,
-        dtype=settings.model.dtype,
-    )
-
-
-def check_offload(settings: Settings) -> None:
-    """Refuses to move arrays to the memory of the host where devices have none of their own."""
-    if settings.train.offload == "none":
-        return
-    device = jax.local_devices()[0]
-    kinds = {memory.kind for memory in device.addressable_memories()}
-    if device.platform == "cpu" or "pinned_host" not in kinds:
-        raise ValueError(
-            f"train.offload is {settings.train.offload!r}, but devices of {device.platform} have no memory "
-            "apart from the host's that arrays could be moved out of; set it to none."
-        )
-
-
-def check_sizes(settings: Settings, config: ModelConfig) -> None:
-    """Refuses a run longer than the model's positions, or too large for its devices by the estimate."""
-    check_positions(settings, config)
-    check_memory(settings, config)
-
-
-def check_positions(settings: Settings, config: ModelConfig) -> None:
-    """Refuses a run whose sequences can become longer than the model's positions."""
-    longest = settings.data.max_prompt_tokens + max(
-        settings.rollout.max_new_tokens, settings.eval.max_new_tokens
-    )
-    if longest > config.max_positions:
-        raise ValueError(
-            f"the model has {config.max_positions} positions, but data.max_prompt_tokens with the larger of "
-            f"rollout.max_new_tokens and eval.max_new_tokens needs {longest}; lower one of them."
-        )
-
-
-def rollout_shards(settings: Settings) -> int:
-    """Parts that the slots of a rollout are split into."""
-    grid = settings.mesh
-    return grid.data * grid.fsdp * (grid.tensor if settings.rollout.layout == "replicated" else 1)
-
-
-def available_memory() -> int | None:
-    """Bytes that one device of this host may use; None where nobody tells."""
-    return preflight.device_memory(jax.local_devices()[0], sharers=jax.local_device_count())
-
-
-def check_memory(settings: Settings, config: ModelConfig) -> None:
-    """Refuses a run that is too large for its devices by the estimate."""
-    _refuse_too_large(memory_parts(settings, config))
-
-
-def _refuse_too_large(parts: list[preflight.Part]) -> None:
-    available = available_memory()
-    allowed = None if available is None else int(ESTIMATE_ERROR * available)
-    problem = preflight.memory_problem(parts, allowed)
-    if problem:
-        raise ValueError(problem)
-
-
-def evaluation_memory(settings: Settings, config: ModelConfig) -> list[preflight.Part]:
-    """What one device holds while `evaluate` writes responses, by estimate."""
-    grid, slots = settings.mesh, settings.rollout.slots
-    shape = preflight.RunShape(
-        data=grid.data,
-        fsdp=grid.fsdp,
-        tensor=grid.tensor,
-        rollout_tensor=grid.tensor if settings.rollout.layout == "tensor" else 1,
-        rollout_shards=rollout_shards(settings),
-        slots=slots,
-        cache_length=settings.data.max_prompt_tokens + settings.eval.max_new_tokens,
-        prefill_rows=max(1, slots // settings.eval.samples),
-        prompt_tokens=settings.data.max_prompt_tokens,
-        query_block=columns.QUERY_BLOCK,
-        rows_per_device=0,
-        row_tokens=0,
-        logprob_chunk=0,
-        remat=settings.train.remat,
-        reference=False,
-    )
-    return preflight.evaluation_estimate(config, shape)
-
-
-def check_evaluation(settings: Settings, config: ModelConfig) -> None:
-    """Refuses an evaluation longer than the model's positions, or too large for its devices."""
-    longest = settings.data.max_prompt_tokens + settings.eval.max_new_tokens
-    if longest > config.max_positions:
-        raise ValueError(
-            f"the model has {config.max_positions} positions, but data.max_prompt_tokens with "
-            f"eval.max_new_tokens needs {longest}; lower one of them."
-        )
-    _refuse_too_large(evaluation_memory(settings, config))
 
 
 def table_upkeep(source: Source, devices: jax.sharding.Mesh) -> refresh.Upkeep:
@@ -393,53 +239,3 @@ def fingerprint(source: Source, params: Any) -> dict[str, Any]:
     for leaf in (params["embed"]["embedding"][:64], params["final_norm"]["scale"]):
         digest.update(mesh.to_host(leaf).astype(np.float32).tobytes())
     return {**facts, "weights": digest.hexdigest()[:16]}
-
-
-def warm_start(
-    settings: Settings,
-    config: ModelConfig,
-    tokenizer: Any,
-    training: ProblemSet,
-    tokenizer_directory: str,
-    directory: pathlib.Path,
-) -> None:
-    """Trains the small model on worked solutions of the training problems; writes an HF directory."""
-    examples = [
-        (prompt, _worked_ids(tokenizer, problem))
-        for problem, prompt in zip(training.problems, training.prompts, strict=True)
-    ]
-    label = f"warm start on {len(examples)} worked solutions"
-    with console.Progress(label, settings.warm_start.steps, "steps") as progress:
-        params = train_supervised(
-            config,
-            examples,
-            settings.warm_start,
-            seed=settings.seed,
-            progress=lambda done, loss: progress.update(done, f"loss {loss:.3f} nats/token"),
-        )
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    (directory.parent / RECIPE).write_text(json.dumps(recipe(settings), indent=1) + "\n", encoding="utf-8")
-    hf.save(str(directory), config, params, tokenizer_from=tokenizer_directory)
-
-
-def warm_start_config(settings: WarmStartSettings, tokenizer: Any) -> ModelConfig:
-    """A Qwen2 decoder of the asked-for size, with a vocabulary row for each token."""
-    return ModelConfig(
-        architecture="qwen2",
-        vocab_size=len(tokenizer),
-        hidden_size=settings.hidden_size,
-        intermediate_size=settings.intermediate_size,
-        num_layers=settings.num_layers,
-        num_heads=settings.num_heads,
-        num_kv_heads=settings.num_kv_heads,
-        head_dim=settings.hidden_size // settings.num_heads,
-        tie_embeddings=True,
-        max_positions=4096,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_ids=(tokenizer.eos_token_id,),
-    )
-
-
-def _worked_ids(tokenizer: Any, problem: Problem) -> list[int]:
-    response = tokenizer.encode(arithmetic.worked_response(problem.problem), add_special_tokens=False)
-    return [*response, tokenizer.eos_token_id]

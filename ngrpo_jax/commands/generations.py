@@ -118,7 +118,7 @@ def rows_of(
     kind: str,
     cosines: tuple[np.ndarray, np.ndarray] | None,
 ) -> list[Row]:
-    """The rows of some answered problems; `cosines` as `evaluation.mixed_cosines` gives them."""
+    """The rows of some answered problems; `cosines` as `figures.mixed_cosines` gives them."""
     trajectories, samples = answered.trajectories, answered.rewards_PN.shape[1]
     rows = []
     for index, text in enumerate(answered.texts):

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ngrpo_jax.commands import composition, evaluation
+from ngrpo_jax.commands import composition
+from ngrpo_jax.commands.actor import evaluation_draws, own_slots, training_draws
 from ngrpo_jax.commands.run import make_learner, old_logprobs, placed_shapes
 from ngrpo_jax.learner import packing, update
 from ngrpo_jax.model import columns
@@ -87,7 +88,7 @@ def compile_rollout(
         (config.vocab_size, settings.mixing.k), jnp.int32, sharding=mesh.replicated(local)
     )
     count = 0
-    for draws in (evaluation.training_draws(settings), evaluation.evaluation_draws(settings)):
+    for draws in (training_draws(settings), evaluation_draws(settings)):
         mixing = language.mixing if draws.mixes else engine.NO_MIXING
         sampler = decode.Sampler(draws.temperature, draws.top_p, draws.top_k, mixing, language.stop_ids)
         compiled = engine.compile_largest(
@@ -97,7 +98,7 @@ def compile_rollout(
             samples=draws.samples,
             max_new_tokens=draws.max_new_tokens,
             table_VC=table_VC if mixing.uses_table else None,
-            slots=evaluation.own_slots(settings),
+            slots=own_slots(settings),
             chunk=settings.rollout.chunk,
             max_prompt_tokens=settings.data.max_prompt_tokens,
             sharding=mesh.slots_sharding(local, layout),

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ngrpo_jax.algo import refresh
-from ngrpo_jax.commands import composition
+from ngrpo_jax.commands import composition, fit
 from ngrpo_jax.learner import update
 from ngrpo_jax.learner.loss import Computation
 from ngrpo_jax.learner.optimizer import make_optimizer
@@ -39,6 +39,9 @@ MAY_CHANGE = {
     "reward.workers",
     "train.profile_from",
     "train.profile_steps",
+    # Where the model is found. Whether it is the same one, its fingerprint in each checkpoint says.
+    "model.path",
+    "model.revision",
 }
 
 
@@ -143,7 +146,7 @@ def make_learner(settings: Settings, config: ModelConfig, devices: jax.sharding.
 def computation(settings: Settings, config: ModelConfig, devices: jax.sharding.Mesh) -> Computation:
     """How the learner computes log-probabilities in this run."""
     train = settings.train
-    name = composition.attention_name(settings)
+    name = fit.attention_name(settings)
     return Computation(
         config,
         settings.rollout.temperature,
@@ -198,11 +201,14 @@ def restore(
 
 
 def check_resumable(host: dict[str, Any], step: int, settings: Settings, workdir: pathlib.Path) -> None:
-    """ValueError where a checkpoint is of a run with other settings, or beyond the last step of this one."""
+    """ValueError where a checkpoint is of a run with other settings, or beyond the last step of this one.
+
+    A setting that the checkpoint does not store, since it was written before that was done, is not compared.
+    """
     there, here = host["settings"], lasting_settings(settings)
-    changed = [name for name in here if there.get(name) != here[name]]
+    changed = [name for name in here if name in there and there[name] != here[name]]
     if changed:
-        facts = "; ".join(f"{name} {there.get(name)}, not {here[name]}" for name in changed)
+        facts = "; ".join(f"{name} {there[name]}, not {here[name]}" for name in changed)
         raise ValueError(f"the run in {workdir} was made with {facts}; use those or another --workdir.")
     if step > settings.train.steps:
         raise ValueError(
@@ -223,7 +229,7 @@ def lasting_settings(settings: Settings) -> dict[str, Any]:
     return {
         name: value
         for name, value in leaves.items()
-        if name not in MAY_CHANGE and not name.startswith(("mesh.", "checkpoint.", "warm_start.", "model."))
+        if name not in MAY_CHANGE and not name.startswith(("mesh.", "checkpoint.", "warm_start."))
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ngrpo_jax.commands import composition
+from ngrpo_jax.commands import fit
 from ngrpo_jax.commands.run import Position, Run, best_key
 from ngrpo_jax.model import hf
 from ngrpo_jax.runtime import console, distributed, files, mesh, metrics, preflight
@@ -58,7 +58,7 @@ def announce(run: Run, position: Position) -> None:
         f"on {run.mesh.size} {jax.devices()[0].platform} device(s)"
         + (f" of {here.count} processes" if here.several else "")
     )
-    needed, phase = preflight.peak(composition.memory_parts(settings, source.config))
+    needed, phase = preflight.peak(fit.memory_parts(settings, source.config))
     print(
         f"memory     about {console.format_bytes(needed)} on each device, by estimate (most in the {phase})"
     )

@@ -1,0 +1,183 @@
+"""A training step in numbers: its row of metrics.jsonl, and the responses of it that samples.jsonl shows.
+
+Owns the names of these figures, and how those of several hosts become one. Must not know the order of a step,
+nor decide anything by what it measures. Cosines of mixed inputs are taken here for evaluations as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ngrpo_jax.algo.mixture import Mixture, cosine_to_anchor
+from ngrpo_jax.analysis import geometry
+from ngrpo_jax.commands.actor import Actor, sequence_numbers
+from ngrpo_jax.commands.composition import Language
+from ngrpo_jax.commands.run import Run, old_logprobs
+from ngrpo_jax.rollout.trajectory import Trajectories
+from ngrpo_jax.runtime import distributed, hardware, preflight
+from ngrpo_jax.tasks import prompts
+from ngrpo_jax.tasks.rewards import Counts
+
+COSINE_SAMPLE = 4096  # mixed inputs whose cosine to their anchor is taken; a fixed shape compiles once
+_cosine_to_anchor = jax.jit(cosine_to_anchor)
+
+
+class Outcome(NamedTuple):
+    """A rollout in numbers, over all hosts, in the order of a run of one process."""
+
+    rewards_PG: np.ndarray
+    lengths_B: np.ndarray
+    stopped_B: np.ndarray
+    mixed_B: np.ndarray  # mixed inputs of each response
+
+
+def gather_outcome(name: str, trajectories: Trajectories, rewards_B: np.ndarray, samples: int) -> Outcome:
+    """The outcome of all hosts from this one's graded responses. Every process has to call this."""
+    mixed_B = trajectories.mixed_BT.sum(axis=1)
+    own_B4 = np.stack([rewards_B, trajectories.lengths_B, trajectories.stopped_B, mixed_B], axis=1)
+    own = own_B4.astype(np.float64).reshape(-1, samples, 4).tolist()
+    all_PG4 = np.asarray(distributed.merge(name, own))
+    return Outcome(
+        all_PG4[..., 0].astype(np.float32),
+        all_PG4[..., 1].astype(np.int32).reshape(-1),
+        all_PG4[..., 2].astype(bool).reshape(-1),
+        all_PG4[..., 3].astype(np.int32).reshape(-1),
+    )
+
+
+def reward_figures(rewards_PG: np.ndarray, graded: Counts) -> dict[str, float]:
+    """Mean and deviation of the rewards, the share of groups in which all are alike, and how grading went.
+
+    Args:
+      rewards_PG: of all hosts.
+      graded: what this host's grader did for them. Every process has to call this.
+    """
+    own = [graded.graded, graded.seconds, graded.timeouts + graded.failures]
+    verdicts, took, without = zip(*distributed.exchange("grading", own), strict=True)
+    return {
+        "reward/mean": float(rewards_PG.mean()),
+        "reward/std": float(rewards_PG.std()),
+        "reward/no_verdict": sum(without) / sum(verdicts),
+        "speed/verdicts": sum(verdicts) / max(took),
+        "groups/zero_variance": float((rewards_PG.max(axis=1) == rewards_PG.min(axis=1)).mean()),
+    }
+
+
+def rollout_figures(actor: Actor, trajectories: Trajectories, outcome: Outcome) -> dict[str, float]:
+    """Lengths, truncation and mixing of a rollout; cosines (Appendix E) over a sample of its mixed inputs.
+
+    Args:
+      trajectories: this host's.
+      outcome: that of all hosts.
+    """
+    figures = {
+        "rollout/length_mean": float(outcome.lengths_B.mean()),
+        "rollout/length_max": float(outcome.lengths_B.max()),
+        "rollout/truncated": float(1.0 - outcome.stopped_B.mean()),
+        "rollout/mixed_fraction": float(outcome.mixed_B.sum() / outcome.lengths_B.sum()),
+    }
+    if outcome.mixed_B.any():
+        figures |= _mixing_figures(actor, trajectories, outcome)
+    return figures
+
+
+def _mixing_figures(actor: Actor, trajectories: Trajectories, outcome: Outcome) -> dict[str, float]:
+    """Cosine to the anchor and its weight, over COSINE_SAMPLE of all hosts' mixed inputs, spread evenly.
+
+    Each host looks at those of the sample that it wrote, so that hosts do not change which they are.
+    """
+    prompts, samples = outcome.rewards_PG.shape
+    own = len(distributed.place().share(prompts))
+    starts_B = (np.cumsum(outcome.mixed_B) - outcome.mixed_B)[sequence_numbers(own, samples)]
+    places = np.argwhere(trajectories.mixed_BT)
+    before = np.concatenate([[0], np.cumsum(trajectories.mixed_BT.sum(axis=1))])
+    numbers = starts_B[places[:, 0]] + np.arange(len(places)) - before[places[:, 0]]  # increasing
+    sample = np.linspace(0, int(outcome.mixed_B.sum()) - 1, COSINE_SAMPLE).astype(int)
+    chosen = places[np.searchsorted(numbers, sample[np.isin(sample, numbers)])]
+    seen = []
+    if len(chosen):
+        cosines = _padded_cosines(actor, trajectories, chosen)
+        anchors = _at(trajectories.mixtures, chosen).weights[:, 0]
+        seen = np.stack([cosines, anchors], axis=1).tolist()
+    of_all = [pair for pairs in distributed.exchange("cosines", seen) for pair in pairs]
+    cosines, anchors = np.asarray(of_all, np.float32).T
+    figures = {f"rollout/mix_cosine_{name}": x for name, x in geometry.cosine_figures(cosines).items()}
+    return {**figures, "rollout/mix_anchor_weight": float(anchors.mean())}
+
+
+def mixed_cosines(actor: Actor, trajectories: Trajectories) -> tuple[np.ndarray, np.ndarray]:
+    """(places [M, 2], cosines [M]): each mixed input's sequence and position, and how near to its anchor."""
+    places = np.argwhere(trajectories.mixed_BT)
+    parts = [places[start : start + COSINE_SAMPLE] for start in range(0, len(places), COSINE_SAMPLE)]
+    found = [_padded_cosines(actor, trajectories, part) for part in parts]
+    return places, np.concatenate([np.zeros(0, np.float32), *found])
+
+
+def _padded_cosines(actor: Actor, trajectories: Trajectories, places_N2: np.ndarray) -> np.ndarray:
+    """Cosine of the inputs at these (sequence, position) to their anchors, float32 [N ≤ COSINE_SAMPLE]."""
+    count = len(places_N2)
+    padded = np.concatenate([places_N2, np.repeat(places_N2[-1:], COSINE_SAMPLE - count, axis=0)])
+    mixture = _at(trajectories.mixtures, padded)
+    return np.asarray(_cosine_to_anchor(actor.params["embed"]["embedding"], mixture))[:count]
+
+
+def _at(mixtures: Mixture, places_N2: np.ndarray) -> Mixture:
+    rows_N, times_N = places_N2.T
+    return jax.tree.map(lambda leaf: leaf[rows_N, times_N], mixtures)
+
+
+def learner_speed(
+    run: Run,
+    prompts: Sequence[Sequence[int]],
+    trajectories: Trajectories,
+    seconds: dict[str, float],
+    device: jax.Device,
+) -> dict[str, float]:
+    """Tokens a second of scoring and update, the latter's model FLOP utilisation, and peak memory.
+
+    Tokens are those of prompts and responses of all hosts, each prompt once a response, however many models
+    score them; where none has to, that figure is left out. The utilisation counts the products of an update
+    (of three forward passes), over the peak of the devices' bfloat16 arithmetic; it is left out where
+    that is unknown. Memory is that of the fullest of the hosts' first devices. Every process calls this.
+    """
+    settings, config = run.settings, run.source.config
+    lengths = [
+        (len(prompt), int(trajectories.lengths_B[i * settings.rollout.group + j]))
+        for i, prompt in enumerate(prompts)
+        for j in range(settings.rollout.group)
+    ]
+    forward = sum(preflight.forward_flops(config, *length) for length in lengths)
+    own = [sum(prompt + response for prompt, response in lengths), forward, hardware.peak_memory(device)]
+    of_tokens, of_work, of_memory = zip(*distributed.exchange("speed", own), strict=True)
+    figures = {"speed/update_tokens": sum(of_tokens) / seconds["update"]}
+    if run.reference is not None or old_logprobs(settings) == "learner":
+        figures["speed/logprob_tokens"] = sum(of_tokens) / seconds["logprobs"]
+    peak = hardware.peak_flops(device)
+    if peak is not None:
+        figures["speed/update_mfu"] = 3 * sum(of_work) / seconds["update"] / (peak * run.mesh.size)
+    held = [memory for memory in of_memory if memory is not None]
+    return {**figures, "speed/peak_memory": float(max(held))} if held else figures
+
+
+def sample_row(
+    language: Language, problem: Any, trajectories: Trajectories, index: int, reward: float, **extra: Any
+) -> dict[str, Any]:
+    """One response as a JSON row for samples.jsonl: text, verdict, and where its inputs were mixed."""
+    tokens = trajectories.response(index)
+    mixed = trajectories.mixed_BT[index, : len(tokens)]
+    text, spans = prompts.mixed_spans(language.tokenizer, tokens, mixed)
+    return {
+        **extra,
+        "id": problem.id,
+        "problem": problem.problem,
+        "answer": problem.answer,
+        "response": text,
+        "reward": float(reward),
+        "mixed": spans,
+        "tokens": len(tokens),
+        "stopped": bool(trajectories.stopped_B[index]),
+    }

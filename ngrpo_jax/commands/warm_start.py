@@ -1,0 +1,81 @@
+"""The warm start: the small model of `model.path = "warm-start"`, taught worked solutions before a run.
+
+Owns its size, its examples, and the record of the settings that made it. Must not know where a run looks for
+its model, or when one has to be made (composition.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from ngrpo_jax.learner.supervised import train_supervised
+from ngrpo_jax.model import hf
+from ngrpo_jax.model.config import ModelConfig
+from ngrpo_jax.runtime import console
+from ngrpo_jax.settings import Settings, WarmStartSettings
+from ngrpo_jax.tasks import arithmetic
+from ngrpo_jax.tasks.datasets import Problem
+
+RECIPE = "warm_start.json"  # beside warm_start/: the settings that made it
+
+
+def warm_start(
+    settings: Settings,
+    config: ModelConfig,
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    prompts: Sequence[Sequence[int]],
+    tokenizer_directory: str,
+    directory: pathlib.Path,
+) -> None:
+    """Trains the small model on worked solutions of these problems; writes an HF directory."""
+    examples = [
+        (prompt, _worked_ids(tokenizer, problem)) for problem, prompt in zip(problems, prompts, strict=True)
+    ]
+    label = f"warm start on {len(examples)} worked solutions"
+    with console.Progress(label, settings.warm_start.steps, "steps") as progress:
+        params = train_supervised(
+            config,
+            examples,
+            settings.warm_start,
+            seed=settings.seed,
+            progress=lambda done, loss: progress.update(done, f"loss {loss:.3f} nats/token"),
+        )
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    (directory.parent / RECIPE).write_text(json.dumps(recipe(settings), indent=1) + "\n", encoding="utf-8")
+    hf.save(str(directory), config, params, tokenizer_from=tokenizer_directory)
+
+
+def warm_start_config(settings: WarmStartSettings, tokenizer: Any) -> ModelConfig:
+    """A Qwen2 decoder of the asked-for size, with a vocabulary row for each token."""
+    return ModelConfig(
+        architecture="qwen2",
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_layers=settings.num_layers,
+        num_heads=settings.num_heads,
+        num_kv_heads=settings.num_kv_heads,
+        head_dim=settings.hidden_size // settings.num_heads,
+        tie_embeddings=True,
+        max_positions=4096,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_ids=(tokenizer.eos_token_id,),
+    )
+
+
+def recipe(settings: Settings) -> dict[str, Any]:
+    """Everything that a warm start depends on."""
+    data = dataclasses.asdict(settings.data)
+    for name in ("eval", "overlap_with", "drop_overlap"):  # an arithmetic source never shares a problem
+        del data[name]
+    return {"seed": settings.seed, "data": data, "warm_start": dataclasses.asdict(settings.warm_start)}
+
+
+def _worked_ids(tokenizer: Any, problem: Problem) -> list[int]:
+    response = tokenizer.encode(arithmetic.worked_response(problem.problem), add_special_tokens=False)
+    return [*response, tokenizer.eos_token_id]
