@@ -379,6 +379,26 @@ def test_figures_are_means_over_weight_and_extremes_over_steps():
     assert update.figures(steps) == pytest.approx({f"learner/{k}": v for k, v in expected.items()})
 
 
+def test_a_step_of_which_no_token_counts_is_in_no_mean_over_tokens():
+    full = {
+        "weight": 1.0,
+        "scored": 4.0,
+        "kl": 0.3,
+        "loss": 2.0,
+        "gap": 0.8,
+        "gap_max": 0.5,
+        "grad_norm": 3.0,
+    }
+    empty = {name: 0.0 for name in full} | {"grad_norm": 1.0}
+    tokens = {"learner/kl": 0.3, "learner/loss": 2.0, "gap/mean": 0.2}
+    others = {"gap/max": 0.5, "learner/grad_norm": 2.0}
+    for steps in ([full, empty], [empty, full]):
+        assert update.figures(steps) == pytest.approx(tokens | others)
+    of_none = update.figures([empty])
+    assert all(np.isnan(of_none[name]) for name in tokens)
+    assert of_none["gap/max"] == 0 and of_none["learner/grad_norm"] == 1
+
+
 def test_nothing_compiles_after_the_first_step():
     programs, shardings, optimizer = _programs()
     prompts, written, advantages = _batch()

@@ -33,7 +33,7 @@ from ngrpo_jax.tasks.rewards import Grader
 def evaluate_set(
     actor: Actor, held_out: ProblemSet, settings: Settings, grader: Grader, *, label: str
 ) -> dict[str, float]:
-    """The figures of a model on `data.eval` (docs/evaluation.md); each host writes a share of the problems."""
+    """A model's figures on `data.eval` (docs/evaluation.md); each host writes a share of the problems."""
     name, samples, here = set_name(settings.data.eval), settings.eval.samples, distributed.place()
     share = here.share(len(held_out.problems))
     with console.Progress(

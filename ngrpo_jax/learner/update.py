@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -264,19 +265,27 @@ def figures(steps: Sequence[dict[str, Any]], *, gap_of_first: bool = False) -> d
     KL are means over tokens as the loss weighs them. The gap to the sampler, over all response tokens alike,
     goes to `gap/...`: mean and max of |Δ log π|, and the k3 estimate of KL(sampler ‖ trainer), nats a token;
     `gap_of_first` takes it of the first step alone, where later ones would count what the update has moved.
+    A step of which no token counts (all of its groups left out, say) is in no mean over tokens nor in that of
+    the loss; where there is no other step, NaN.
     """
     gap = {"gap": "gap/mean", "gap_max": "gap/max", "gap_kl": "gap/kl"}
 
-    def value(step: dict[str, Any], name: str) -> float:
-        share = step["weight"] if name in WEIGHTED else step["scored"] if name in ("gap", "gap_kl") else 1.0
-        return float(step[name]) / float(share) if share else 0.0
+    def share(step: dict[str, Any], name: str) -> float:
+        """What the tokens that `name` is about add up to."""
+        if name in WEIGHTED or name == "loss":
+            return float(step["weight"])
+        return float(step["scored"]) if name in gap else 1.0
 
     def join(name: str) -> float:
         counted = steps[:1] if gap_of_first and name in gap else steps
-        values = [value(step, name) for step in counted]
-        if name.endswith("_max"):
-            return max(values)
-        return min(values) if name.endswith("_min") else float(np.mean(values))
+        if name.endswith(("_max", "_min")):
+            return float((max if name.endswith("_max") else min)(step[name] for step in counted))
+        counted = [step for step in counted if share(step, name) > 0]
+        sums = [float(step[name]) for step in counted]
+        means = (
+            sums if name == "loss" else [s / share(step, name) for s, step in zip(sums, counted, strict=True)]
+        )
+        return float(np.mean(means)) if means else math.nan
 
     names = [name for name in steps[0] if name not in ("weight", "scored")]
     return {gap.get(name, f"learner/{name}"): join(name) for name in names}
