@@ -33,13 +33,7 @@ from ngrpo_jax.commands.actor import (
     write_responses,
 )
 from ngrpo_jax.commands.evaluation import evaluate_set
-from ngrpo_jax.commands.figures import (
-    gather_outcome,
-    learner_speed,
-    reward_figures,
-    rollout_figures,
-    sample_row,
-)
+from ngrpo_jax.commands.figures import gather_outcome, rollout_figures, sample_rows, step_row
 from ngrpo_jax.commands.run import Position, Run, best_key, old_logprobs, prepare, save
 from ngrpo_jax.learner import credit, packing, update
 from ngrpo_jax.model import hf
@@ -47,9 +41,8 @@ from ngrpo_jax.rollout.trajectory import Trajectories
 from ngrpo_jax.runtime import console, distributed, ending, mesh, metrics
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.settings import TrainSettings, resolve
-from ngrpo_jax.tasks.rewards import Grader
-
-SAMPLES_A_STEP = 2  # responses of each step that go to samples.jsonl
+from ngrpo_jax.tasks.datasets import Problem
+from ngrpo_jax.tasks.rewards import Counts, Grader
 
 
 def main(argv: Sequence[str]) -> None:
@@ -137,72 +130,83 @@ def train_step(
     run: Run, position: Position, grader: Grader
 ) -> tuple[Position, dict[str, float], list[dict[str, Any]]]:
     """Once round the ring. Returns the next position, the step's metrics, and a few responses to look at."""
-    settings, rollout = run.settings, run.settings.rollout
     seconds: dict[str, float] = {}
-    step = position.step + 1
-    problems = next(position.stream)
+    step, problems = position.step + 1, next(position.stream)
+    prompts = [run.prompt_of[problem.id] for problem in problems]
 
     with _timed(seconds, "table"):
         served = table.serve(run, position)
-    with _timed(seconds, "rollout"):
-        actor = actor_of(run, position, served)
-        prompts = [run.prompt_of[problem.id] for problem in problems]
-        trajectories = write_responses(
-            actor,
-            prompts,
-            settings,
-            label=f"step {step}: rollout",
-            stream=step,
-            draws=training_draws(settings),
-        )
-    own = failures(trajectories, rollout.group, [problem.id for problem in problems])
-    sentence = "; ".join(filter(None, distributed.exchange("failures", own)))  # all hosts stop with one
-    if sentence:
-        raise FloatingPointError(
-            f"step {step}: {sentence}; the run in {run.workdir} goes on from its last checkpoint, with a "
-            "lower optimizer.learning_rate in a new --workdir if it happens again"
-        )
-    with _timed(seconds, "reward"):
-        texts = response_texts(run.source.language, trajectories)
-        golds = [problem.answer for problem in problems for _ in range(rollout.group)]
-        before = grader.snapshot()
-        rewards_B = np.asarray(grader.score(texts, golds, settings.reward.kind), np.float32)
-        graded = grader.snapshot().since(before)
-    outcome = gather_outcome("rollout", trajectories, rewards_B, rollout.group)
+    actor, trajectories = roll_out(run, position, served, problems, prompts, seconds)
+    rewards_PG, graded = grade(run, grader, problems, trajectories, seconds)
+    outcome = gather_outcome(trajectories, rewards_PG)
     figures = rollout_figures(actor, trajectories, outcome)
     del actor  # the rollout's copy of the parameters must not outlive the rollout
 
-    rewards_PG = rewards_B.reshape(len(problems), rollout.group)
     before_VD = table.before_update(run, served, position.state.params)
     state, learned = learn(run, position.state, prompts, trajectories, rewards_PG, seconds)
     if not np.isfinite(learned["learner/grad_norm"]):
-        raise FloatingPointError(
-            f"the gradient of step {step} is not finite; the run in {run.workdir} goes on from its last "
-            "checkpoint, with a lower optimizer.learning_rate in a new --workdir if it happens again"
-        )
+        raise _not_finite(run, f"the gradient of step {step} is not finite")
     with _timed(seconds, "table"):
         followed = table.after_update(run, served, before_VD, state.params)
-    row = {
-        **reward_figures(outcome.rewards_PG, graded),
-        **figures,
-        **learned,
-        **({} if served is None else served.figures),
-        **{f"time/{name}": value for name, value in seconds.items()},
-        "time/step": sum(seconds.values()),
-        "speed/rollout_tokens": int(outcome.lengths_B.sum()) / seconds["rollout"],
-        "speed/reward_tokens": int(outcome.lengths_B.sum()) / seconds["reward"],
-        "speed/step_tokens": int(outcome.lengths_B.sum()) / sum(seconds.values()),
-        **learner_speed(run, prompts, trajectories, seconds, jax.local_devices()[0]),
-    }
-    samples = [
-        sample_row(
-            run.source.language, problems[i // rollout.group], trajectories, i, rewards_B[i], step=step
-        )
-        for i in range(0, min(SAMPLES_A_STEP, len(problems)) * rollout.group, rollout.group)
-    ]
+
+    figures |= learned | ({} if served is None else served.figures)
+    row = step_row(run, prompts, trajectories, outcome, graded, figures, seconds)
+    samples = sample_rows(run.source.language, problems, trajectories, rewards_PG, step=step)
     age = 0 if served is None else served.age
-    position = Position(step, state, followed, age, position.stream, position.before)
-    return position, row, samples
+    return Position(step, state, followed, age, position.stream, position.before), row, samples
+
+
+def roll_out(
+    run: Run,
+    position: Position,
+    served: table.Serving | None,
+    problems: Sequence[Problem],
+    prompts: Sequence[Sequence[int]],
+    seconds: dict[str, float],
+) -> tuple[Actor, Trajectories]:
+    """Responses to this host's problems, and who wrote them; all hosts stop where one's cannot be used."""
+    step = position.step + 1
+    with _timed(seconds, "rollout"):
+        actor = actor_of(run, position, served)
+        trajectories = write_responses(
+            actor,
+            prompts,
+            run.settings,
+            label=f"step {step}: rollout",
+            stream=step,
+            draws=training_draws(run.settings),
+        )
+    own = failures(trajectories, run.settings.rollout.group, [problem.id for problem in problems])
+    sentence = "; ".join(filter(None, distributed.exchange("failures", own)))
+    if sentence:
+        raise _not_finite(run, f"step {step}: {sentence}")
+    return actor, trajectories
+
+
+def grade(
+    run: Run,
+    grader: Grader,
+    problems: Sequence[Problem],
+    trajectories: Trajectories,
+    seconds: dict[str, float],
+) -> tuple[np.ndarray, Counts]:
+    """The rewards of this host's responses, float32 [P, G], and what the grader did for them."""
+    group = run.settings.rollout.group
+    with _timed(seconds, "reward"):
+        texts = response_texts(run.source.language, trajectories)
+        golds = [problem.answer for problem in problems for _ in range(group)]
+        before = grader.snapshot()
+        rewards_B = np.asarray(grader.score(texts, golds, run.settings.reward.kind), np.float32)
+        graded = grader.snapshot().since(before)
+    return rewards_B.reshape(len(problems), group), graded
+
+
+def _not_finite(run: Run, found: str) -> FloatingPointError:
+    """The end of a run whose numbers are no longer finite: what was found, and how to go on."""
+    return FloatingPointError(
+        f"{found}; the run in {run.workdir} goes on from its last checkpoint, with a lower "
+        "optimizer.learning_rate in a new --workdir if it happens again"
+    )
 
 
 def learn(

@@ -360,3 +360,24 @@ def test_a_checkpoint_of_another_model_is_refused(finished, tmp_path, capsys):
     sentence = _refused(capsys, finished, rollout__temperature=0.5, train__steps=14)
     assert "rollout.temperature 1.0, not 0.5" in sentence
     assert sorted(path for path in finished.rglob("*")) == before
+
+
+def test_numbers_that_are_not_finite_end_a_run_in_one_sentence(finished, tmp_path, monkeypatch, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    advice = f"; the run in {workdir} goes on from its last checkpoint, with a lower optimizer.learning_rate"
+    learn = train.learn
+
+    def diverges(*arguments):
+        state, figures = learn(*arguments)
+        return state, figures | {"learner/grad_norm": float("nan")}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "learn", diverges)
+        sentence = _refused(capsys, workdir, train__steps=13)
+    assert f"the gradient of step 13 is not finite{advice}" in sentence
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "failures", lambda *_: "2 responses failed")
+        sentence = _refused(capsys, workdir, train__steps=13)
+    assert f"step 13: 2 responses failed{advice}" in sentence
+    assert [row["step"] for row in read_rows(workdir / "metrics.jsonl")] == list(range(1, 13))

@@ -20,10 +20,12 @@ from ngrpo_jax.commands.run import Run, old_logprobs
 from ngrpo_jax.rollout.trajectory import Trajectories
 from ngrpo_jax.runtime import distributed, hardware, preflight
 from ngrpo_jax.tasks import prompts
+from ngrpo_jax.tasks.datasets import Problem
 from ngrpo_jax.tasks.rewards import Counts
 
 COSINE_SAMPLE = 4096  # mixed inputs whose cosine to their anchor is taken; a fixed shape compiles once
 _cosine_to_anchor = jax.jit(cosine_to_anchor)
+SAMPLES_A_STEP = 2  # responses of each step that go to samples.jsonl
 
 
 class Outcome(NamedTuple):
@@ -35,18 +37,50 @@ class Outcome(NamedTuple):
     mixed_B: np.ndarray  # mixed inputs of each response
 
 
-def gather_outcome(name: str, trajectories: Trajectories, rewards_B: np.ndarray, samples: int) -> Outcome:
+def gather_outcome(trajectories: Trajectories, rewards_PG: np.ndarray) -> Outcome:
     """The outcome of all hosts from this one's graded responses. Every process has to call this."""
     mixed_B = trajectories.mixed_BT.sum(axis=1)
-    own_B4 = np.stack([rewards_B, trajectories.lengths_B, trajectories.stopped_B, mixed_B], axis=1)
-    own = own_B4.astype(np.float64).reshape(-1, samples, 4).tolist()
-    all_PG4 = np.asarray(distributed.merge(name, own))
+    own_B4 = np.stack(
+        [rewards_PG.reshape(-1), trajectories.lengths_B, trajectories.stopped_B, mixed_B], axis=1
+    )
+    own = own_B4.astype(np.float64).reshape(*rewards_PG.shape, 4).tolist()
+    all_PG4 = np.asarray(distributed.merge("rollout", own))
     return Outcome(
         all_PG4[..., 0].astype(np.float32),
         all_PG4[..., 1].astype(np.int32).reshape(-1),
         all_PG4[..., 2].astype(bool).reshape(-1),
         all_PG4[..., 3].astype(np.int32).reshape(-1),
     )
+
+
+def step_row(
+    run: Run,
+    prompts: Sequence[Sequence[int]],
+    trajectories: Trajectories,
+    outcome: Outcome,
+    graded: Counts,
+    figures: dict[str, float],
+    seconds: dict[str, float],
+) -> dict[str, float]:
+    """A step's row of metrics.jsonl. Every process has to call this.
+
+    Args:
+      prompts, trajectories, graded: this host's.
+      outcome: that of all hosts.
+      figures: of the rollout, the update and the table, as they are.
+      seconds: of each phase, by name.
+    """
+    tokens, whole = int(outcome.lengths_B.sum()), sum(seconds.values())
+    return {
+        **reward_figures(outcome.rewards_PG, graded),
+        **figures,
+        **{f"time/{name}": value for name, value in seconds.items()},
+        "time/step": whole,
+        "speed/rollout_tokens": tokens / seconds["rollout"],
+        "speed/reward_tokens": tokens / seconds["reward"],
+        "speed/step_tokens": tokens / whole,
+        **learner_speed(run, prompts, trajectories, seconds, jax.local_devices()[0]),
+    }
 
 
 def reward_figures(rewards_PG: np.ndarray, graded: Counts) -> dict[str, float]:
@@ -163,15 +197,30 @@ def learner_speed(
     return {**figures, "speed/peak_memory": float(max(held))} if held else figures
 
 
+def sample_rows(
+    language: Language,
+    problems: Sequence[Problem],
+    trajectories: Trajectories,
+    rewards_PG: np.ndarray,
+    *,
+    step: int,
+) -> list[dict[str, Any]]:
+    """A step's rows of samples.jsonl: the first response to each of its first SAMPLES_A_STEP problems."""
+    group = rewards_PG.shape[1]
+    return [
+        {"step": step, **sample_row(language, problem, trajectories, number * group, rewards_PG[number, 0])}
+        for number, problem in enumerate(problems[:SAMPLES_A_STEP])
+    ]
+
+
 def sample_row(
-    language: Language, problem: Any, trajectories: Trajectories, index: int, reward: float, **extra: Any
+    language: Language, problem: Problem, trajectories: Trajectories, index: int, reward: float
 ) -> dict[str, Any]:
     """One response as a JSON row for samples.jsonl: text, verdict, and where its inputs were mixed."""
     tokens = trajectories.response(index)
     mixed = trajectories.mixed_BT[index, : len(tokens)]
     text, spans = prompts.mixed_spans(language.tokenizer, tokens, mixed)
     return {
-        **extra,
         "id": problem.id,
         "problem": problem.problem,
         "answer": problem.answer,
