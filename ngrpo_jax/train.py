@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import pathlib
 import time
 from collections.abc import Iterator, Sequence
@@ -38,7 +37,7 @@ from ngrpo_jax.commands.run import Position, Run, best_key, old_logprobs, prepar
 from ngrpo_jax.learner import credit, packing, update
 from ngrpo_jax.model import hf
 from ngrpo_jax.rollout.trajectory import Trajectories
-from ngrpo_jax.runtime import console, distributed, ending, mesh, metrics
+from ngrpo_jax.runtime import console, distributed, ending, files, mesh, metrics
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.settings import TrainSettings, resolve
 from ngrpo_jax.tasks.datasets import Problem
@@ -72,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
             del params  # donated
             workdir.mkdir(parents=True, exist_ok=True)
             if here.primary:
-                (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=1), encoding="utf-8")
+                files.write_json(workdir / "config.json", config.to_dict())
             with commandline.last_words():
                 train(run, position, grader, checkpoints, begun)
 

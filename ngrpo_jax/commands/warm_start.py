@@ -7,7 +7,6 @@ its model, or when one has to be made (composition.py).
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from ngrpo_jax.learner.supervised import train_supervised
 from ngrpo_jax.model import hf
 from ngrpo_jax.model.config import ModelConfig
-from ngrpo_jax.runtime import console
+from ngrpo_jax.runtime import console, files
 from ngrpo_jax.settings import Settings, WarmStartSettings
 from ngrpo_jax.tasks import arithmetic
 from ngrpo_jax.tasks.datasets import Problem
@@ -46,7 +45,7 @@ def warm_start(
             progress=lambda done, loss: progress.update(done, f"loss {loss:.3f} nats/token"),
         )
     directory.parent.mkdir(parents=True, exist_ok=True)
-    (directory.parent / RECIPE).write_text(json.dumps(recipe(settings), indent=1) + "\n", encoding="utf-8")
+    files.write_json(directory.parent / RECIPE, recipe(settings))
     hf.save(str(directory), config, params, tokenizer_from=tokenizer_directory)
 
 

@@ -281,11 +281,9 @@ def figures(steps: Sequence[dict[str, Any]], *, gap_of_first: bool = False) -> d
         if name.endswith(("_max", "_min")):
             return float((max if name.endswith("_max") else min)(step[name] for step in counted))
         counted = [step for step in counted if share(step, name) > 0]
-        sums = [float(step[name]) for step in counted]
-        means = (
-            sums if name == "loss" else [s / share(step, name) for s, step in zip(sums, counted, strict=True)]
-        )
-        return float(np.mean(means)) if means else math.nan
+        # The loss is a sum over tokens as it stands.
+        values = [float(step[name]) / (1.0 if name == "loss" else share(step, name)) for step in counted]
+        return float(np.mean(values)) if values else math.nan
 
     names = [name for name in steps[0] if name not in ("weight", "scored")]
     return {gap.get(name, f"learner/{name}"): join(name) for name in names}
