@@ -22,7 +22,7 @@ from benchmarks import chunks, measure, shapes
 from benchmarks.peer import Peer
 from ngrpo_jax.model import columns
 from ngrpo_jax.model.config import ModelConfig
-from ngrpo_jax.rollout import engine
+from ngrpo_jax.rollout import compiling, decode, engine
 from ngrpo_jax.runtime import preflight
 from ngrpo_jax.runtime.console import format_bytes
 
@@ -93,7 +93,8 @@ def measured(slots: int, tokens: int) -> dict[str, int]:
         max_prompt_tokens=PROMPT,
     )
     chunk = chunks.decoding_memory(params, NARROW, slots=slots, context=PROMPT + tokens, steps=CHUNK)
-    engine.compile_ahead(params, NARROW, **options)
+    sampler = decode.Sampler(1.0, 1.0, 0, engine.NO_MIXING, ())
+    compiling.compile_ahead(params, compiling.Plan(NARROW, sampler, 1, tokens, slots, CHUNK, PROMPT))
     engine.generate(params, NARROW, prompts, lengths_B=np.ones(slots, np.int32), **options)
     gc.collect()
     arrays, before = sum(array.nbytes for array in jax.live_arrays()), measure.current_rss()

@@ -13,7 +13,7 @@ from ngrpo_jax.algo.neighbors import neighbor_table
 from ngrpo_jax.learner import packing
 from ngrpo_jax.model import columns, decoder
 from ngrpo_jax.model.config import ModelConfig, RopeScaling
-from ngrpo_jax.rollout import decode, engine
+from ngrpo_jax.rollout import compiling, decode, engine
 from ngrpo_jax.runtime import mesh as meshes
 
 BASE = ModelConfig(
@@ -326,7 +326,10 @@ def test_nothing_compiles_after_compile_ahead():
     table_VC = neighbor_table(params["embed"]["embedding"], 3)
     options = dict(samples=2, max_new_tokens=150, temperature=0.9, mixing=mixing, table_VC=table_VC)
     options |= dict(stop_ids=STOP, slots=4, chunk=8, max_prompt_tokens=120)
-    assert engine.compile_ahead(params, BASE, **options) > 0
+    plan = compiling.Plan(
+        BASE, decode.Sampler(0.9, 1.0, 0, mixing, STOP), 2, 150, slots=4, chunk=8, max_prompt_tokens=120
+    )
+    assert compiling.compile_ahead(params, plan, table_VC) > 0
     keys = jax.random.key_data(jax.random.split(jax.random.key(0), 8))
     compiled = _compilations()
     rng = np.random.default_rng(0)

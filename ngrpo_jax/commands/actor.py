@@ -19,7 +19,7 @@ import numpy as np
 from ngrpo_jax.commands.composition import Language, Source
 from ngrpo_jax.model import columns
 from ngrpo_jax.model.config import ModelConfig
-from ngrpo_jax.rollout import engine
+from ngrpo_jax.rollout import compiling, decode, engine
 from ngrpo_jax.rollout.trajectory import Trajectories
 from ngrpo_jax.runtime import console, distributed, mesh
 from ngrpo_jax.settings import Settings
@@ -162,6 +162,27 @@ def write_responses(
         )
 
 
+def plan_of(
+    config: ModelConfig,
+    language: Language,
+    settings: Settings,
+    draws: Draws,
+    sharding: jax.sharding.NamedSharding,
+) -> compiling.Plan:
+    """What such draws ask of this host's rollout."""
+    mixing = language.mixing if draws.mixes else engine.NO_MIXING
+    return compiling.Plan(
+        config,
+        decode.Sampler(draws.temperature, draws.top_p, draws.top_k, mixing, tuple(language.stop_ids)),
+        samples=draws.samples,
+        max_new_tokens=draws.max_new_tokens,
+        slots=own_slots(settings),
+        chunk=settings.rollout.chunk,
+        max_prompt_tokens=settings.data.max_prompt_tokens,
+        sharding=sharding,
+    )
+
+
 def compile_ahead(actor: Actor, settings: Settings, draws: Draws) -> float:
     """Compiles everything that `write_responses` will need for such draws; seconds."""
     mixing, table_VC = actor.language.mixing, None
@@ -172,22 +193,8 @@ def compile_ahead(actor: Actor, settings: Settings, draws: Draws) -> float:
                 np.zeros((actor.config.vocab_size, mixing.k), np.int32),
                 mesh.replicated(actor.sharding.mesh),  # type: ignore[arg-type]
             )
-    return engine.compile_ahead(
-        actor.params,
-        actor.config,
-        samples=draws.samples,
-        max_new_tokens=draws.max_new_tokens,
-        temperature=draws.temperature,
-        top_p=draws.top_p,
-        top_k=draws.top_k,
-        mixing=mixing if draws.mixes else None,
-        table_VC=table_VC,
-        stop_ids=actor.language.stop_ids,
-        slots=own_slots(settings),
-        chunk=settings.rollout.chunk,
-        max_prompt_tokens=settings.data.max_prompt_tokens,
-        sharding=actor.sharding,
-    )
+    plan = plan_of(actor.config, actor.language, settings, draws, actor.sharding)
+    return compiling.compile_ahead(actor.params, plan, table_VC)
 
 
 def failures(trajectories: Trajectories, samples: int, ids: Sequence[str]) -> str | None:

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from ngrpo_jax.commands import composition
-from ngrpo_jax.commands.actor import evaluation_draws, own_slots, training_draws
+from ngrpo_jax.commands.actor import evaluation_draws, plan_of, training_draws
 from ngrpo_jax.commands.run import make_learner, old_logprobs, placed_shapes
 from ngrpo_jax.learner import packing, update
 from ngrpo_jax.model import columns
 from ngrpo_jax.model.config import ModelConfig
-from ngrpo_jax.rollout import decode, engine
+from ngrpo_jax.rollout import compiling, engine
 from ngrpo_jax.rollout.trajectory import Trajectories
 from ngrpo_jax.runtime import console, mesh
 from ngrpo_jax.settings import Settings
@@ -89,19 +89,8 @@ def compile_rollout(
     )
     count = 0
     for draws in (training_draws(settings), evaluation_draws(settings)):
-        mixing = language.mixing if draws.mixes else engine.NO_MIXING
-        sampler = decode.Sampler(draws.temperature, draws.top_p, draws.top_k, mixing, language.stop_ids)
-        compiled = engine.compile_largest(
-            params,
-            config,
-            sampler,
-            samples=draws.samples,
-            max_new_tokens=draws.max_new_tokens,
-            table_VC=table_VC if mixing.uses_table else None,
-            slots=own_slots(settings),
-            chunk=settings.rollout.chunk,
-            max_prompt_tokens=settings.data.max_prompt_tokens,
-            sharding=mesh.slots_sharding(local, layout),
-        )
+        plan = plan_of(config, language, settings, draws, mesh.slots_sharding(local, layout))
+        mixes = plan.sampler.mixing.uses_table
+        compiled = compiling.compile_largest(params, plan, table_VC if mixes else None)
         count += len(compiled)
     return count, f"{count} compiled in {console.format_seconds(time.monotonic() - begun)}"

@@ -203,12 +203,13 @@ def restore(
 def check_resumable(host: dict[str, Any], step: int, settings: Settings, workdir: pathlib.Path) -> None:
     """ValueError where a checkpoint is of a run with other settings, or beyond the last step of this one.
 
-    A setting that the checkpoint does not store, since it was written before that was done, is not compared.
+    Earlier checkpoints do not store model.dtype; it is not compared then.
     """
     there, here = host["settings"], lasting_settings(settings)
-    changed = [name for name in here if name in there and there[name] != here[name]]
+    there = {"model.dtype": here["model.dtype"], **there}
+    changed = [name for name in here if there.get(name) != here[name]]
     if changed:
-        facts = "; ".join(f"{name} {there[name]}, not {here[name]}" for name in changed)
+        facts = "; ".join(f"{name} {there.get(name)}, not {here[name]}" for name in changed)
         raise ValueError(f"the run in {workdir} was made with {facts}; use those or another --workdir.")
     if step > settings.train.steps:
         raise ValueError(

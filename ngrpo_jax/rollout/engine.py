@@ -12,7 +12,7 @@ import collections
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,8 @@ from ngrpo_jax.model import columns, decoder
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.rollout import decode
 from ngrpo_jax.rollout.checks import check_arguments
-from ngrpo_jax.rollout.seating import Seating, cache_sizes, no_seats, prompt_lengths, smallest
+from ngrpo_jax.rollout.compiling import Plan, Shapes, decoded, empty_slots, prefilled, shapes_of
+from ngrpo_jax.rollout.seating import Seating, smallest
 from ngrpo_jax.rollout.trajectory import Trajectories
 
 NO_MIXING = Mixing(strategy="none")
@@ -63,19 +64,7 @@ class Stats:
 
 
 Progress = Callable[[Stats], None]
-
-
-class Shapes(NamedTuple):
-    """What the compiled programs of a rollout depend on, besides the parameters."""
-
-    config: ModelConfig
-    sampler: decode.Sampler
-    slots: int
-    chunk: int
-    prompts: int  # of one prefill
-    sizes: tuple[int, ...]  # cache columns
-    lengths: tuple[int, ...]  # padded prompt lengths
-    placement: decode.Placement | None
+Prefix = tuple[jax.Array, kv.KVCache]  # a prefill's hidden states [P, D], and its keys and values
 
 
 def generate(
@@ -149,7 +138,9 @@ def generate(
     if not columns.is_laid_out(params):
         params = columns.lay_out(params, config)
     longest = max_prompt_tokens or max(map(len, prompts))
-    shapes = _shapes(params, config, sampler, samples, slots, chunk, longest, max_new_tokens, sharding)
+    shapes = shapes_of(
+        Plan(config, sampler, samples, max_new_tokens, slots, chunk, longest, sharding), params
+    )
     stats = Stats() if stats is None else stats
     stats.sequences, stats.slots = count, shapes.slots
     seating = Seating(
@@ -158,7 +149,7 @@ def generate(
         samples,
         keys_B2,
         slots=shapes.slots,
-        shards=_shards(shapes),
+        shards=shapes.shards,
         prompts=shapes.prompts,
     )
     results = Trajectories.empty(count, max_new_tokens, sampler.mixing.candidates, noisy=sampler.mixing.noisy)
@@ -168,21 +159,28 @@ def generate(
     return results
 
 
-def _run(params, table_VC, prompts, shapes, seating, results, limits_B, lookahead, stats, progress) -> None:
+def _run(
+    params: Any,
+    table_VC: Any | None,
+    prompts: Sequence[Sequence[int]],
+    shapes: Shapes,
+    seating: Seating,
+    results: Trajectories,
+    limits_B: np.ndarray,
+    lookahead: int,
+    stats: Stats,
+    progress: Progress | None,
+) -> None:
     """Refills, decodes and collects until every sequence has ended."""
-    config, sampler, placement = shapes.config, shapes.sampler, shapes.placement
-    state = decode.empty_slots(config, sampler, shapes.slots, shapes.sizes[0], placement)
+    state = empty_slots(shapes)
     running: collections.deque = collections.deque()  # (who sat where, whether any waited, what was written)
     prefix, begun = None, time.perf_counter()
     while seating.waiting or seating.seated or running:
         if seating.waiting:
-            state, prefix = _refill(params, prompts, shapes, seating, state, prefix, stats, running)
+            state, prefix = _refill(params, prompts, shapes, seating, state, prefix, stats, alone=not running)
         if seating.seated:
             state = _fitted(state, seating.columns_needed(shapes.chunk), shapes)
-            state, written = decode.decode_chunk(
-                params, table_VC, state,
-                config=config, sampler=sampler, steps=shapes.chunk, placement=placement,
-            )  # fmt: skip
+            state, written = decoded(params, table_VC, state, shapes)
             jax.tree.map(lambda leaf: leaf.copy_to_host_async(), written)
             running.append((seating.advance(shapes.chunk), seating.waiting, written))
         if len(running) > (lookahead if seating.seated else 0):
@@ -200,140 +198,36 @@ def _run(params, table_VC, prompts, shapes, seating, results, limits_B, lookahea
                 progress(stats)
 
 
-def compile_ahead(
+def _refill(
     params: Any,
-    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    shapes: Shapes,
+    seating: Seating,
+    state: decode.Slots,
+    prefix: Prefix | None,
+    stats: Stats,
     *,
-    samples: int,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    mixing: Mixing | None = None,
-    table_VC: Any | None = None,
-    stop_ids: Sequence[int],
-    slots: int,
-    chunk: int,
-    max_prompt_tokens: int,
-    sharding: jax.sharding.NamedSharding | None = None,
-) -> float:
-    """Runs every program that `generate` may need for such arguments once, with nobody seated; seconds.
+    alone: bool,
+) -> tuple[decode.Slots, Prefix | None]:
+    """Prefills and seats until no slot is free or nobody waits: (slots, the last prefill).
 
-    Args: as `generate`'s; `params` laid out.
+    `alone`: no chunk is under way. Beside one, waiting here would leave the device idle after it.
     """
-    begun = time.perf_counter()
-    sampler = decode.Sampler(
-        float(temperature), float(top_p), int(top_k), mixing or NO_MIXING, tuple(stop_ids)
-    )
-    shapes = _shapes(
-        params, config, sampler, samples, slots, chunk, max_prompt_tokens, max_new_tokens, sharding
-    )
-    prefixes = [_prefilled(params, [[0] * length], shapes) for length in shapes.lengths]
-    nobody = no_seats(_shards(shapes), shapes.slots // _shards(shapes))
-    state = decode.empty_slots(config, sampler, shapes.slots, shapes.sizes[0], shapes.placement)
-    there_and_back = (*shapes.sizes, *shapes.sizes[-2::-1])
-    for turn, size in enumerate(there_and_back):
-        if size != state.cache.columns:
-            state = decode.stretch(state, size)
-        if turn >= len(shapes.sizes):
-            continue
-        for hidden_PD, prefix in prefixes:
-            if prefix.columns <= size:
-                state = decode.fill(state, hidden_PD, prefix, nobody, placement=shapes.placement)
-        state, _ = decode.decode_chunk(
-            params, table_VC, state,
-            config=config, sampler=sampler, steps=chunk, placement=shapes.placement,
-        )  # fmt: skip
-    jax.block_until_ready(state)
-    return time.perf_counter() - begun
-
-
-def compile_largest(
-    params: Any,
-    config: ModelConfig,
-    sampler: decode.Sampler,
-    *,
-    samples: int,
-    max_new_tokens: int,
-    table_VC: Any | None,
-    slots: int,
-    chunk: int,
-    max_prompt_tokens: int,
-    sharding: jax.sharding.NamedSharding,
-) -> dict[str, jax.stages.Compiled]:
-    """Compiles the largest programs of such a `generate`, by name, from shapes alone: nothing is run.
-
-    Args: as `generate`'s; `params` laid out and, like `table_VC`, jax.ShapeDtypeStruct with a sharding.
-    """
-    shapes = _shapes(
-        params, config, sampler, samples, slots, chunk, max_prompt_tokens, max_new_tokens, sharding
-    )
-    on = shapes.placement
-    ids_BT = jax.ShapeDtypeStruct((shapes.prompts, shapes.lengths[-1]), jnp.int32)
-    lengths_B = jax.ShapeDtypeStruct((shapes.prompts,), jnp.int32)
-    prefill = decode.prefill.lower(params, ids_BT, lengths_B, config=config, placement=on)
-    empty = decode.empty_slots.lower(config, sampler, shapes.slots, shapes.sizes[-1], on)
-    compiled = {"prefill": prefill.compile(), "empty_slots": empty.compile()}
-    hidden_PD, prefix = _results(prefill, compiled["prefill"])
-    state = _results(empty, compiled["empty_slots"])
-    nobody = no_seats(_shards(shapes), shapes.slots // _shards(shapes))
-    fill = decode.fill.lower(state, hidden_PD, prefix, nobody, placement=on)
-    decoding = decode.decode_chunk.lower(
-        params, table_VC, state, config=config, sampler=sampler, steps=chunk, placement=on
-    )
-    return {**compiled, "fill": fill.compile(), "decode_chunk": decoding.compile()}
-
-
-def _results(lowered: jax.stages.Lowered, compiled: jax.stages.Compiled) -> Any:
-    """The shapes of a program's results, with the shardings that the compiler gave them."""
-    return jax.tree.map(
-        lambda info, sharding: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding),
-        lowered.out_info,
-        compiled.output_shardings,
-    )
-
-
-def _shapes(params, config, sampler, samples, slots, chunk, longest, max_new_tokens, sharding) -> Shapes:
-    placement = None if sharding is None else decode.Placement.of(sharding, params)
-    shards = 1 if placement is None else placement.shards
-    slots = -(-slots // shards) * shards
-    prompts = -(-max(1, slots // samples) // shards) * shards
-    lengths = prompt_lengths(longest)
-    sizes = cache_sizes(longest + max_new_tokens)
-    return Shapes(config, sampler, slots, chunk, prompts, sizes, lengths, placement)
-
-
-def _shards(shapes: Shapes) -> int:
-    return 1 if shapes.placement is None else shapes.placement.shards
-
-
-def _refill(params, prompts, shapes, seating, state, prefix, stats, running):
-    """Prefills and seats until no slot is free or nobody waits: (slots, the last prefill)."""
     while True:
         wanted = seating.wants_prefill()
         if wanted is not None:
             start = time.perf_counter()
-            prefix = _prefilled(params, [prompts[i] for i in wanted], shapes)
-            if not running:  # beside a running chunk, waiting here would leave the device idle after it
+            prefix = prefilled(params, [prompts[i] for i in wanted], shapes)
+            if alone:
                 jax.block_until_ready(prefix)
                 stats.prefill_s += time.perf_counter() - start
         seats = seating.seat()
-        if seats is None:
+        if seats is None or prefix is None:
             return state, prefix
         hidden_PD, cache = prefix
         if state.cache.columns < cache.columns:
             state = _fitted(state, cache.columns, shapes)
         state = decode.fill(state, hidden_PD, cache, seats, placement=shapes.placement)
-
-
-def _prefilled(params, prompts, shapes: Shapes) -> tuple[jax.Array, kv.KVCache]:
-    """Prompts, padded to the rows of a prefill and to one of its few lengths."""
-    ids_BT = np.zeros((shapes.prompts, smallest(shapes.lengths, max(map(len, prompts)))), np.int32)
-    lengths_B = np.ones(shapes.prompts, np.int32)
-    for row, prompt in enumerate(prompts):
-        ids_BT[row, : len(prompt)] = prompt
-        lengths_B[row] = len(prompt)
-    return decode.prefill(params, ids_BT, lengths_B, config=shapes.config, placement=shapes.placement)
 
 
 def _fitted(state: decode.Slots, need: int, shapes: Shapes) -> decode.Slots:
