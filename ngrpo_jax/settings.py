@@ -19,7 +19,7 @@ from ngrpo_jax.algo.objectives import ALGORITHMS, KL_ESTIMATORS
 
 DTYPES = ("float32", "bfloat16")
 WARM_START = "warm-start"  # the model.path of a model that the run makes itself
-GRADER_MB = 128  # MiB; math-verify itself takes about 70
+GRADER_MB = 128  # MiB of a grading process; tasks/rewards.py says why
 BEST_METRICS = ("mean_at_n", "pass_at_k", "maj_at_n")  # of an evaluation; larger is better
 
 

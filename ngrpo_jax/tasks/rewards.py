@@ -19,8 +19,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from ngrpo_jax.settings import GRADER_MB
-
 from . import math_worker
 from .grading import (
     after_thinking,
@@ -37,6 +35,8 @@ from .workers import Worker
 Reward = Callable[[str, str], float]
 
 _CACHED_VERDICTS = 16_384
+# MiB of a worker; math-verify takes about 70. Twin of settings.GRADER_MB: who imports settings imports jax.
+LEAST_MB = 128
 
 
 def math_reward(response: str, gold: str) -> float:
@@ -117,9 +117,9 @@ class Grader:
     """
 
     def __init__(self, workers: int = 2, deadline_s: float = 5.0, memory_mb: int = 1024):
-        if workers < 1 or deadline_s <= 0 or memory_mb < GRADER_MB:
+        if workers < 1 or deadline_s <= 0 or memory_mb < LEAST_MB:
             raise ValueError(
-                f"grading needs at least 1 worker, a deadline above 0 s and {GRADER_MB} MiB, not {workers}, "
+                f"grading needs at least 1 worker, a deadline above 0 s and {LEAST_MB} MiB, not {workers}, "
                 f"{deadline_s} and {memory_mb}"
             )
         self.counts = Counts()
