@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 VENV := .venv
 BIN := $(VENV)/bin
 WORKDIR := runs/tiny
-GOLDEN_TESTS := tests/test_decoder.py tests/test_columns.py tests/test_learner_oracle.py
+GOLDEN_TESTS := tests/test_decoder.py tests/test_inference.py tests/test_learner_oracle.py
 
 .DEFAULT_GOAL := help
 .PHONY: help run test test-long lint

@@ -66,10 +66,10 @@ def _measure(answers: list[str], golds: list[str], workers: int) -> tuple[float,
     """(verdicts a second, verdicts, those by reading alone, time-outs) of a fresh grader."""
     with Grader(workers=workers) as grader:
         # Both workers are up before the clock starts: two questions that no batch holds.
-        grader.score(["\\boxed{q+1}", "\\boxed{q+2}"] * workers, ["1+q", "2+q"] * workers, "math")
+        grader.grade(["\\boxed{q+1}", "\\boxed{q+2}"] * workers, ["1+q", "2+q"] * workers, "math")
         time.sleep(1.0)
         before = grader.snapshot()
-        grader.score([f"{WORDS}\\boxed{{{answer}}}." for answer in answers], golds, "math")
+        grader.grade([f"{WORDS}\\boxed{{{answer}}}." for answer in answers], golds, "math")
         batch = grader.counts.since(before)
     return batch.per_second, batch.graded, batch.by_rule, batch.timeouts
 

@@ -33,14 +33,14 @@ from benchmarks.peer import Peer
 from ngrpo_jax.algo.mixture import Mixing
 from ngrpo_jax.algo.objectives import group_advantages
 from ngrpo_jax.learner import packing, update
-from ngrpo_jax.learner.loss import Computation, row_loss
+from ngrpo_jax.learner.loss import ForwardOptions, row_loss
 from ngrpo_jax.learner.optimizer import make_optimizer
 from ngrpo_jax.model import attention, decoder, hf
 from ngrpo_jax.model.config import ModelConfig
+from ngrpo_jax.preflight import memory
 from ngrpo_jax.rollout import engine
 from ngrpo_jax.rollout.trajectory import Trajectories
 from ngrpo_jax.runtime import mesh as meshes
-from ngrpo_jax.runtime import preflight
 
 OBJECTIVE = dataclasses.replace(updating.OBJECTIVE, kl_coef=0.001)
 SAMPLES, PROMPT, NEW = 4, 64, 128
@@ -205,7 +205,7 @@ def against_products(report: measure.Report, ours: Ours, given: argparse.Namespa
     ):
         taken = _last_median(ours.phases[name], given.rounds)
         rows.append((name, taken, seconds, seconds / taken))
-    flops = preflight.forward_flops(ours.config, PROMPT, NEW) * given.prompts * SAMPLES
+    flops = memory.forward_flops(ours.config, PROMPT, NEW) * given.prompts * SAMPLES
     report.table(
         "Against the weight products alone",
         ("phase", "seconds", "its products", "share"),
@@ -301,7 +301,7 @@ def _products(tokens: int, inner: int, outer: int, dtype: str) -> tuple[float, f
     return seconds((1, 0), x, w), seconds((1, 1), g, w) + seconds((0, 0), x, g)
 
 
-def computation(config: ModelConfig, given: argparse.Namespace) -> Computation:
+def computation(config: ModelConfig, given: argparse.Namespace) -> ForwardOptions:
     """How log-probabilities are computed in this run of the benchmark."""
     name = attention.choose(
         given.attention,
@@ -310,7 +310,7 @@ def computation(config: ModelConfig, given: argparse.Namespace) -> Computation:
         shared_prefixes=not given.unshared,
         dtype=config.dtype,
     )
-    return Computation(
+    return ForwardOptions(
         config, 1.0, given.remat, given.chunk, attention.make(name, block=given.block), given.unroll
     )
 

@@ -5,7 +5,7 @@
 Each case is a run of this project with random weights of its size, in a process of its own: the table is
 built, responses are written and the update is made by what the training command calls, once to compile and
 once to be counted. Prompts and responses are as long as the settings allow, which is what the calculation
-(runtime/preflight.py) is about.
+(runtime/memory.py) is about.
 """
 
 from __future__ import annotations
@@ -28,15 +28,20 @@ import jax
 import numpy as np
 
 from benchmarks import measure, shapes
-from ngrpo_jax import train
-from ngrpo_jax.commands import commandline, composition, fit, table
-from ngrpo_jax.commands.actor import training_draws, write_responses
-from ngrpo_jax.commands.run import Position, Run, prepare
+from ngrpo_jax import flags, train
 from ngrpo_jax.model.config import ModelConfig
-from ngrpo_jax.runtime import mesh, preflight
+from ngrpo_jax.preflight import fit, memory
+from ngrpo_jax.run.neighbor_table import after_update, before_update, serve
+from ngrpo_jax.run.start import prepare
+from ngrpo_jax.run.state import Run, RunState
+from ngrpo_jax.runtime import mesh
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.runtime.console import format_bytes, format_count
 from ngrpo_jax.settings import Settings, resolve
+from ngrpo_jax.setup.model_spec import ModelSpec
+from ngrpo_jax.setup.policy import training_draws, write_responses
+from ngrpo_jax.setup.problems import ProblemSet
+from ngrpo_jax.setup.tokenizer_info import TokenizerInfo
 from ngrpo_jax.tasks.datasets import Problem
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -105,45 +110,45 @@ def measured(case: Case) -> dict[str, tuple[int, int]]:
     """Phase -> bytes calculated and bytes measured, of a whole step."""
     settings = _settings(case)
     parts = fit.memory_parts(settings, case.model)
-    always = preflight.held(parts, "always")
+    always = memory.held(parts, "always")
     with tempfile.TemporaryDirectory() as folder:
-        run, position = _begin(case.model, settings, pathlib.Path(folder))
-        position, _ = _step(run, position)
-        _, peaks = _step(run, dataclasses.replace(position, table=None))  # it is built anew
-    return {phase: (always + preflight.held(parts, phase), peak) for phase, peak in peaks.items()}
+        run, state = _begin(case.model, settings, pathlib.Path(folder))
+        state, _ = _step(run, state)
+        _, peaks = _step(run, dataclasses.replace(state, table=None))  # it is built anew
+    return {phase: (always + memory.held(parts, phase), peak) for phase, peak in peaks.items()}
 
 
 def _settings(case: Case) -> Settings:
-    config = commandline.load_config(str(ROOT / "configs" / f"{case.config}.py"))
+    config = flags.load_config(str(ROOT / "configs" / f"{case.config}.py"))
     config.update_from_flattened_dict(case.changes)
     return resolve(config)
 
 
-def _begin(config: ModelConfig, settings: Settings, workdir: pathlib.Path) -> tuple[Run, Position]:
+def _begin(config: ModelConfig, settings: Settings, workdir: pathlib.Path) -> tuple[Run, RunState]:
     """A run with random weights and as many random prompts as a step takes, none with an end in sight."""
     draw, rows = np.random.default_rng(0), config.vocab_size
     mixing = settings.mixing.method((), ())
-    language = composition.Language(None, (), mixing, np.ones(rows, bool), None)
-    source = composition.Source("", config, language)
+    tokenizer_info = TokenizerInfo(None, (), mixing, np.ones(rows, bool), None)
+    model_spec = ModelSpec("", config, tokenizer_info)
     count = settings.rollout.prompts
     ids_PT = draw.integers(rows, size=(count, settings.data.max_prompt_tokens))
     problems = [Problem(str(i), "", "") for i in range(count)]
-    training = composition.ProblemSet(problems, ids_PT.tolist(), 0)
+    training = ProblemSet(problems, ids_PT.tolist(), 0)
     devices = mesh.make_mesh(1, 1, 1)
     params = shapes.random_params(config, stacked=True, dtype="float32")
     with Checkpoints(workdir, model=None, best="") as none:
-        return prepare(settings, workdir, (source, training, training), devices, params, none)
+        return prepare(settings, workdir, (model_spec, training, training), devices, params, none)
 
 
-def _step(run: Run, position: Position) -> tuple[Position, dict[str, int]]:
+def _step(run: Run, state: RunState) -> tuple[RunState, dict[str, int]]:
     """`train.train_step` without grading, in three parts; where it leads, and the peak of each part."""
     settings, group = run.settings, run.settings.rollout.group
     peaks: dict[str, int] = {}
     prompts = run.training.prompts
-    served = _counted(peaks, "table", lambda: table.serve(run, position))
+    served = _counted(peaks, "table", lambda: serve(run, state))
 
     def write() -> Any:
-        actor = train.actor_of(run, position, served)
+        actor = train.policy_of(run, state, served)
         draws = training_draws(settings)
         return write_responses(actor, prompts, settings, label="rollout", stream=1, draws=draws)
 
@@ -151,12 +156,12 @@ def _step(run: Run, position: Position) -> tuple[Position, dict[str, int]]:
     rewards_PG = np.resize([0.0, 1.0], (len(prompts), group))
 
     def learn() -> Any:
-        before_VD = table.before_update(run, served, position.state.params)
-        state, _ = train.learn(run, position.state, prompts, trajectories, rewards_PG, {})
-        return state, table.after_update(run, served, before_VD, state.params)
+        before_VD = before_update(run, served, state.train_state.params)
+        train_state, _ = train.learn(run, state.train_state, prompts, trajectories, rewards_PG, {})
+        return train_state, after_update(run, served, before_VD, train_state.params)
 
-    state, followed = _counted(peaks, "update", learn)
-    return Position(position.step + 1, state, followed, 1, position.stream, {}), peaks
+    train_state, followed = _counted(peaks, "update", learn)
+    return RunState(state.step + 1, train_state, followed, 1, state.stream, {}), peaks
 
 
 def _counted(peaks: dict[str, int], name: str, work: Callable[[], Any]) -> Any:

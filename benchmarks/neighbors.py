@@ -30,10 +30,10 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from ngrpo_jax.algo import refresh
-from ngrpo_jax.algo.eligible import eligible_rows
-from ngrpo_jax.algo.nearness import tile_scores
-from ngrpo_jax.algo.neighbors import TILE, neighbor_table
+from ngrpo_jax.algo.neighbors import refresh
+from ngrpo_jax.algo.neighbors.eligibility import eligible_rows
+from ngrpo_jax.algo.neighbors.exact import TILE, neighbor_table
+from ngrpo_jax.algo.neighbors.nearness import tile_scores
 from ngrpo_jax.learner.optimizer import make_optimizer
 from ngrpo_jax.model import decoder, hf
 from ngrpo_jax.runtime import console

@@ -26,7 +26,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from benchmarks import bounds, measure, mixing, rollout_memory, shapes
 from benchmarks.contenders import SAMPLES, Model, Ours, Theirs, Work, agreement
 from benchmarks.peer import Peer
-from ngrpo_jax.model import columns, hf
+from ngrpo_jax.model import hf, inference
 from ngrpo_jax.model.config import ModelConfig
 
 PROMPT = 64
@@ -162,12 +162,12 @@ def _model(given: argparse.Namespace, scratch: str) -> Model:
     if given.model is not None:
         config, params = hf.load(given.model)
         name = os.path.basename(os.path.normpath(given.model))
-        return Model(config, columns.lay_out(params, config), given.model, name)
+        return Model(config, inference.lay_out(params, config), given.model, name)
     config = shapes.SHAPES["small"]
     params = shapes.random_params(config, stacked=True)
     directory = os.path.join(scratch, "small")
     hf.save(directory, config, params)
-    return Model(config, columns.lay_out(params, config), directory, "small Qwen2, random weights")
+    return Model(config, inference.lay_out(params, config), directory, "small Qwen2, random weights")
 
 
 def _start_peer(stack: contextlib.ExitStack, model: Model, given: argparse.Namespace) -> Peer:

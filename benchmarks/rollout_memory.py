@@ -20,10 +20,10 @@ import numpy as np
 
 from benchmarks import chunks, measure, shapes
 from benchmarks.peer import Peer
-from ngrpo_jax.model import columns
+from ngrpo_jax.model import inference
 from ngrpo_jax.model.config import ModelConfig
+from ngrpo_jax.preflight import memory
 from ngrpo_jax.rollout import compiling, decode, engine
-from ngrpo_jax.runtime import preflight
 from ngrpo_jax.runtime.console import format_bytes
 
 # Narrow but for what the case is about: a vocabulary of 152k and a cache of 4 KiB a token.
@@ -54,7 +54,7 @@ def report_memory(report: measure.Report, *, slots: int, tokens: int) -> None:
 
 def _predicted(slots: int, tokens: int) -> int:
     """What preflight says that a rollout holds: its copy of the parameters and everything of its phase."""
-    run = preflight.RunShape(
+    run = memory.RunShape(
         data=1,
         fsdp=1,
         tensor=1,
@@ -64,14 +64,14 @@ def _predicted(slots: int, tokens: int) -> int:
         cache_length=PROMPT + tokens,
         prefill_rows=slots,
         prompt_tokens=PROMPT,
-        query_block=columns.QUERY_BLOCK,
+        query_block=inference.QUERY_BLOCK,
         rows_per_device=1,
         row_tokens=PROMPT + tokens,
         logprob_chunk=1024,
         remat="full",
         reference=False,
     )
-    return preflight.held(preflight.memory_estimate(NARROW, run), "rollout")
+    return memory.held(memory.memory_estimate(NARROW, run), "rollout")
 
 
 def measured(slots: int, tokens: int) -> dict[str, int]:

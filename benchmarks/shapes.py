@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ngrpo_jax.model import columns, decoder
+from ngrpo_jax.model import decoder, inference
 from ngrpo_jax.model.config import ModelConfig
 
 SHAPES = {
@@ -30,12 +30,12 @@ def random_params(
 ) -> Any:
     """Matrices normal with deviation 1/sqrt(inputs), norms 1, biases 0, in `dtype` (by default the model's).
 
-    The rollout's layout (model/columns.py); or the learner's, `stacked`.
+    The rollout's layout (model/inference.py); or the learner's, `stacked`.
     """
 
     def made(key: jax.Array) -> Any:
         params = decoder.init(key, config)
-        return params if stacked else columns.lay_out(params, config)
+        return params if stacked else inference.lay_out(params, config)
 
     shapes = jax.eval_shape(made, jax.random.key(seed))
     leaves, tree = jax.tree.flatten_with_path(shapes)

@@ -12,8 +12,8 @@ import numpy as np
 
 from benchmarks import bounds, measure, shapes
 from ngrpo_jax.algo.mixture import Mixture
-from ngrpo_jax.learner import credit, packing, update
-from ngrpo_jax.learner.loss import Computation
+from ngrpo_jax.learner import advantages, packing, update
+from ngrpo_jax.learner.loss import ForwardOptions
 from ngrpo_jax.learner.optimizer import make_optimizer
 from ngrpo_jax.model import attention
 from ngrpo_jax.model.config import ModelConfig
@@ -117,7 +117,7 @@ class _Learner:
             lambda params: update.init_state(params, optimizer), donate_argnums=0, out_shardings=here
         )(params)
         self._programs = update.compile_programs(
-            Computation(config, 1.0, "full", LOGPROB_CHUNK, attention.make(implementation, device)),
+            ForwardOptions(config, 1.0, "full", LOGPROB_CHUNK, attention.make(implementation, device)),
             OBJECTIVE,
             optimizer,
             state_shardings=jax.tree.map(lambda _: here, self._state),
@@ -174,7 +174,7 @@ def _rows(config: ModelConfig, rows: int, tokens: int) -> packing.Rows:
         stopped_B=np.zeros(rows, bool),
         failed_B=np.zeros(rows, bool),
     )
-    weight_BT = credit.token_weights(
+    weight_BT = advantages.token_weights(
         lengths_B, mixed_BT, aggregate="sequence", loss_on_mixed=True, max_new_tokens=new
     )
     prompts = draw.integers(config.vocab_size, size=(rows, prompt)).tolist()

@@ -2,7 +2,7 @@
 
     python -m docs.launch_tables
 
-writes them anew between their marks, from the root of the repository. Memory is that of runtime/preflight.py,
+writes them anew between their marks, from the root of the repository. Memory is that of runtime/memory.py,
 for the paper's settings; hours follow from the makers' figures for the chips and two shares of them that are
 assumed. It stands beside the document it belongs to; tests/test_launch_tables.py holds the two together.
 """
@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from benchmarks import shapes
-from ngrpo_jax.commands import commandline, fit
+from ngrpo_jax import flags
 from ngrpo_jax.model.config import ModelConfig
-from ngrpo_jax.runtime import preflight
+from ngrpo_jax.preflight import fit, memory
 from ngrpo_jax.runtime.hardware import PEAK_FLOPS
 from ngrpo_jax.settings import MeshSettings, Settings, resolve
 
@@ -71,7 +71,7 @@ class Plan(NamedTuple):
 
 def plans(config: str, model: ModelConfig, devices: int) -> Iterator[Plan]:
     """Every mesh fsdp × tensor of so many devices that the model can be split over."""
-    given = commandline.load_config(str(DOCUMENT.parent.parent / "configs" / f"{config}.py"))
+    given = flags.load_config(str(DOCUMENT.parent.parent / "configs" / f"{config}.py"))
     settings = resolve(given)
     for tensor in range(1, model.num_kv_heads + 1):
         if devices % tensor or model.num_kv_heads % tensor:
@@ -79,9 +79,9 @@ def plans(config: str, model: ModelConfig, devices: int) -> Iterator[Plan]:
         grid = MeshSettings(data=1, fsdp=devices // tensor, tensor=tensor)
         own = dataclasses.replace(settings, mesh=grid)
         run = dataclasses.replace(fit.run_shape(own), attention="splash", logits_copies=3)
-        parts = preflight.memory_estimate(model, run)
+        parts = memory.memory_estimate(model, run)
         phases = ("always", "table", "rollout", "update")
-        yield Plan(own, {phase: preflight.held(parts, phase) for phase in phases})
+        yield Plan(own, {phase: memory.held(parts, phase) for phase in phases})
 
 
 def best(config: str, model: ModelConfig, where: Slice) -> tuple[Plan, bool]:
@@ -116,7 +116,7 @@ def hours(settings: Settings, model: ModelConfig, where: Slice) -> tuple[float, 
     sequences = run.prompts * run.group
     rollout = sequences * RESPONSE / run.slots * of_step
     # Old and reference log-probabilities, a forward pass and its repetition, and twice that for gradients.
-    work = (1 + 1 + 2 + 2) * sequences * preflight.forward_flops(model, PROMPT, RESPONSE)
+    work = (1 + 1 + 2 + 2) * sequences * memory.forward_flops(model, PROMPT, RESPONSE)
     update = work / (where.devices * FLOPS_SHARE * PEAK_FLOPS[where.kind])
     assert settings.eval.every is not None
     evaluations = 2 + settings.train.steps // settings.eval.every

@@ -10,7 +10,7 @@ import pathlib
 import sys
 from typing import Any
 
-from ngrpo_jax.commands import commandline
+from ngrpo_jax import flags
 
 DOCUMENT = pathlib.Path(__file__).parent / "paper.md"
 CONFIGS = DOCUMENT.parent.parent / "configs"
@@ -21,9 +21,9 @@ OWN = ("base", "tiny", "smollm2")  # not of the paper
 
 def values(path: pathlib.Path) -> dict[str, Any]:
     """Dotted leaf -> value of a config file."""
-    config = commandline.load_config(str(path))
+    config = flags.load_config(str(path))
     found = {}
-    for leaf in commandline.leaves(config):
+    for leaf in flags.leaves(config):
         value: Any = config
         for name in leaf.split("."):
             value = value[name]

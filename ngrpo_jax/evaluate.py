@@ -20,23 +20,27 @@ from typing import Any
 
 import jax
 
-from ngrpo_jax.commands import commandline, composition, evalsets, fit, stored
-from ngrpo_jax.commands.actor import (
+from ngrpo_jax import flags
+from ngrpo_jax.evaluation import stored
+from ngrpo_jax.evaluation.answering import answer_problems
+from ngrpo_jax.evaluation.cosines import mixed_cosines
+from ngrpo_jax.evaluation.generations import Store, blocks, file_of, make_header, rows_of
+from ngrpo_jax.evaluation.sets import EvalSet, eval_sets, split
+from ngrpo_jax.preflight import fit, memory
+from ngrpo_jax.runtime import console, distributed, mesh
+from ngrpo_jax.settings import Settings, resolve
+from ngrpo_jax.setup.model_spec import ModelSpec, model_identity, open_checkpoint, open_model_spec
+from ngrpo_jax.setup.policy import (
     EVAL_STREAM,
-    Actor,
+    Policy,
+    build_table,
     compile_ahead,
     evaluation_draws,
-    make_actor,
+    make_policy,
     write_responses,
 )
-from ngrpo_jax.commands.composition import ProblemSet
-from ngrpo_jax.commands.evalsets import EvalSet
-from ngrpo_jax.commands.evaluation import answer_problems
-from ngrpo_jax.commands.figures import mixed_cosines
-from ngrpo_jax.commands.generations import Store, blocks, file_of, make_header, rows_of
-from ngrpo_jax.commands.run import best_key, open_checkpoint
-from ngrpo_jax.runtime import console, distributed, mesh, preflight
-from ngrpo_jax.settings import Settings, resolve
+from ngrpo_jax.setup.problems import ProblemSet, load_set
+from ngrpo_jax.setup.resume import best_key
 from ngrpo_jax.tasks import prompts
 from ngrpo_jax.tasks.rewards import Grader
 
@@ -49,63 +53,61 @@ def main(argv: Sequence[str]) -> None:
     if stored.wanted(argv):
         stored.main(argv)
         return
-    config, flags = commandline.parse_flags(argv, step="best", prompt=None, sets=None, generations=None)
-    if flags["sets"] is not None:
-        config.eval.sets = evalsets.split(flags["sets"])
+    config, options = flags.parse_flags(argv, step="best", prompt=None, sets=None, generations=None)
+    if options["sets"] is not None:
+        config.eval.sets = split(options["sets"])
     settings = resolve(config)
-    workdir = pathlib.Path(flags["workdir"])
+    workdir = pathlib.Path(options["workdir"])
     distributed.require_alone("evaluate")
-    folder = pathlib.Path(flags["generations"] or workdir)
-    sets = evalsets.eval_sets(settings)
+    folder = pathlib.Path(options["generations"] or workdir)
+    sets = eval_sets(settings)
     devices = mesh.make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
-    preflight.check_workdir(workdir)
-    preflight.check_workdir(folder)
-    source = composition.open_source(settings, workdir)
+    memory.check_workdir(workdir)
+    memory.check_workdir(folder)
+    model_spec = open_model_spec(settings, workdir)
     for one in sets:
-        fit.check_evaluation(one.settings, source.config)
-    if flags["prompt"] is not None:
-        step, params = open_checkpoint(source, workdir, devices, flags["step"], best_key(settings))
-        actor = actor_of(settings, source, devices, params)
-        try_prompt(settings, actor, flags["prompt"], step)
+        fit.check_evaluation(one.settings, model_spec.config)
+    if options["prompt"] is not None:
+        step, params = open_checkpoint(model_spec, workdir, devices, options["step"], best_key(settings))
+        policy = policy_of(settings, model_spec, devices, params)
+        try_prompt(settings, policy, options["prompt"], step)
         return
-    held_out = [composition.load_set(one.settings, source.language.tokenizer, "test") for one in sets]
+    held_out = [load_set(one.settings, model_spec.tokenizer_info.tokenizer, "test") for one in sets]
     with Grader(settings.reward.workers, settings.reward.deadline_s, settings.reward.memory_mb) as grader:
         for one in sets:
             grader.check(one.settings.reward.kind)
-        step, params = open_checkpoint(source, workdir, devices, flags["step"], best_key(settings))
-        facts = composition.fingerprint(source, params)
+        step, params = open_checkpoint(model_spec, workdir, devices, options["step"], best_key(settings))
+        facts = model_identity(model_spec, params)
         stores = [
             Store(file_of(folder, step, one.name), make_header(one, problems, step, facts))
             for one, problems in zip(sets, held_out, strict=True)
         ]
-        actor = actor_of(settings, source, devices, params)
-        announce(settings, source, sets, held_out, stores)
-        compile_rollouts(actor, sets, held_out, stores)
+        policy = policy_of(settings, model_spec, devices, params)
+        announce(settings, model_spec, sets, held_out, stores)
+        compile_rollouts(policy, sets, held_out, stores)
         for one, problems, store in zip(sets, held_out, stores, strict=True):
-            complete(actor, one, problems, grader, store)
+            complete(policy, one, problems, grader, store)
     stored.show([store.path for store in stores], None, regrade=False)
 
 
-def actor_of(
-    settings: Settings, source: composition.Source, devices: jax.sharding.Mesh, params: Any
-) -> Actor:
+def policy_of(settings: Settings, model_spec: ModelSpec, devices: jax.sharding.Mesh, params: Any) -> Policy:
     """The checkpoint ready to write; a neighbour table only where evaluation mixes."""
     mixes = evaluation_draws(settings).mixes
-    table_VC = composition.build_table(params, source, devices) if mixes else None
-    return make_actor(source, devices, params, table_VC, settings.rollout.layout)
+    table_VC = build_table(params, model_spec, devices) if mixes else None
+    return make_policy(model_spec, devices, params, table_VC, settings.rollout.layout)
 
 
 def announce(
     settings: Settings,
-    source: composition.Source,
+    model_spec: ModelSpec,
     sets: Sequence[EvalSet],
     held_out: Sequence[ProblemSet],
     stores: Sequence[Store],
 ) -> None:
     """What will be evaluated, before it is."""
-    parts = [fit.evaluation_memory(one.settings, source.config) for one in sets]
-    needed = console.format_bytes(max(preflight.peak(of_set)[0] for of_set in parts))
-    print(f"model      {source.directory} ({source.config.architecture})")
+    parts = [fit.evaluation_memory(one.settings, model_spec.config) for one in sets]
+    needed = console.format_bytes(max(memory.peak(of_set)[0] for of_set in parts))
+    print(f"model      {model_spec.directory} ({model_spec.config.architecture})")
     print(f"memory     about {needed} on each device, by estimate")
     for one, problems, store in zip(sets, held_out, stores, strict=True):
         there = f", {store.done} of them done already" if store.done else ""
@@ -119,7 +121,7 @@ def announce(
 
 
 def compile_rollouts(
-    actor: Actor, sets: Sequence[EvalSet], held_out: Sequence[ProblemSet], stores: Sequence[Store]
+    policy: Policy, sets: Sequence[EvalSet], held_out: Sequence[ProblemSet], stores: Sequence[Store]
 ) -> None:
     """Compiles the rollouts of the sets that are not done yet, and says how long it took."""
     draws = {
@@ -127,12 +129,12 @@ def compile_rollouts(
         for one, problems, store in zip(sets, held_out, stores, strict=True)
         if store.done < len(problems.problems)
     }
-    seconds = sum(compile_ahead(actor, settings, each) for each, settings in draws.items())
+    seconds = sum(compile_ahead(policy, settings, each) for each, settings in draws.items())
     if draws:
         print(f"rollouts   compiled for every size in {console.format_seconds(seconds)}", flush=True)
 
 
-def complete(actor: Actor, one: EvalSet, problems: ProblemSet, grader: Grader, store: Store) -> None:
+def complete(policy: Policy, one: EvalSet, problems: ProblemSet, grader: Grader, store: Store) -> None:
     """Writes, grades and stores the responses that the store lacks, block by block."""
     settings, samples, count = one.settings, one.settings.eval.samples, len(problems.problems)
     begun, tokens, done_before, graded_before = time.monotonic(), 0, store.done, grader.snapshot()
@@ -142,7 +144,7 @@ def complete(actor: Actor, one: EvalSet, problems: ProblemSet, grader: Grader, s
     with line as progress:
         for numbers in blocks(done_before, count, size):
             answered = answer_problems(
-                actor,
+                policy,
                 problems,
                 numbers,
                 settings,
@@ -151,7 +153,7 @@ def complete(actor: Actor, one: EvalSet, problems: ProblemSet, grader: Grader, s
                 progress=progress,
                 done_before=numbers.start * samples,
             )
-            cosines = mixed_cosines(actor, answered.trajectories) if mixes else None
+            cosines = mixed_cosines(policy, answered.trajectories) if mixes else None
             store.append(rows_of(answered, problems, numbers, settings.reward.kind, cosines))
             tokens += int(answered.trajectories.lengths_B.sum())
     seconds = time.monotonic() - begun
@@ -166,9 +168,9 @@ def complete(actor: Actor, one: EvalSet, problems: ProblemSet, grader: Grader, s
         )
 
 
-def try_prompt(settings: Settings, actor: Actor, text: str, step: int) -> None:
+def try_prompt(settings: Settings, policy: Policy, text: str, step: int) -> None:
     """Prints `eval.samples` responses to a prompt of the user's, mixed tokens marked."""
-    tokenizer, data = actor.language.tokenizer, settings.data
+    tokenizer, data = policy.tokenizer_info.tokenizer, settings.data
     prompt = prompts.encode_prompt(tokenizer, prompts.user_text(text, data.prompt), data.chat_template)
     if len(prompt) > data.max_prompt_tokens:
         raise ValueError(
@@ -176,7 +178,7 @@ def try_prompt(settings: Settings, actor: Actor, text: str, step: int) -> None:
         )
     draws = evaluation_draws(settings)
     trajectories = write_responses(
-        actor, [prompt], settings, label="response", stream=EVAL_STREAM, draws=draws
+        policy, [prompt], settings, label="response", stream=EVAL_STREAM, draws=draws
     )
     what = f"mixing on (rate {settings.mixing.rate}; mixed tokens ⟦so⟧)" if draws.mixes else "mixing off"
     print(f"step {step}, temperature {draws.temperature}, {what}")
@@ -190,4 +192,4 @@ def try_prompt(settings: Settings, actor: Actor, text: str, step: int) -> None:
 
 
 if __name__ == "__main__":
-    commandline.run_command(main)
+    flags.run_command(main)

@@ -10,35 +10,37 @@ from collections.abc import Sequence
 
 import jax
 
-from ngrpo_jax.commands import commandline, composition
-from ngrpo_jax.commands.run import best_key, open_checkpoint
+from ngrpo_jax import flags
 from ngrpo_jax.model import hf
-from ngrpo_jax.runtime import console, distributed, mesh, preflight
+from ngrpo_jax.preflight import memory
+from ngrpo_jax.runtime import console, distributed, mesh
 from ngrpo_jax.settings import resolve
+from ngrpo_jax.setup.model_spec import open_checkpoint, open_model_spec
+from ngrpo_jax.setup.resume import best_key
 
 
 def main(argv: Sequence[str]) -> None:
     """Writes WORKDIR/export (or --out) from the chosen checkpoint, in `model.dtype`."""
-    config, flags = commandline.parse_flags(argv, step="latest", out=None)
+    config, options = flags.parse_flags(argv, step="latest", out=None)
     settings = resolve(config)
-    workdir = pathlib.Path(flags["workdir"])
-    out = pathlib.Path(flags["out"] or workdir / "export")
+    workdir = pathlib.Path(options["workdir"])
+    out = pathlib.Path(options["out"] or workdir / "export")
     distributed.require_alone("export")
     devices = mesh.make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
-    source = composition.open_source(settings, workdir)
-    step, params = open_checkpoint(source, workdir, devices, flags["step"], best_key(settings))
+    model_spec = open_model_spec(settings, workdir)
+    step, params = open_checkpoint(model_spec, workdir, devices, options["step"], best_key(settings))
     hf.save(
         out,
-        source.config,
+        model_spec.config,
         jax.device_get(params),
-        tokenizer_from=source.directory,
-        dtype=source.config.dtype,
+        tokenizer_from=model_spec.directory,
+        dtype=model_spec.config.dtype,
     )
     size = sum(file.stat().st_size for file in out.iterdir())
-    count = console.format_count(preflight.parameter_count(source.config))
-    print(f"exported   step {step} of {workdir}: {count} parameters in {source.config.dtype}")
+    count = console.format_count(memory.parameter_count(model_spec.config))
+    print(f"exported   step {step} of {workdir}: {count} parameters in {model_spec.config.dtype}")
     print(f"directory  {out} ({console.format_bytes(size)}); transformers reads it with from_pretrained")
 
 
 if __name__ == "__main__":
-    commandline.run_command(main)
+    flags.run_command(main)

@@ -26,7 +26,7 @@ jax.config.update("jax_default_matmul_precision", "float32")
 jax.config.update("jax_disable_most_optimizations", os.environ.get("NGRPO_TEST_OPTIMIZED") != "1")
 
 # Two workers take whole files in this order: the longest first, lest one of them end the run alone.
-LONGEST = ("update", "rollout", "hosts", "commands", "columns", "refresh", "benchmarks", "learner_oracle")
+LONGEST = ("update", "rollout", "hosts", "commands", "inference", "refresh", "benchmarks", "learner_oracle")
 
 OWN_CACHE = pytest.StashKey[str]()
 CACHE_OPTIONS = {

@@ -7,17 +7,24 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent / "ngrpo_jax"
+PARTS = {"algo", "model", "settings", "errors", "rollout", "learner", "tasks", "runtime"}
 MAY_IMPORT = {
     "algo": set(),
-    "model": {"algo"},
-    "settings": {"algo"},
-    "rollout": {"algo", "model", "settings"},
-    "learner": {"algo", "model", "settings", "rollout.trajectory"},
-    "tasks": {"settings", "rollout.trajectory"},
-    "analysis": {"settings", "rollout.trajectory"},
-    "runtime": {"settings"},
+    "errors": set(),
+    "choices": set(),
+    "settings": {"algo", "errors", "choices"},
+    "model": {"algo", "errors"},
+    "rollout": {"algo", "model", "settings", "errors", "choices"},
+    "learner": {"algo", "model", "settings", "errors", "choices", "rollout.trajectory"},
+    "tasks": {"settings", "errors", "choices", "rollout.trajectory"},
+    "runtime": {"settings", "errors", "choices"},
+    "setup": PARTS,
+    "evaluation": PARTS | {"setup"},
+    "preflight": PARTS | {"setup"},
+    "run": PARTS | {"setup", "evaluation", "preflight"},
+    "analysis": {"evaluation.statistics"},
 }
-COMMANDS = {"commands", "train", "evaluate", "export", "report", "__init__"}
+COMMANDS = {"train", "evaluate", "export", "report", "flags", "__init__"}
 FLAX_MODULES = ("flax.linen", "flax.nnx")
 
 

@@ -15,12 +15,12 @@ import pytest
 
 from benchmarks import bounds, chunks, measure, memory, rollout, shapes, strategies
 from benchmarks.peer import Peer
+from ngrpo_jax import flags
 from ngrpo_jax.algo.mixture import neighbor_mixture
 from ngrpo_jax.algo.neighbors import neighbor_table
-from ngrpo_jax.commands import commandline
-from ngrpo_jax.model import columns, decoder
+from ngrpo_jax.model import decoder, inference
 from ngrpo_jax.model.config import ModelConfig
-from ngrpo_jax.runtime import preflight
+from ngrpo_jax.preflight import memory as estimate
 from ngrpo_jax.settings import resolve
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -58,7 +58,7 @@ def test_the_accelerator_benchmark_runs_where_only_jax_flax_optax_and_chex_are(t
 
 @pytest.mark.parametrize("name", strategies.STRATEGIES)
 def test_what_a_strategy_sets_is_settings_of_mixing(name):
-    config = commandline.load_config(str(ROOT / "configs" / "tiny.py"))
+    config = flags.load_config(str(ROOT / "configs" / "tiny.py"))
     for leaf, value in strategies.STRATEGIES[name].mixing.items():
         config.mixing[leaf] = value
     assert resolve(config).mixing.active == (name != "grpo")
@@ -146,7 +146,7 @@ def test_counts_of_parameters_are_those_of_the_decoder(tied):
     kernels = sum(x.size for path, x in named if "kernel" in jax.tree_util.keystr(path))
     head = 50 * 16  # rows of its own, or the embedding's
     total = sum(x.size for _, x in named)
-    assert shapes.total_parameters(config) == total == preflight.parameter_count(config)
+    assert shapes.total_parameters(config) == total == estimate.parameter_count(config)
     assert shapes.matrix_parameters(config) == kernels + head
     assert shapes.weights_read(config) == (total if tied else total - 50 * 16)
 
@@ -156,7 +156,7 @@ def test_random_parameters_have_the_decoders_shapes(stacked):
     config = ModelConfig("qwen3", 50, 16, 24, 3, 4, 2, 8, dtype="bfloat16")
     made = shapes.random_params(config, stacked=stacked)
     wanted = jax.eval_shape(lambda key: decoder.init(key, config), jax.random.key(0))
-    wanted = wanted if stacked else jax.eval_shape(lambda tree: columns.lay_out(tree, config), wanted)
+    wanted = wanted if stacked else jax.eval_shape(lambda tree: inference.lay_out(tree, config), wanted)
     assert jax.tree.structure(made) == jax.tree.structure(wanted)
     for leaf, shape in zip(jax.tree.leaves(made), jax.tree.leaves(wanted), strict=True):
         assert leaf.shape == shape.shape and leaf.dtype == jnp.bfloat16

@@ -6,17 +6,16 @@ import time
 import pytest
 from test_commands import TINY, _argv
 
-from ngrpo_jax import train
-from ngrpo_jax.commands import checklist, commandline, fit, programs
-from ngrpo_jax.commands.commandline import load_config
-from ngrpo_jax.runtime import preflight
+from ngrpo_jax import flags, train
+from ngrpo_jax.flags import load_config
+from ngrpo_jax.preflight import checklist, fit, memory, programs
 from ngrpo_jax.settings import resolve
 
 
 def _table(capsys, argv):
     """(exit status, row name -> (verdict, remark)) of a preflight."""
     with pytest.raises(SystemExit) as ended:
-        commandline.run_command(train.main, [*argv, "--preflight"])
+        flags.run_command(train.main, [*argv, "--preflight"])
     lines = capsys.readouterr().out.split("\n")[2:]
     rows = {}
     for line in lines[: lines.index("")]:
@@ -102,7 +101,7 @@ def test_faults_of_the_workdir_and_its_disk_are_named(tmp_path, capsys, monkeypa
     (tmp_path / "file").touch()
     _, rows = _table(capsys, _argv(tmp_path / "file" / "run"))
     assert rows["workdir"][0] == checklist.FAILED and "is a file" in rows["workdir"][1]
-    monkeypatch.setattr(preflight, "checkpoint_bytes", lambda model, kept: 1 << 60)
+    monkeypatch.setattr(memory, "checkpoint_bytes", lambda model, kept: 1 << 60)
     status, rows = _table(capsys, _argv(tmp_path / "run"))
     assert status == 2
     _assert_only(rows, "checkpoints", "1024 PiB" if "PiB" in rows["checkpoints"][1] else "free")

@@ -9,12 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from ngrpo_jax import evaluate, export, train
-from ngrpo_jax.commands import commandline
-from ngrpo_jax.commands.figures import reward_figures
+from ngrpo_jax import evaluate, export, flags, train
 from ngrpo_jax.model import hf
 from ngrpo_jax.report import __main__ as report
 from ngrpo_jax.report import panels
+from ngrpo_jax.run.metrics import reward_figures
 from ngrpo_jax.runtime.metrics import CLOCK_GROUPS, read_rows
 from ngrpo_jax.tasks.rewards import Counts
 
@@ -67,7 +66,7 @@ def _argv(workdir, *flags, **changes):
 
 
 def _run(command, workdir, *flags, **changes):
-    commandline.run_command(command.main, _argv(workdir, *flags, **changes))
+    flags.run_command(command.main, _argv(workdir, *flags, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +87,7 @@ def _leaves(directory):
 
 @pytest.mark.parametrize("command", [train, evaluate, export])
 def test_help_says_how_a_command_is_used(command, capsys):
-    commandline.run_command(command.main, ["command", "--help"])
+    flags.run_command(command.main, ["command", "--help"])
     name = command.__name__
     assert f"python -m {name} --config=configs/NAME.py --workdir=DIR" in capsys.readouterr().out
 

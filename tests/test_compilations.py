@@ -6,8 +6,7 @@ import re
 import jax
 from test_commands import _argv
 
-from ngrpo_jax import train
-from ngrpo_jax.commands import commandline
+from ngrpo_jax import flags, train
 
 FINISHED = re.compile(r"Finished XLA compilation of jit\((.*?)\)")
 UPDATE = ("score", "zeros", "accumulate", "apply")
@@ -43,7 +42,7 @@ def test_a_run_compiles_each_program_once(tmp_path, monkeypatch):
     try:
         with jax.log_compiles():
             argv = _argv(tmp_path / "run", train__steps=5, checkpoint__every=50, eval__every=50)
-            commandline.run_command(train.main, argv)
+            flags.run_command(train.main, argv)
     finally:
         logger.removeHandler(counter)
     assert counter.names, "jax says nothing of its compilations: this test cannot fail"

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from ngrpo_jax.analysis import diversity
+from ngrpo_jax.evaluation.statistics import diversity
 
 
 def _textbook_distance(a, b):

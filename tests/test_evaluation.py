@@ -7,11 +7,13 @@ import re
 import numpy as np
 import pytest
 
-from ngrpo_jax import evaluate
-from ngrpo_jax.commands import actor, commandline, evaluation, generations
-from ngrpo_jax.commands.composition import ProblemSet
+from ngrpo_jax import evaluate, flags
+from ngrpo_jax.evaluation import answering, generations
+from ngrpo_jax.preflight import memory
 from ngrpo_jax.report import __main__ as report
 from ngrpo_jax.report.embeddings import visible
+from ngrpo_jax.setup.policy import evaluation_keys
+from ngrpo_jax.setup.problems import ProblemSet
 
 TINY = pathlib.Path(__file__).parent.parent / "configs" / "tiny.py"
 SMALL = {
@@ -33,14 +35,14 @@ def model(tmp_path_factory):
     """A model directory of random weights with the arithmetic tokenizer."""
     import jax
 
-    from ngrpo_jax.commands.warm_start import warm_start_config
     from ngrpo_jax.model import decoder, hf
     from ngrpo_jax.settings import resolve
+    from ngrpo_jax.setup.warm_start import warm_start_config
     from ngrpo_jax.tasks import arithmetic, prompts
 
     folder = tmp_path_factory.mktemp("model")
     arithmetic.make_tokenizer(str(folder / "tokenizer"))
-    config = commandline.load_config(str(TINY))
+    config = flags.load_config(str(TINY))
     config.warm_start.num_layers, config.warm_start.hidden_size = 1, 32
     config.warm_start.intermediate_size = 48
     sizes = warm_start_config(resolve(config).warm_start, prompts.load_tokenizer(str(folder / "tokenizer")))
@@ -53,11 +55,11 @@ def _run(model, workdir, *flags, **changes):
     settings = SMALL | {name.replace("__", "."): value for name, value in changes.items()}
     overrides = [f"--config.{name}={value}" for name, value in settings.items()]
     argv = ["evaluate", f"--config={TINY}", f"--workdir={workdir}", f"--config.model.path={model}"]
-    commandline.run_command(evaluate.main, [*argv, *overrides, *flags])
+    flags.run_command(evaluate.main, [*argv, *overrides, *flags])
 
 
 def _stored(*arguments):
-    commandline.run_command(evaluate.main, ["evaluate", *map(str, arguments)])
+    flags.run_command(evaluate.main, ["evaluate", *map(str, arguments)])
 
 
 def _refused(capsys, call, *arguments, **changes):
@@ -86,7 +88,7 @@ def test_keys_depend_on_seed_set_problem_and_sample_alone():
     import jax
 
     def data(*arguments):
-        return np.asarray(jax.random.key_data(actor.evaluation_keys(*arguments)))
+        return np.asarray(jax.random.key_data(evaluation_keys(*arguments)))
 
     everything = data(0, "aime25", range(6), 4).reshape(6, 4, 2)
     np.testing.assert_array_equal(data(0, "aime25", range(2, 5), 4).reshape(3, 4, 2), everything[2:5])
@@ -133,7 +135,7 @@ def test_an_interrupted_evaluation_ends_as_one_that_was_not(cut, whole, model, t
 
 def test_finished_problems_are_not_done_again(whole, model, capsys, monkeypatch):
     before = whole[1].stat().st_mtime_ns
-    monkeypatch.setattr(evaluation, "write_responses", lambda *_, **__: pytest.fail("it wrote again"))
+    monkeypatch.setattr(answering, "write_responses", lambda *_, **__: pytest.fail("it wrote again"))
     _run(model, whole[0])
     assert "5 of them done already" in capsys.readouterr().out
     assert whole[1].stat().st_mtime_ns == before
@@ -272,9 +274,8 @@ def test_what_cannot_be_evaluated_is_one_sentence(changes, flags, words, whole, 
 
 
 def test_an_evaluation_that_does_not_fit_is_refused(model, tmp_path, capsys, monkeypatch):
-    from ngrpo_jax.runtime import preflight
 
-    monkeypatch.setattr(preflight, "device_memory", lambda *_, **__: 1000)
+    monkeypatch.setattr(memory, "device_memory", lambda *_, **__: 1000)
     assert "on each device, which has" in _refused(capsys, _run, model, tmp_path)
 
 

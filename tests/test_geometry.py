@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ngrpo_jax.algo.neighbors import METRICS, neighbor_table
-from ngrpo_jax.analysis import geometry
+from ngrpo_jax.evaluation.statistics import geometry
 
 RANDOM = np.random.default_rng(0)
 ROWS = RANDOM.standard_normal((60, 8)).astype(np.float32)

@@ -3,8 +3,8 @@
 import pytest
 
 from configs import tiny
-from ngrpo_jax.commands import problems as run_problems
 from ngrpo_jax.settings import resolve
+from ngrpo_jax.setup.problems import report_unreadable, training_problems
 from ngrpo_jax.tasks import cleaning, golds
 from ngrpo_jax.tasks.datasets import load_training
 from ngrpo_jax.tasks.rewards import Grader
@@ -67,20 +67,20 @@ def settings(tmp_path, **data):
 
 
 def test_overlap_with_evaluation_sets_is_told(tmp_path, capsys):
-    assert [p.problem for p in run_problems.training_problems(settings(tmp_path))] == ["p", "q", "r"]
+    assert [p.problem for p in training_problems(settings(tmp_path))] == ["p", "q", "r"]
     told = capsys.readouterr().out
     assert "1 problems also stand in" in told and "eval.csv and are trained on" in told
     assert "row-1 (row-2 there)" in told and "row-3 (row-1 there)" in told
 
 
 def test_overlap_is_left_out_when_asked(tmp_path, capsys):
-    kept = run_problems.training_problems(settings(tmp_path, drop_overlap=True))
+    kept = training_problems(settings(tmp_path, drop_overlap=True))
     assert [p.problem for p in kept] == ["q"]
     assert "are left out: row-3 (row-1 there)" in capsys.readouterr().out
     (tmp_path / "all.csv").write_text("problem,answer\np,1\nq,2\nr,3\n")
     with pytest.raises(ValueError, match=r"all problems of .* also stand in an evaluation set"):
         everything = f"csv:{tmp_path / 'all.csv'}"
-        run_problems.training_problems(settings(tmp_path, drop_overlap=True, eval=everything))
+        training_problems(settings(tmp_path, drop_overlap=True, eval=everything))
 
 
 # Gold answers
@@ -127,9 +127,9 @@ def test_unreadable_golds_are_told_by_id(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     given = settings(tmp_path)
     loaded = load_training(given.data.train, seed=0).problems
-    run_problems.report_unreadable(given, "csv:a", loaded)
+    report_unreadable(given, "csv:a", loaded)
     assert not capsys.readouterr().out
     broken = [*loaded, type(loaded[0])("odd-one", "p", "??? 5")]
-    run_problems.report_unreadable(given, "csv:a", broken)
+    report_unreadable(given, "csv:a", broken)
     assert "csv:a: math-verify cannot read 1 answers" in (told := capsys.readouterr().out)
     assert told.endswith("match: odd-one.\n") and not golds.default_cache().exists()

@@ -121,16 +121,16 @@ def survive(count, seed, deadline_s):
     before = set(children(os.getpid()))
     slowest = 0.0
     with Grader(workers=1, deadline_s=deadline_s) as grader:
-        grader.score(["\\boxed{x+1}"], ["1+x"], "math")
+        grader.grade(["\\boxed{x+1}"], ["1+x"], "math")
         for _ in range(count):
             response, gold = text(rng), rng.choice(GOLDS) if rng.random() < 0.9 else text(rng)
             begun = time.monotonic()
-            assert grader.score([response], [gold], "math")[0] in (0.0, 1.0)
+            assert grader.grade([response], [gold], "math")[0] in (0.0, 1.0)
             slowest = max(slowest, time.monotonic() - begun)
             assert choice_reward(response, gold) in (0.0, 1.0)
         mine = set(children(os.getpid())) - before
         assert mine and not [pid for pid, state in mine if state == "Z"]
-        assert grader.score(["\\boxed{y+1}"], ["1+y"], "math") == [1.0]
+        assert grader.grade(["\\boxed{y+1}"], ["1+y"], "math") == [1.0]
     assert grader.counts.graded == count + 2
     assert not {pid for pid, _ in mine} & {pid for pid, _ in children(os.getpid())}
     return slowest
@@ -151,8 +151,8 @@ def test_ten_thousand_random_texts_are_survived_within_the_deadline():
 @pytest.mark.parametrize("name", HOSTILE)
 def test_no_call_takes_a_second_more_than_its_deadline(name):
     with Grader(workers=1, deadline_s=1.0) as grader:
-        grader.score(["\\boxed{x+1}"], ["1+x"], "math")
+        grader.grade(["\\boxed{x+1}"], ["1+x"], "math")
         for gold in ("5", "x+1", HOSTILE[name] + "+1"):
             begun = time.monotonic()
-            assert grader.score([f"\\boxed{{{HOSTILE[name]}}}"], [gold], "math") == [0.0]
+            assert grader.grade([f"\\boxed{{{HOSTILE[name]}}}"], [gold], "math") == [0.0]
             assert time.monotonic() - begun < 2.0

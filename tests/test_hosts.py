@@ -269,7 +269,7 @@ def test_commands_for_one_process_refuse_to_be_several(monkeypatch):
 
 
 def test_one_process_exchanges_with_itself():
-    assert distributed.initialize() == distributed.Place(0, 1)
-    assert distributed.exchange("x", [1.5]) == [[1.5]]
-    assert distributed.merge("x", [1, 2]) == [1, 2]
-    assert list(distributed.Place(1, 3).share(8)) == [1, 4, 7]
+    assert distributed.initialize() == distributed.Process(0, 1)
+    assert distributed.allgather("x", [1.5]) == [[1.5]]
+    assert distributed.allgather_items("x", [1, 2]) == [1, 2]
+    assert list(distributed.Process(1, 3).share(8)) == [1, 4, 7]

@@ -15,7 +15,7 @@ import pytest
 from test_update import CONFIG, OBJECTIVE, TEMPERATURE, _assert_same, _batch, _params, _programs
 
 from ngrpo_jax.algo.mixture import Mixture
-from ngrpo_jax.learner import credit, packing, update
+from ngrpo_jax.learner import advantages, packing, update
 from ngrpo_jax.model import decoder
 from ngrpo_jax.runtime import mesh as meshes
 
@@ -155,7 +155,7 @@ def _oracle(o, own):
 def _learner(o, own, mesh=None):
     """The same of the compiled step, from rewards on, packed."""
     prompts, written, _ = _batch()
-    earned = credit.assign(REWARDS, written, o, LIMIT)
+    earned = advantages.assign(REWARDS, written, o, LIMIT)
     (batch,) = packing.mini_batches(
         prompts,
         written,

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from ngrpo_jax.model import columns, decoder
+from ngrpo_jax.model import decoder, inference
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.runtime import mesh as meshes
 
@@ -77,7 +77,7 @@ def test_learner_layout_splits_vocabulary_heads_and_width():
 def test_rollout_layouts_split_over_tensor_alone_or_not_at_all():
     mesh = meshes.make_mesh(2, 2, 2)
     config = ModelConfig("qwen2", V, D, F, L, N, K, H, tie_embeddings=False)
-    params = jax.eval_shape(lambda: columns.lay_out(decoder.init(jax.random.key(0), config), config))
+    params = jax.eval_shape(lambda: inference.lay_out(decoder.init(jax.random.key(0), config), config))
     specs = _specs(meshes.param_shardings(mesh, params, layout="tensor"))
     assert specs["layers/1/attention/qkv/kernel"] == P("tensor", None, None, None)
     assert specs["layers/1/mlp/down/kernel"] == P(None, "tensor")

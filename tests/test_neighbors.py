@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ngrpo_jax.algo import nearness, tiles
-from ngrpo_jax.algo import neighbors as nb
-from ngrpo_jax.algo.eligible import Eligible, eligible_rows
-from ngrpo_jax.algo.neighbors import METRICS, neighbor_table
+from ngrpo_jax.algo.neighbors import METRICS, nearness, neighbor_table, tiles
+from ngrpo_jax.algo.neighbors import exact as nb
+from ngrpo_jax.algo.neighbors.eligibility import Eligible, eligible_rows
 
 
 def _scores(rows, metric):

@@ -7,7 +7,7 @@ import pytest
 
 from configs import base
 from ngrpo_jax.algo.mixture import Mixture, Noise
-from ngrpo_jax.learner import bins, credit, packing
+from ngrpo_jax.learner import advantages, bins, packing
 from ngrpo_jax.model.attention import BLOCK
 from ngrpo_jax.rollout.trajectory import Trajectories
 from ngrpo_jax.settings import resolve
@@ -32,7 +32,7 @@ def _trajectories(candidates=2, length=6):
 
 def _weights(aggregate, loss_on_mixed=True):
     made = _trajectories()
-    return credit.token_weights(
+    return advantages.token_weights(
         made.lengths_B, made.mixed_BT, aggregate=aggregate, loss_on_mixed=loss_on_mixed, max_new_tokens=6
     )
 
@@ -83,7 +83,7 @@ def test_a_row_predicts_each_response_token_from_what_stood_before_it():
                 rows.inputs.weights[row, replayed], made.mixtures.weights[index, : count - 1]
             )
             np.testing.assert_array_equal(rows.advantages_RT[row, places], [1.0, -2.0, 3.0, -4.0][index])
-            np.testing.assert_allclose(rows.behaviour_RT[row, answer], made.logprobs_BT[index, :count])
+            np.testing.assert_allclose(rows.sampler_logprobs_RT[row, answer], made.logprobs_BT[index, :count])
             np.testing.assert_allclose(rows.weight_RT[row, answer], 1 / (4 * count), rtol=1e-6)
     assert sorted(seen) == [0, 1, 2, 3]
     padding = rows.segment_ids_RT == 0

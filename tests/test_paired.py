@@ -6,7 +6,7 @@ from math import comb
 import numpy as np
 import pytest
 
-from ngrpo_jax.analysis import paired
+from ngrpo_jax.evaluation.statistics import paired
 
 
 def test_the_table_counts_each_problem_once():

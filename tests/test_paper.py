@@ -6,8 +6,8 @@ import re
 import pytest
 
 from docs import paper_table
-from ngrpo_jax.analysis import paper
-from ngrpo_jax.commands import commandline
+from ngrpo_jax import flags
+from ngrpo_jax.evaluation.statistics import paper
 from ngrpo_jax.settings import resolve
 
 SHARED = {"mesh.fsdp": 8}
@@ -110,7 +110,7 @@ def test_the_document_names_every_config():
 @pytest.mark.parametrize("name", [*COMPARED, *(f"ngrpo_{backbone}" for backbone in MODELS)])
 def test_the_expected_figure_is_the_papers_in_the_document_and_in_the_config(name):
     file = paper_table.CONFIGS / f"{name}.py"
-    settings = resolve(commandline.load_config(str(file)))
+    settings = resolve(flags.load_config(str(file)))
     trained = {
         leaf: getattr(settings.mixing, leaf) for leaf in ("strategy", "rate", "metric", *paper.NEIGHBOR)
     }

@@ -7,7 +7,7 @@ from math import comb
 import numpy as np
 import pytest
 
-from ngrpo_jax.analysis import passk
+from ngrpo_jax.evaluation.statistics import passk
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 32])

@@ -8,8 +8,8 @@ import pytest
 
 from ngrpo_jax.model import decoder
 from ngrpo_jax.model.config import ModelConfig
-from ngrpo_jax.runtime import preflight
-from ngrpo_jax.runtime.preflight import Part, RunShape
+from ngrpo_jax.preflight import memory
+from ngrpo_jax.preflight.memory import Part, RunShape
 
 GIB = 1024**3
 R1_1_5B = ModelConfig("qwen2", 151936, 1536, 8960, 28, 12, 2, 128, dtype="bfloat16")
@@ -33,7 +33,7 @@ RUN = RunShape(
 
 
 def _sizes(run=RUN, model=R1_1_5B):
-    return {part.name: part.size for part in preflight.memory_estimate(model, run)}
+    return {part.name: part.size for part in memory.memory_estimate(model, run)}
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
@@ -41,17 +41,17 @@ def _sizes(run=RUN, model=R1_1_5B):
 def test_parameter_count_is_that_of_the_decoder(architecture, tied):
     config = ModelConfig(architecture, 50, 16, 24, 3, 4, 2, 8, tie_embeddings=tied)
     shapes = jax.eval_shape(lambda key: decoder.init(key, config), jax.random.key(0))
-    assert preflight.parameter_count(config) == sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    assert memory.parameter_count(config) == sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
 def test_fixed_parts_follow_from_the_parameter_count():
-    count, sizes = preflight.parameter_count(R1_1_5B), _sizes()
+    count, sizes = memory.parameter_count(R1_1_5B), _sizes()
     assert count == 1_777_088_000  # as published for DeepSeek-R1-Distill-Qwen-1.5B
     assert sizes["master parameters, float32"] == 4 * count // 8
     assert sizes["Adam moments, float32"] == 8 * count // 8
     assert sizes["rollout copy, bfloat16"] == 2 * count
     assert sizes["reference model, bfloat16"] == 2 * count // 8
-    assert preflight.checkpoint_bytes(R1_1_5B, kept=2) == 3 * 12 * count
+    assert memory.checkpoint_bytes(R1_1_5B, kept=2) == 3 * 12 * count
 
 
 def test_the_cache_counts_every_slot_layer_head_and_byte():
@@ -93,7 +93,7 @@ def test_a_chunk_holds_no_more_tokens_than_a_microbatch():
 
 
 def test_the_table_counts_while_it_is_made_and_its_rows_while_they_change():
-    parts = {p.name: p for p in preflight.memory_estimate(R1_1_5B, dataclasses.replace(RUN, table=True))}
+    parts = {p.name: p for p in memory.memory_estimate(R1_1_5B, dataclasses.replace(RUN, table=True))}
     rows = 4 * 151936 * 1536
     made, before = parts["scratch of the neighbour table"], parts["embedding before the update"]
     assert (made.phase, made.size) == ("table", 3 * rows + 4096 * 151936)
@@ -102,13 +102,13 @@ def test_the_table_counts_while_it_is_made_and_its_rows_while_they_change():
 
 
 def test_the_rollouts_copy_is_gone_when_the_update_begins():
-    parts = preflight.memory_estimate(R1_1_5B, RUN)
+    parts = memory.memory_estimate(R1_1_5B, RUN)
     assert [part.phase for part in parts if part.name.startswith("rollout copy")] == ["rollout"]
 
 
 def test_what_waits_in_host_memory_counts_in_the_update_alone():
     def phases(offload):
-        parts = preflight.memory_estimate(R1_1_5B, dataclasses.replace(RUN, offload=offload))
+        parts = memory.memory_estimate(R1_1_5B, dataclasses.replace(RUN, offload=offload))
         return {part.name: part.phase for part in parts}
 
     adam, reference = "Adam moments, float32", "reference model, bfloat16"
@@ -124,18 +124,18 @@ def test_plain_attention_counts_the_scores_of_whole_rows():
 
 def test_the_peak_is_that_of_the_worst_phase():
     parts = [Part("a", 5, "always", ""), Part("b", 7, "rollout", ""), Part("c", 3, "update", "")]
-    assert preflight.peak(parts) == (12, "rollout")
-    assert preflight.peak([*parts, Part("d", 5, "update", "")]) == (13, "update")
-    assert preflight.peak([*parts, Part("t", 9, "table", "")]) == (14, "table")
+    assert memory.peak(parts) == (12, "rollout")
+    assert memory.peak([*parts, Part("d", 5, "update", "")]) == (13, "update")
+    assert memory.peak([*parts, Part("t", 9, "table", "")]) == (14, "table")
 
 
 def test_too_much_is_one_sentence_with_the_part_and_its_remedy():
-    parts = preflight.memory_estimate(R1_1_5B, dataclasses.replace(RUN, slots=1024))
-    needed, phase = preflight.peak(parts)
+    parts = memory.memory_estimate(R1_1_5B, dataclasses.replace(RUN, slots=1024))
+    needed, phase = memory.peak(parts)
     assert phase == "rollout"
-    assert preflight.memory_problem(parts, needed) is None
-    assert preflight.memory_problem(parts, None) is None
-    sentence = preflight.memory_problem(parts, 40 * GIB)
+    assert memory.memory_problem(parts, needed) is None
+    assert memory.memory_problem(parts, None) is None
+    sentence = memory.memory_problem(parts, 40 * GIB)
     assert sentence is not None
     assert all(word in sentence for word in ("40.0 GiB", "KV cache", "lower rollout.slots")), sentence
 
@@ -147,40 +147,40 @@ def test_device_memory_reads_the_accelerator_or_the_host(tmp_path):
         def memory_stats(self):
             return {"bytes_limit": 7}
 
-    assert preflight.device_memory(Accelerator()) == 7
+    assert memory.device_memory(Accelerator()) == 7
     cpu = jax.devices()[0]
-    whole = preflight.device_memory(cpu)
-    assert whole is None or 0 < (preflight.device_memory(cpu, sharers=8) or 0) < whole
+    whole = memory.device_memory(cpu)
+    assert whole is None or 0 < (memory.device_memory(cpu, sharers=8) or 0) < whole
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("700\n")
     (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 200\n")
-    assert preflight._cgroup_available(str(tmp_path)) == 500
+    assert memory._cgroup_available(str(tmp_path)) == 500
     (tmp_path / "memory.max").write_text("max\n")
-    assert preflight._cgroup_available(str(tmp_path)) is None
+    assert memory._cgroup_available(str(tmp_path)) is None
 
 
 def test_a_workdir_may_be_there_or_not_and_is_left_alone(tmp_path):
-    preflight.check_workdir(tmp_path)
-    preflight.check_workdir(tmp_path / "a" / "b")
+    memory.check_workdir(tmp_path)
+    memory.check_workdir(tmp_path / "a" / "b")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_workdir_that_is_or_lies_under_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="file is a file; name a directory"):
-        preflight.check_workdir(tmp_path / "file")
+        memory.check_workdir(tmp_path / "file")
     with pytest.raises(ValueError, match=r"cannot be made, because .*file is a file"):
-        preflight.check_workdir(tmp_path / "file" / "run")
+        memory.check_workdir(tmp_path / "file" / "run")
 
 
 def test_a_workdir_that_may_not_be_written_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(ValueError, match="cannot be written"):
-        preflight.check_workdir(tmp_path)
+        memory.check_workdir(tmp_path)
     with pytest.raises(ValueError, match="cannot be made"):
-        preflight.check_workdir(tmp_path / "a")
+        memory.check_workdir(tmp_path / "a")
 
 
 def test_a_disk_without_room_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"free, and the checkpoints of this model need 1024 TiB"):
-        preflight.check_workdir(tmp_path, needed_bytes=1024 * 1024**4)
+        memory.check_workdir(tmp_path, needed_bytes=1024 * 1024**4)

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from ngrpo_jax.algo import refresh as rf
-from ngrpo_jax.algo.eligible import Eligible, eligible_rows
 from ngrpo_jax.algo.neighbors import METRICS, neighbor_table
+from ngrpo_jax.algo.neighbors import refresh as rf
+from ngrpo_jax.algo.neighbors.eligibility import Eligible, eligible_rows
 
 SIZE, WIDTH, K = 400, 12, 3
 

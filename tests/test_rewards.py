@@ -140,7 +140,7 @@ def test_an_answer_longer_than_any_gold_is_compared_as_it_stands():
 def test_plain_cases_need_no_worker(monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", None)
     grader = Grader(workers=1)
-    assert grader.score(["\\boxed{5}", "\\boxed{6}", "none"], ["5", "5", "5"], "math") == [1.0, 0.0, 0.0]
+    assert grader.grade(["\\boxed{5}", "\\boxed{6}", "none"], ["5", "5", "5"], "math") == [1.0, 0.0, 0.0]
     assert grader.counts.by_rule == grader.counts.graded == 3
 
 
@@ -150,7 +150,7 @@ def test_plain_cases_need_no_worker(monkeypatch):
 @pytest.mark.skipif(not CASES.is_file(), reason="the grading cases are not here")
 def test_grading_cases(grader):
     cases = [json.loads(line) for line in CASES.read_text(encoding="utf-8").split("\n") if line]
-    scores = grader.score([c["response"] for c in cases], [c["gold"] for c in cases], "math")
+    scores = grader.grade([c["response"] for c in cases], [c["gold"] for c in cases], "math")
     wrong = [case["id"] for case, score in zip(cases, scores, strict=True) if bool(score) != case["correct"]]
     assert len(cases) == 48 and not wrong
 
@@ -169,7 +169,7 @@ def test_grading_cases(grader):
     ],
 )
 def test_algebra(grader, answer, gold, equal):
-    assert grader.score([f"\\boxed{{{answer}}}"], [gold], "math") == [float(equal)]
+    assert grader.grade([f"\\boxed{{{answer}}}"], [gold], "math") == [float(equal)]
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_algebra(grader, answer, gold, equal):
     ],
 )
 def test_small_numbers_are_not_all_equal(grader, answer, gold):
-    assert grader.score([f"\\boxed{{{answer}}}"] * 2, [gold, answer], "math") == [0.0, 1.0]
+    assert grader.grade([f"\\boxed{{{answer}}}"] * 2, [gold, answer], "math") == [0.0, 1.0]
 
 
 def test_small_numbers_of_other_forms_are_equal(grader):
@@ -193,15 +193,15 @@ def test_small_numbers_of_other_forms_are_equal(grader):
         ("\\frac{1}{\\sqrt{2}\\cdot 10^{20}}", "\\frac{\\sqrt{2}}{2 \\cdot 10^{20}}"),
     ]
     for answer, gold in pairs:
-        assert grader.score([f"\\boxed{{{answer}}}"], [gold], "math") == [1.0]
+        assert grader.grade([f"\\boxed{{{answer}}}"], [gold], "math") == [1.0]
 
 
 def test_scores_keep_their_order_over_workers_and_repetitions(grader):
     responses = [f"\\boxed{{x+{i % 5}}}" for i in range(40)]
     expected = [float(i % 5 == 3) for i in range(40)]
     before = grader.counts.cached
-    assert grader.score(responses, ["3+x"] * 40, "math") == expected
-    assert grader.score(responses, ["3+x"] * 40, "math") == expected
+    assert grader.grade(responses, ["3+x"] * 40, "math") == expected
+    assert grader.grade(responses, ["3+x"] * 40, "math") == expected
     assert grader.counts.cached - before == 35 + 40
 
 
@@ -209,23 +209,23 @@ def test_verdicts_are_remembered_but_no_more_than_so_many(monkeypatch):
     monkeypatch.setattr(rewards, "_CACHED_VERDICTS", 2)
     with Grader(workers=1) as grader:
         for answer, cached in (("x+1", 0), ("x+2", 0), ("x+1", 1), ("x+3", 1), ("x+1", 2), ("x+2", 2)):
-            assert grader.score([f"\\boxed{{{answer}}}"], ["1+x"], "math") == [float(answer == "x+1")]
+            assert grader.grade([f"\\boxed{{{answer}}}"], ["1+x"], "math") == [float(answer == "x+1")]
             assert grader.counts.cached == cached
 
 
 def test_time_outs_are_never_remembered():
     with Grader(workers=1, deadline_s=0.5) as grader:
         for times in (1, 2):
-            assert grader.score(["\\boxed{9^{9^9}}"], ["5"], "math") == [0.0]
+            assert grader.grade(["\\boxed{9^{9^9}}"], ["5"], "math") == [0.0]
             assert (grader.counts.timeouts, grader.counts.cached) == (times, 0)
 
 
 def test_throughput_of_a_batch():
     grader = Grader(workers=1)
     assert grader.counts.per_second == 0.0
-    grader.score(["\\boxed{5}"] * 10, ["5"] * 10, "math")
+    grader.grade(["\\boxed{5}"] * 10, ["5"] * 10, "math")
     before = grader.snapshot()
-    grader.score(["\\boxed{5}"] * 40, ["5"] * 40, "math")
+    grader.grade(["\\boxed{5}"] * 40, ["5"] * 40, "math")
     batch = grader.counts.since(before)
     assert (batch.graded, batch.by_rule, before.graded) == (40, 40, 10)
     assert batch.per_second == pytest.approx(40 / batch.seconds)
@@ -233,7 +233,7 @@ def test_throughput_of_a_batch():
 
 def test_golds_and_responses_must_pair_up(grader):
     with pytest.raises(ValueError, match="zip"):
-        grader.score(["a", "b"], ["a"], "math")
+        grader.grade(["a", "b"], ["a"], "math")
 
 
 # Hostile text
@@ -249,9 +249,9 @@ def test_past_the_deadline_the_score_is_zero_and_the_next_is_graded():
     hostile = ["9^{9^9}", "10000000!", "\\frac{1}{" * 400 + "x" + "}" * 400]
     with Grader(workers=1, deadline_s=0.5) as grader:
         for i, answer in enumerate(hostile, 1):
-            assert grader.score([f"\\boxed{{{answer}}}"], ["5"], "math") == [0.0]
+            assert grader.grade([f"\\boxed{{{answer}}}"], ["5"], "math") == [0.0]
             assert grader.counts.timeouts == i
-            assert grader.score([f"\\boxed{{y+{i}}}"], [f"{i}+y"], "math") == [1.0]
+            assert grader.grade([f"\\boxed{{y+{i}}}"], [f"{i}+y"], "math") == [1.0]
         assert grader.counts.failures == 0
 
 
@@ -263,11 +263,11 @@ def test_the_memory_limit_binds():
 
 def test_a_killed_worker_scores_zero_and_is_replaced():
     with Grader(workers=1) as grader:
-        assert grader.score(["\\boxed{y+1}"], ["1+y"], "math") == [1.0]
+        assert grader.grade(["\\boxed{y+1}"], ["1+y"], "math") == [1.0]
         os.killpg(grader._workers[0]._process.pid, 9)
-        assert grader.score(["\\boxed{y+2}"], ["2+y"], "math") == [0.0]
+        assert grader.grade(["\\boxed{y+2}"], ["2+y"], "math") == [0.0]
         assert grader.counts.failures == 1
-        assert grader.score(["\\boxed{y+2}"], ["2+y"], "math") == [1.0]
+        assert grader.grade(["\\boxed{y+2}"], ["2+y"], "math") == [1.0]
 
 
 def test_rewards_work_in_any_thread():
@@ -311,7 +311,7 @@ def test_workers_do_not_import_the_main_module_again_and_nothing_imports_jax(tmp
         import sys
         from ngrpo_jax.tasks.rewards import Grader
         with Grader(workers=2) as grader:
-            print(grader.score([f"\\\\boxed{{x+{i}}}" for i in range(4)], ["x+1"] * 4, "math"))
+            print(grader.grade([f"\\\\boxed{{x+{i}}}" for i in range(4)], ["x+1"] * 4, "math"))
         print("jax" in sys.modules, "math_verify" in sys.modules)
         """,
     )
@@ -326,7 +326,7 @@ def test_the_interpreter_ends_without_hanging_and_leaves_no_process(tmp_path, en
         f"""
         from ngrpo_jax.tasks.rewards import Grader
         grader = Grader(workers=2, deadline_s=0.2)
-        grader.score(["\\\\boxed{{10000000!}}", "\\\\boxed{{x+1}}"], ["5", "1+x"], "math")
+        grader.grade(["\\\\boxed{{10000000!}}", "\\\\boxed{{x+1}}"], ["5", "1+x"], "math")
         print([worker._process.pid for worker in grader._workers])
         {ending}
         """,
@@ -346,7 +346,7 @@ def test_closing_right_after_a_time_out_does_not_hang(tmp_path):
         from ngrpo_jax.tasks.rewards import Grader
         for _ in range(3):
             with Grader(workers=1, deadline_s=0.02) as grader:
-                grader.score(["\\\\boxed{10000000!}"], ["5"], "math")
+                grader.grade(["\\\\boxed{10000000!}"], ["5"], "math")
         """,
     )
     assert done.returncode == 0, done.stderr
@@ -413,7 +413,7 @@ def not_a_number(response, gold):
 def test_a_users_reward_scores_batches(grader):
     path = f"{__name__}:half_for_length"
     assert load_reward(path)("ab", "cd") == 0.5
-    assert grader.score(["ab", "abc"], ["cd", "de"], path) == [0.5, 0.0]
+    assert grader.grade(["ab", "abc"], ["cd", "de"], path) == [0.5, 0.0]
 
 
 def test_a_users_reward_must_give_a_number():
@@ -437,7 +437,7 @@ def test_a_users_reward_that_is_not_there_is_named(path, message):
 
 def test_an_unknown_reward_is_named(grader):
     with pytest.raises(ValueError, match="unknown reward 'maths'; it is math, choice, or an import path"):
-        grader.score(["a"], ["b"], "maths")
+        grader.grade(["a"], ["b"], "maths")
     with pytest.raises(ValueError, match="unknown reward 'maths'"):
         grader.check("maths")
     grader.check("choice")

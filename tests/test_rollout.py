@@ -11,7 +11,7 @@ from ngrpo_jax.algo.logprobs import token_logprobs
 from ngrpo_jax.algo.mixture import Mixing, Mixture, Noise
 from ngrpo_jax.algo.neighbors import neighbor_table
 from ngrpo_jax.learner import packing
-from ngrpo_jax.model import columns, decoder
+from ngrpo_jax.model import decoder, inference
 from ngrpo_jax.model.config import ModelConfig, RopeScaling
 from ngrpo_jax.rollout import compiling, decode, engine
 from ngrpo_jax.runtime import mesh as meshes
@@ -94,7 +94,7 @@ def _packed_gap(params, config, written):
         params, config, rows.inputs, positions_BT=rows.positions_RT, segment_ids_BT=rows.segment_ids_RT
     )
     replayed, _ = scores(hidden, decoder.head(params, config), rows.targets_RT, 0.9)
-    gap = np.abs(np.asarray(replayed) - rows.behaviour_RT)[rows.response_RT]
+    gap = np.abs(np.asarray(replayed) - rows.sampler_logprobs_RT)[rows.response_RT]
     assert len(gap) == written.lengths_B.sum()
     return gap.max()
 
@@ -233,7 +233,7 @@ def test_tensor_parallel_rollouts_mix_and_write_what_one_device_does(layout):
     table_VC = neighbor_table(params["embed"]["embedding"], 3)
     one = _generate(params, config, mixing=mixing, table_VC=table_VC)
     mesh = meshes.make_mesh(2, 2, 2)
-    laid_out = columns.lay_out(params, config)
+    laid_out = inference.lay_out(params, config)
     placed = jax.device_put(laid_out, meshes.param_shardings(mesh, laid_out, layout=layout))
     table_VC = jax.device_put(table_VC, meshes.replicated(mesh))
     sharding = meshes.slots_sharding(mesh, layout)
@@ -321,7 +321,7 @@ def _compilations():
 
 def test_nothing_compiles_after_compile_ahead():
     """All cache sizes, prompt lengths and refills are there, whatever the lengths turn out to be."""
-    params = columns.lay_out(_params(BASE), BASE)
+    params = inference.lay_out(_params(BASE), BASE)
     mixing = Mixing(rate=0.3, k=3, until_ids=UNTIL)
     table_VC = neighbor_table(params["embed"]["embedding"], 3)
     options = dict(samples=2, max_new_tokens=150, temperature=0.9, mixing=mixing, table_VC=table_VC)

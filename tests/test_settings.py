@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from configs import base
-from ngrpo_jax.commands import commandline
+from ngrpo_jax import flags
 from ngrpo_jax.settings import GRADER_MB, resolve
 from ngrpo_jax.tasks import rewards
 
@@ -16,7 +16,7 @@ CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.py") if path.name 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.relative_to(ROOT / "configs").as_posix())
 def test_every_config_resolves_and_says_how_it_is_run(path):
-    settings = resolve(commandline.load_config(str(path)))
+    settings = resolve(flags.load_config(str(path)))
     assert settings.rollout.group >= 2
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     if path.stem != "base":
@@ -39,7 +39,7 @@ def test_every_leaf_is_read_somewhere():
             bodies = [ast.parse(path.read_text(encoding="utf-8"))]
         for body in bodies:
             read |= {node.attr for node in ast.walk(body) if isinstance(node, ast.Attribute)}
-    for leaf in commandline.leaves(base.get_config()):
+    for leaf in flags.leaves(base.get_config()):
         assert leaf.rpartition(".")[2] in read, f"nothing reads the setting {leaf}"
 
 
@@ -197,32 +197,32 @@ def test_gspo_with_token_means_is_refused():
 def test_a_wrong_flag_is_named(arguments, sentence):
     argv = ["train", f"--config={ROOT / 'configs' / 'tiny.py'}", "--workdir=w", *arguments]
     with pytest.raises(ValueError) as refusal:
-        commandline.parse_flags(argv)
+        flags.parse_flags(argv)
     assert sentence in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 def test_missing_flags_are_asked_for():
     with pytest.raises(ValueError, match=r"--config=configs/NAME\.py is missing"):
-        commandline.parse_flags(["train", "--workdir=w"])
+        flags.parse_flags(["train", "--workdir=w"])
     with pytest.raises(ValueError, match=r"'nowhere\.py' does not exist"):
-        commandline.parse_flags(["train", "--workdir=w", "--config=nowhere.py"])
+        flags.parse_flags(["train", "--workdir=w", "--config=nowhere.py"])
     with pytest.raises(ValueError, match="--workdir=DIR is missing"):
-        commandline.parse_flags(["train", f"--config={ROOT / 'configs' / 'tiny.py'}"])
+        flags.parse_flags(["train", f"--config={ROOT / 'configs' / 'tiny.py'}"])
 
 
 def test_overrides_reach_the_settings():
     argv = ["train", f"--config={ROOT / 'configs' / 'tiny.py'}", "--workdir=w"]
     argv += ["--config.mixing.rate=0.25", "--config.eval.problems=7", "--config.objective.scale_by_std=false"]
-    config, flags = commandline.parse_flags(argv, step="best")
+    config, options = flags.parse_flags(argv, step="best")
     settings = resolve(config)
     assert (settings.mixing.rate, settings.eval.problems, settings.objective.scale_by_std) == (0.25, 7, False)
-    assert flags == {"workdir": "w", "step": "best"}
+    assert options == {"workdir": "w", "step": "best"}
 
 
 def test_none_is_a_value_where_a_setting_is_optional():
     def parsed(*arguments):
         argv = ["train", f"--config={ROOT / 'configs' / 'tiny.py'}", "--workdir=w", *arguments]
-        return resolve(commandline.parse_flags(argv)[0])
+        return resolve(flags.parse_flags(argv)[0])
 
     settings = parsed(
         "--config.mixing.until=None",

@@ -87,7 +87,7 @@ def _oracle(mixing, draw, row, embedding):
         return token, token, rows[token] + mixing.sigma * np.sqrt(np.mean(rows[token] ** 2)) * normal
     key = jax.random.fold_in(_key(draw, row, 2**32 - 2), position)
     u = np.asarray(jax.random.uniform(key, (2 * mixing.k - 1,)), np.float64)
-    law = np.asarray(draw.law_BV[row], np.float64)
+    law = np.asarray(draw.truncated_logits_BV[row], np.float64)
     left, ids, values, ceiling = [i for i in range(V) if np.isfinite(law[i])], [], [], np.inf
     for c in range(min(mixing.k, len(left))):
         mass = np.exp(law[left])
@@ -157,7 +157,9 @@ def _many(logits, k, count):
     draw = _draw(np.zeros((V, D), np.float32), count)
     logits = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, len(logits)))
     uniforms = jnp.asarray(np.random.default_rng(5).random(count), jnp.float32)
-    draw = draw._replace(logits_BV=logits, law_BV=logits, token_B=sampling.sample(logits, uniforms))
+    draw = draw._replace(
+        logits_BV=logits, truncated_logits_BV=logits, token_B=sampling.sample(logits, uniforms)
+    )
     _, mixture, _ = next_input(Mixing("gumbel", k=k), draw, jnp.ones(count, bool))
     return np.asarray(mixture.ids), np.asarray(mixture.weights, np.float64)
 
@@ -193,7 +195,7 @@ def test_gumbel_stays_within_the_nucleus_even_where_that_is_smaller_than_k(embed
     draw = _draw(embedding, 64, top_k=2)
     _, mixture, _ = next_input(Mixing("gumbel", k=4), draw, jnp.ones(64, bool))
     for row in range(64):
-        allowed = set(np.flatnonzero(np.isfinite(draw.law_BV[row])))
+        allowed = set(np.flatnonzero(np.isfinite(draw.truncated_logits_BV[row])))
         assert set(np.asarray(mixture.ids[row])) == allowed
         np.testing.assert_array_equal(mixture.weights[row, 2:], 0)
         assert np.isfinite(mixture.weights[row]).all() and mixture.weights[row, 0] > mixture.weights[row, 1]

@@ -5,18 +5,18 @@ import types
 import jax.numpy as jnp
 import pytest
 
-from ngrpo_jax.commands import summary
+from ngrpo_jax.run import summary
 from ngrpo_jax.runtime import distributed, files
 
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_every_process_waits_until_the_first_has_exported(monkeypatch, index):
     done = []
-    monkeypatch.setattr(distributed, "place", lambda: distributed.Place(index, 2))
+    monkeypatch.setattr(distributed, "place", lambda: distributed.Process(index, 2))
     monkeypatch.setattr(distributed, "exchange", lambda name, value: done.append("together"))
     monkeypatch.setattr(summary, "_write", lambda *_: done.append("written"))
-    position = types.SimpleNamespace(state=types.SimpleNamespace(params={"w": jnp.ones(2)}))
-    summary.finish(None, position, {}, None, 1.0)
+    state = types.SimpleNamespace(state=types.SimpleNamespace(params={"w": jnp.ones(2)}))
+    summary.finish(None, state, {}, None, 1.0)
     assert done == (["written", "together"] if index == 0 else ["together"])
 
 

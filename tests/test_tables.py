@@ -4,8 +4,8 @@ import pathlib
 
 import pytest
 
-from ngrpo_jax.commands import tables
-from ngrpo_jax.commands.generations import FORMAT, Generations
+from ngrpo_jax.evaluation import tables
+from ngrpo_jax.evaluation.generations import FORMAT, Generations
 
 PAPERS = {"samples": 32, "temperature": 0.6, "top_p": 0.95, "top_k": 0, "max_new_tokens": 8192}
 

@@ -13,7 +13,7 @@ import pytest
 from configs import base
 from ngrpo_jax.algo.mixture import Mixing, embed
 from ngrpo_jax.learner import packing, update
-from ngrpo_jax.learner.loss import Computation, row_loss
+from ngrpo_jax.learner.loss import ForwardOptions, row_loss
 from ngrpo_jax.learner.optimizer import make_optimizer
 from ngrpo_jax.model import attention as attentions
 from ngrpo_jax.model import decoder
@@ -81,7 +81,9 @@ def _programs(
     shardings = meshes.state_shardings(mesh, shapes)
     attend = attentions.make(attention, mesh, block=16)
     programs = update.compile_programs(
-        Computation(config, TEMPERATURE, remat, logprob_chunk, attend, unroll, meshes.lookup_sharding(mesh)),
+        ForwardOptions(
+            config, TEMPERATURE, remat, logprob_chunk, attend, unroll, meshes.lookup_sharding(mesh)
+        ),
         objective,
         optimizer,
         state_shardings=shardings,
@@ -209,7 +211,7 @@ def test_what_fills_a_call_up_is_not_computed():
 
 def _with_doubled_behaviour(stack):
     rows = stack.rows
-    return stack._replace(rows=rows._replace(behaviour_RT=2 * rows.behaviour_RT))
+    return stack._replace(rows=rows._replace(sampler_logprobs_RT=2 * rows.sampler_logprobs_RT))
 
 
 def test_gspo_is_not_changed_by_packing():
@@ -284,7 +286,7 @@ def test_a_tied_table_gets_the_gradients_of_both_its_uses_as_they_come(algorithm
     (rows,) = _packed(objective, row_tokens=64, rows=8, share_prompts=True)
 
     def program(params, config):
-        compute = Computation(config, TEMPERATURE, logprob_chunk=16)
+        compute = ForwardOptions(config, TEMPERATURE, logprob_chunk=16)
         loss = functools.partial(row_loss, objective=objective, compute=compute)
         gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
         return gradient.lower(params, rows, None, None).compile()
@@ -481,6 +483,6 @@ def _compiled_of_rows(config, **options):
     params = jax.device_put(_params(0, config), shardings.params)
     rows, *_ = _packed(OBJECTIVE, row_tokens=64, rows=4)
     stack = programs.place([rows])
-    scored = update.Scored(stack, stack.rows.behaviour_RT, stack.rows.behaviour_RT)
+    scored = update.Scored(stack, stack.rows.sampler_logprobs_RT, stack.rows.sampler_logprobs_RT)
     gradient = programs.accumulate.lower(programs.zeros(params, scored), params, scored)
     return [program.compile().as_text() for program in (gradient, programs.score.lower(params, stack))]

@@ -36,7 +36,8 @@ class Draw(NamedTuple):
 
     Attributes:
       logits_BV: divided by the temperature, not truncated.
-      law_BV: the same where top-k and top-p keep a token, -inf elsewhere: what `token_B` was drawn from.
+      truncated_logits_BV: the same where top-k and top-p keep a token, -inf elsewhere: `token_B` was drawn
+        from their softmax.
       token_B: int32, the ordinary draw.
       keys_B2: uint32 key data of each sequence.
       position_B: int32, response tokens before this one.
@@ -45,7 +46,7 @@ class Draw(NamedTuple):
     """
 
     logits_BV: jax.Array
-    law_BV: jax.Array
+    truncated_logits_BV: jax.Array
     token_B: jax.Array
     keys_B2: jax.Array
     position_B: jax.Array
@@ -131,15 +132,15 @@ def gumbel(mixing: Mixing, draw: Draw) -> Proposal:
     first candidate is the ordinary draw itself, and the law of written tokens is that of ordinary steps.
     """
     uniforms_BN = _uniforms(draw, 2 * mixing.k - 1)
-    ids_BV = jax.lax.broadcasted_iota(jnp.int32, draw.law_BV.shape, 1)
-    rest_BV, id_B = draw.law_BV, draw.token_B
+    ids_BV = jax.lax.broadcasted_iota(jnp.int32, draw.truncated_logits_BV.shape, 1)
+    rest_BV, id_B = draw.truncated_logits_BV, draw.token_B
     ceiling_B, left_B = jnp.full(id_B.shape, jnp.inf), jnp.ones(id_B.shape, bool)
     ids, values = [], []
     for c in range(mixing.k):
         if c > 0:
             rest_BV = jnp.where(ids_BV == id_B[:, None], -jnp.inf, rest_BV)
             left_B = left_B & (jnp.max(rest_BV, axis=-1) > -jnp.inf)  # a nucleus may hold fewer than k
-            rest_BV = jnp.where(left_B[:, None], rest_BV, draw.law_BV)
+            rest_BV = jnp.where(left_B[:, None], rest_BV, draw.truncated_logits_BV)
             id_B = sampling.sample(rest_BV, uniforms_BN[:, mixing.k + c - 1])
         centre_B = jax.nn.logsumexp(rest_BV, axis=-1)
         ceiling_B = centre_B - jnp.log(jnp.exp(centre_B - ceiling_B) - jnp.log(uniforms_BN[:, c]))
@@ -147,7 +148,7 @@ def gumbel(mixing: Mixing, draw: Draw) -> Proposal:
         values.append(jnp.where(left_B, ceiling_B, -jnp.inf))
     ids_BC, values_BC = jnp.stack(ids, axis=1), jnp.stack(values, axis=1)
     if mixing.keep_out_ids:
-        out_BC = kept_out(mixing, draw.law_BV.shape[1])[ids_BC]
+        out_BC = kept_out(mixing, draw.truncated_logits_BV.shape[1])[ids_BC]
         values_BC = jnp.where(out_BC.at[:, 0].set(False), -jnp.inf, values_BC)
     return Proposal(draw.token_B, draw.token_B, Mixture(ids_BC, jax.nn.softmax(values_BC, axis=-1)))
 

@@ -1,1 +1,1 @@
-"""Figures about generations that are already made."""
+"""Where `analysis.passk` is still imported from; the code is in `ngrpo_jax/evaluation/statistics/`."""

@@ -22,7 +22,7 @@ from ngrpo_jax.settings import ObjectiveSettings
 Params = Any
 
 
-class Computation(NamedTuple):
+class ForwardOptions(NamedTuple):
     """How log-probabilities are computed: what changes time and memory, and nothing else.
 
     Attributes:
@@ -63,7 +63,7 @@ def row_loss(
     ref_RT: jax.Array | None,
     *,
     objective: ObjectiveSettings,
-    compute: Computation,
+    compute: ForwardOptions,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss (13) of some rows: their part of the optimiser step's, by the weights that they carry.
 
@@ -77,7 +77,9 @@ def row_loss(
     """
     hidden_RTD = _hidden(params, rows, compute)
     head_VD = decoder.head(params, compute.config)
-    facts = Facts(old_RT, ref_RT, rows.behaviour_RT, rows.advantages_RT, rows.weight_RT, rows.segment_ids_RT)
+    facts = Facts(
+        old_RT, ref_RT, rows.sampler_logprobs_RT, rows.advantages_RT, rows.weight_RT, rows.segment_ids_RT
+    )
     loss = functools.partial(_loss_of_tokens, objective=objective)
     if objective.algorithm == "gspo":  # its ratios join the tokens of a sequence, hence of different chunks
         logprobs_RT, entropy_RT = token_logprobs(
@@ -147,7 +149,7 @@ def _loss_of_tokens(
     }
 
 
-def _hidden(params: Params, rows: Rows, compute: Computation) -> jax.Array:
+def _hidden(params: Params, rows: Rows, compute: ForwardOptions) -> jax.Array:
     """Hidden states of the replayed mixtures, [R, T, D]."""
     if compute.table is not None:
         table_VD = jax.lax.with_sharding_constraint(params["embed"]["embedding"], compute.table)
@@ -165,7 +167,7 @@ def _hidden(params: Params, rows: Rows, compute: Computation) -> jax.Array:
     )
 
 
-def row_logprobs(params: Params, rows: Rows, compute: Computation) -> jax.Array:
+def row_logprobs(params: Params, rows: Rows, compute: ForwardOptions) -> jax.Array:
     """Log-probability of every response token, conditioned on the replayed mixtures; float32 [R, T]."""
     return token_logprobs(
         _hidden(params, rows, compute),

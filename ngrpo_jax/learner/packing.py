@@ -19,8 +19,8 @@ import jax
 import numpy as np
 
 from ngrpo_jax.algo.mixture import Mixture
+from ngrpo_jax.learner.advantages import Gather, one_host, token_weights
 from ngrpo_jax.learner.bins import first_fit, first_fit_groups
-from ngrpo_jax.learner.credit import Gather, one_host, token_weights
 from ngrpo_jax.model.attention import BLOCK
 from ngrpo_jax.rollout.trajectory import Trajectories
 from ngrpo_jax.settings import ObjectiveSettings
@@ -40,7 +40,7 @@ class Rows(NamedTuple):
       weight_RT: float32, the token's share of the loss; 0 at prompts and padding.
       response_RT: bool, whether the target is a response token (whatever its weight).
       advantages_RT: float32, the sequence's advantage; 0 at a shared prompt, which is of several.
-      behaviour_RT: float32, log-probability of the target when the sampler wrote it.
+      sampler_logprobs_RT: float32, log-probability of the target when the sampler wrote it.
     """
 
     inputs: Mixture
@@ -51,7 +51,7 @@ class Rows(NamedTuple):
     weight_RT: Array
     response_RT: Array
     advantages_RT: Array
-    behaviour_RT: Array
+    sampler_logprobs_RT: Array
 
 
 def pack(
@@ -172,7 +172,7 @@ def _write_tokens(
     answer = slice(here.stop - count, here.stop)  # from the prompt's last token on
     rows.targets_RT[row, answer] = trajectories.response(sequence)
     rows.response_RT[row, answer] = True
-    rows.behaviour_RT[row, answer] = trajectories.logprobs_BT[sequence, :count]
+    rows.sampler_logprobs_RT[row, answer] = trajectories.logprobs_BT[sequence, :count]
 
 
 def empty_rows(count: int, length: int, like: Mixture) -> Rows:
@@ -192,7 +192,7 @@ def empty_rows(count: int, length: int, like: Mixture) -> Rows:
         weight_RT=zeros(np.float32),
         response_RT=zeros(bool),
         advantages_RT=zeros(np.float32),
-        behaviour_RT=zeros(np.float32),
+        sampler_logprobs_RT=zeros(np.float32),
     )
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import optax
 
 from ngrpo_jax.algo.objectives import WEIGHTED
-from ngrpo_jax.learner.loss import Computation, add_metrics, no_metrics, row_logprobs, row_loss
+from ngrpo_jax.learner.loss import ForwardOptions, add_metrics, no_metrics, row_logprobs, row_loss
 from ngrpo_jax.learner.packing import Rows
 from ngrpo_jax.settings import ObjectiveSettings
 
@@ -70,7 +70,7 @@ class Sums(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Shelf:
+class HostOffload:
     """Where arrays wait between two uses: on their devices, or (`away`) in the memory of the hosts.
 
     The copies either way are whole and wait for no other program, so that a device holds the arrays in the
@@ -101,8 +101,8 @@ class Programs:
     accumulate: jax.stages.Wrapped  # (Sums, Params, Scored) -> Sums
     apply: jax.stages.Wrapped  # (TrainState, Sums) -> (TrainState, metrics)
     place: Callable[[Sequence[Rows]], Stack]
-    optimizer: Shelf
-    reference: Shelf
+    optimizer: HostOffload
+    reference: HostOffload
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -111,7 +111,7 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
 
 
 def compile_programs(
-    compute: Computation,
+    compute: ForwardOptions,
     objective: ObjectiveSettings,
     optimizer: optax.GradientTransformation,
     *,
@@ -138,7 +138,7 @@ def compile_programs(
             scores_RT = row_logprobs(_of_turn(params, i), _at(stack.rows, i), compute)
             return scores_MRT.at[i].set(scores_RT)
 
-        return jax.lax.fori_loop(0, stack.count, one, jnp.zeros_like(stack.rows.behaviour_RT))
+        return jax.lax.fori_loop(0, stack.count, one, jnp.zeros_like(stack.rows.sampler_logprobs_RT))
 
     def zeros(params, scored):
         (rows, _), *given = scored
@@ -171,8 +171,8 @@ def compile_programs(
         accumulate=jax.jit(accumulate, donate_argnums=0, out_shardings=Sums(of_params, whole)),
         apply=jax.jit(apply, donate_argnums=0, out_shardings=(state_shardings, whole)),
         place=functools.partial(_place, rows=of_stack, count=whole),
-        optimizer=Shelf(state_shardings.opt_state, away_optimizer),
-        reference=Shelf(of_params, away_reference),
+        optimizer=HostOffload(state_shardings.opt_state, away_optimizer),
+        reference=HostOffload(of_params, away_reference),
     )
 
 
@@ -229,7 +229,7 @@ def score(
     def one(microbatches: Sequence[Rows]) -> Scored:
         stack = programs.place(microbatches)
         of_reference = None if reference is None else programs.score(reference, stack)
-        of_sampler = stack.rows.behaviour_RT if old == "sampler" else None
+        of_sampler = stack.rows.sampler_logprobs_RT if old == "sampler" else None
         of_params = programs.score(params, stack) if old == "learner" else of_sampler
         return Scored(stack, of_params, of_reference)
 

@@ -183,3 +183,8 @@ def _rematerialised(run_layer: Callable, remat: str, *, in_scan: bool) -> Callab
     if remat not in _REMAT_POLICIES:
         raise ValueError(f"unknown remat {remat!r}; known: none, {', '.join(_REMAT_POLICIES)}")
     return jax.checkpoint(run_layer, policy=_REMAT_POLICIES[remat], prevent_cse=not in_scan)
+
+
+def parameter_shapes(config: ModelConfig) -> Any:
+    """The learner's parameter tree as jax.ShapeDtypeStruct, float32."""
+    return jax.eval_shape(lambda key: init(key, config), jax.random.key(0))

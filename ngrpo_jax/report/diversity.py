@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ngrpo_jax.analysis.diversity import group_diversity
-from ngrpo_jax.commands import generations
-from ngrpo_jax.commands.generations import Generations
+from ngrpo_jax.evaluation import generations
+from ngrpo_jax.evaluation.generations import Generations
+from ngrpo_jax.evaluation.statistics.diversity import group_diversity
 from ngrpo_jax.runtime import console
 
 # Edit distances grow with the square of both: these keep a benchmark within minutes.

@@ -13,14 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from ngrpo_jax.analysis import geometry
-from ngrpo_jax.commands import commandline, composition
-from ngrpo_jax.commands.run import best_key, open_checkpoint
+from ngrpo_jax import flags
+from ngrpo_jax.evaluation.statistics import geometry
 from ngrpo_jax.model import decoder
 from ngrpo_jax.report import charts
 from ngrpo_jax.report.style import CSS
 from ngrpo_jax.runtime import console, mesh
 from ngrpo_jax.settings import Settings, require, resolve
+from ngrpo_jax.setup.model_spec import open_checkpoint, open_model_spec
+from ngrpo_jax.setup.resume import best_key
+from ngrpo_jax.setup.tokenizer_info import TokenizerInfo
 
 SIGMA = 0.33  # of STHT's noise, arXiv 2509.19170
 DRAWS = 200  # of noise and of mixtures, for each token
@@ -35,7 +37,7 @@ class Rows:
     settings: Settings
     workdir: Path
     step: int
-    language: composition.Language
+    tokenizer_info: TokenizerInfo
     embedding_VD: np.ndarray
     table_VD: np.ndarray  # where neighbours are sought: the embedding or the head, as `mixing.table` says
     anchors: list[int]
@@ -43,7 +45,9 @@ class Rows:
 
     def text(self, token: int) -> str:
         """A token as it reads, spaces visible."""
-        return visible(self.language.tokenizer.decode([token], skip_special_tokens=False)) or f"<{token}>"
+        return (
+            visible(self.tokenizer_info.tokenizer.decode([token], skip_special_tokens=False)) or f"<{token}>"
+        )
 
     def nearest(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Neighbours of the anchors among the rows that rollouts may mix in."""
@@ -52,8 +56,8 @@ class Rows:
             self.anchors,
             count,
             metric=self.settings.mixing.metric,
-            valid_V=self.language.usable_V,
-            group_V=self.language.spelling_V,
+            valid_V=self.tokenizer_info.usable_V,
+            group_V=self.tokenizer_info.spelling_V,
         )
 
 
@@ -91,7 +95,7 @@ def plane_page(argv: Sequence[str]) -> tuple[Path, str]:
     require(k >= 2, f"mixing.k is {k}; without a neighbour there is no mixture to draw.")
     ids_AC, _ = rows.nearest(k - 1)
     embedding_VD = rows.embedding_VD
-    usable = np.flatnonzero(rows.language.usable_V)
+    usable = np.flatnonzero(rows.tokenizer_info.usable_V)
     background = random.choice(usable, min(BACKGROUND, len(usable)), replace=False)
     anchors_AD = embedding_VD[rows.anchors]
     noise = [geometry.noisy_points(row, SIGMA, DRAWS, random) for row in anchors_AD]
@@ -122,7 +126,7 @@ def _off_the_tokens(
     name: str, points: Sequence[np.ndarray], rows: Rows, candidates: Sequence[set[int]]
 ) -> tuple[str, float, float, float]:
     """How far a kind of input lies from its anchor and from any token: means over all draws."""
-    usable = np.flatnonzero(rows.language.usable_V)
+    usable = np.flatnonzero(rows.tokenizer_info.usable_V)
     to_anchor, to_any, own = [], [], []
     for anchor, of_anchor, allowed in zip(rows.anchors, points, candidates, strict=True):
         row = rows.embedding_VD[anchor]
@@ -166,23 +170,27 @@ def _page(
 
 
 def _read(argv: Sequence[str]) -> Rows:
-    config, flags = commandline.parse_flags(
-        ["report", *argv], tokens=None, step="best", count=str(DEFAULT_COUNT)
-    )
-    settings, workdir = resolve(config), Path(flags["workdir"])
-    count = flags["count"]
+    config, options = flags.parse_flags(["report", *argv], tokens=None, step="best", count=str(DEFAULT_COUNT))
+    settings, workdir = resolve(config), Path(options["workdir"])
+    count = options["count"]
     require(count.isdigit() and int(count) > 0, f"--count={count} must be a whole number above 0.")
-    require(bool(flags["tokens"]), '--tokens is missing; write --tokens="7, the, Wait".')
-    source = composition.open_source(settings, workdir)
+    require(bool(options["tokens"]), '--tokens is missing; write --tokens="7, the, Wait".')
+    model_spec = open_model_spec(settings, workdir)
     anchors = [
-        _token(source.language.tokenizer, piece) for piece in flags["tokens"].split(",") if piece.strip()
+        _token(model_spec.tokenizer_info.tokenizer, piece)
+        for piece in options["tokens"].split(",")
+        if piece.strip()
     ]
-    require(bool(anchors), f"--tokens={flags['tokens']!r} names no token.")
+    require(bool(anchors), f"--tokens={options['tokens']!r} names no token.")
     devices = mesh.make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
-    step, params = open_checkpoint(source, workdir, devices, flags["step"], best_key(settings))
-    rows = (decoder.table_rows(params, source.config, name) for name in ("embedding", settings.mixing.table))
+    step, params = open_checkpoint(model_spec, workdir, devices, options["step"], best_key(settings))
+    rows = (
+        decoder.table_rows(params, model_spec.config, name) for name in ("embedding", settings.mixing.table)
+    )
     embedding_VD, table_VD = (np.asarray(table, np.float32) for table in rows)
-    return Rows(settings, workdir, step, source.language, embedding_VD, table_VD, anchors, int(count))
+    return Rows(
+        settings, workdir, step, model_spec.tokenizer_info, embedding_VD, table_VD, anchors, int(count)
+    )
 
 
 def _token(tokenizer: Any, piece: str) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 from ngrpo_jax.model import cache as kv
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.rollout import decode
-from ngrpo_jax.rollout.seating import cache_sizes, no_seats, prompt_lengths, smallest
+from ngrpo_jax.rollout.scheduler import cache_sizes, no_seats, prompt_lengths, smallest
 
 
 @dataclasses.dataclass(frozen=True)

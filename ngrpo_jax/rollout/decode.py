@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from ngrpo_jax.algo import mixture as mix
 from ngrpo_jax.algo import sampling, strategies
 from ngrpo_jax.model import cache as kv
-from ngrpo_jax.model import columns
+from ngrpo_jax.model import inference
 from ngrpo_jax.model.config import ModelConfig
 
 
@@ -173,10 +173,10 @@ def prefill(
     gets all of the result, since any of its slots may start from any prompt.
     """
     if placement is None:
-        return columns.prefill(params, config, ids_BT, lengths_B)
+        return inference.prefill(params, config, ids_BT, lengths_B)
     rows = NamedSharding(placement.mesh, P(placement.rows))
     ids_BT, lengths_B = jax.lax.with_sharding_constraint((ids_BT, lengths_B), rows)
-    hidden_BD, cache = columns.prefill(params, config, ids_BT, lengths_B)
+    hidden_BD, cache = inference.prefill(params, config, ids_BT, lengths_B)
     hidden_BD = jax.lax.with_sharding_constraint(hidden_BD, NamedSharding(placement.mesh, P()))
     return hidden_BD, placement.constrain_cache(cache, None)
 
@@ -279,15 +279,15 @@ def decode_chunk(
     """Writes `steps` tokens in every slot; rows that end on the way write nothing valid after it.
 
     Args:
-      params: as `columns.lay_out` makes them.
+      params: as `inference.lay_out` makes them.
       table_VC: neighbour table, or None where the strategy needs none.
       slots: donated; its buffers become the result's.
     """
 
-    turned = columns.turns(config, slots.cache.columns)
+    turned = inference.turns(config, slots.cache.columns)
 
     def step(slots: Slots, _: None) -> tuple[Slots, Written]:
-        logits_BV = columns.logits(params, slots.hidden_BD)
+        logits_BV = inference.logits(params, slots.hidden_BD)
         token_B, mixture, mixed_B, logprob_B = draw(logits_BV, table_VC, slots, sampler)
         # The log-sum-exp is finite just where no logit is NaN or +inf and not all are -inf.
         failed_B = slots.active_B & ~jnp.isfinite(logprob_B)
@@ -295,7 +295,7 @@ def decode_chunk(
         tail_BM = jnp.concatenate([slots.tail_BM, token_B[:, None]], axis=1)[:, 1:]
         written_B = slots.written_B + valid_B
         stopped_B = jnp.isin(token_B, jnp.asarray(sampler.stop_ids, jnp.int32)) & valid_B
-        hidden_BD, cache = columns.decode_step(params, config, mixture, slots.cache, turned)
+        hidden_BD, cache = inference.decode_step(params, config, mixture, slots.cache, turned)
         written = Written(token_B, mixture, mixed_B, logprob_B, stopped_B, failed_B, valid_B)
         after = slots._replace(
             cache=cache,
@@ -325,17 +325,23 @@ def draw(
         return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key_2), count), (2,))
 
     uniforms_B2 = jax.vmap(uniforms)(slots.keys_B2, slots.written_B)
-    law_BV = sampling.truncate(scaled_BV, top_p=sampler.top_p, top_k=sampler.top_k)
+    truncated_logits_BV = sampling.truncate(scaled_BV, top_p=sampler.top_p, top_k=sampler.top_k)
     if sampler.temperature == 0:
         token_B = sampling.greedy(scaled_BV)
     else:
-        token_B = sampling.sample(law_BV, uniforms_B2[:, 0])
+        token_B = sampling.sample(truncated_logits_BV, uniforms_B2[:, 0])
     mixture = mix.one_hot(token_B, sampler.mixing.candidates)
     mixed_B = jnp.zeros(token_B.shape, bool)
     if sampler.mixing.mixes:
         open_B = slots.thinking_B & slots.active_B & (uniforms_B2[:, 1] < sampler.mixing.rate)
         drawn = strategies.Draw(
-            scaled_BV, law_BV, token_B, slots.keys_B2, slots.written_B, table_VC, sampler.temperature
+            scaled_BV,
+            truncated_logits_BV,
+            token_B,
+            slots.keys_B2,
+            slots.written_B,
+            table_VC,
+            sampler.temperature,
         )
         token_B, mixture, mixed_B = strategies.next_input(sampler.mixing, drawn, open_B)
     chosen_B = jnp.take_along_axis(scaled_BV, token_B[:, None], axis=1)[:, 0]

@@ -21,12 +21,12 @@ import numpy as np
 from ngrpo_jax.algo.mixture import Mixing
 from ngrpo_jax.algo.neighbors import neighbor_table
 from ngrpo_jax.model import cache as kv
-from ngrpo_jax.model import columns, decoder
+from ngrpo_jax.model import decoder, inference
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.rollout import decode
 from ngrpo_jax.rollout.checks import check_arguments
 from ngrpo_jax.rollout.compiling import Plan, Shapes, decoded, empty_slots, prefilled, shapes_of
-from ngrpo_jax.rollout.seating import Seating, smallest
+from ngrpo_jax.rollout.scheduler import Seating, smallest
 from ngrpo_jax.rollout.trajectory import Trajectories
 
 NO_MIXING = Mixing(strategy="none")
@@ -94,7 +94,7 @@ def generate(
     """Draws `samples` responses to each prompt.
 
     Args:
-      params: parameters as `model.hf.load` gives them, or as `columns.lay_out` has made of them.
+      params: parameters as `model.hf.load` gives them, or as `inference.lay_out` has made of them.
       config: the model's; `config.dtype` is the dtype of matrix products and of the cache.
       prompts: token ids, ragged, none empty.
       samples: responses a prompt.
@@ -135,8 +135,8 @@ def generate(
     )
     keys_B2 = _key_data(keys_B, seed, count)
     table_VC = _table(params, config, sampler, table_VC)
-    if not columns.is_laid_out(params):
-        params = columns.lay_out(params, config)
+    if not inference.is_laid_out(params):
+        params = inference.lay_out(params, config)
     longest = max_prompt_tokens or max(map(len, prompts))
     shapes = shapes_of(
         Plan(config, sampler, samples, max_new_tokens, slots, chunk, longest, sharding), params
@@ -272,8 +272,8 @@ def _table(params: Any, config: ModelConfig, sampler: decode.Sampler, table_VC: 
     """The table given, or one over all rows where a strategy needs it and none is given."""
     if not sampler.mixing.uses_table or table_VC is not None:
         return table_VC if sampler.mixing.uses_table else None
-    if columns.is_laid_out(params):
-        rows_VD = columns.table_rows(params, sampler.mixing.table)
+    if inference.is_laid_out(params):
+        rows_VD = inference.table_rows(params, sampler.mixing.table)
     else:
         rows_VD = decoder.table_rows(params, config, sampler.mixing.table)
     return neighbor_table(rows_VD, sampler.mixing.k, metric=sampler.mixing.metric)

@@ -2,9 +2,9 @@
 
 Owns `jax.distributed` and the exchange of small values between hosts; how they end together is in ending.py.
 Must not know what is exchanged. With one process nothing of this happens: `initialize` finds no
-other process, `exchange` gives back what it got.
+other process, `allgather` gives back what it got.
 
-Every process calls `exchange` the same number of times in the same order; each exchange carries a name, so
+Every process calls `allgather` the same number of times in the same order; each exchange carries a name, so
 that processes which lost step with each other say so instead of mixing up values.
 """
 
@@ -36,7 +36,7 @@ _SEEN_S = 20.0  # how long a file of another host may take to appear on shared s
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Process:
     """Which process of its run this is."""
 
     index: int
@@ -66,12 +66,12 @@ class Explicit:
     index: int
 
 
-def place() -> Place:
+def process() -> Process:
     """This process among those of its run."""
-    return Place(jax.process_index(), jax.process_count())
+    return Process(jax.process_index(), jax.process_count())
 
 
-def initialize() -> Place:
+def initialize() -> Process:
     """Joins the run's other processes, before anything asks jax for a device.
 
     They are found by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, by the variables that
@@ -82,11 +82,11 @@ def initialize() -> Place:
         OSError: the other processes cannot be reached.
     """
     if ending.watched():
-        return place()
+        return process()
     given = explicit(os.environ)
     if given is not None:
         if given.count == 1:
-            return place()
+            return process()
         _join(
             f"process {given.index} of {given.count}, whose coordinator is {given.coordinator}",
             coordinator_address=given.coordinator,
@@ -99,8 +99,8 @@ def initialize() -> Place:
     elif _on_tpu(os.environ):
         _join("this worker of the TPU")
     else:
-        return place()
-    here = place()
+        return process()
+    here = process()
     expected = given.count if given is not None else slurm_tasks(os.environ) or here.count
     if here.count != expected:
         raise ValueError(
@@ -108,7 +108,7 @@ def initialize() -> Place:
             f"{here.count}; is JAX_PLATFORMS the same for all, and are their devices visible?"
         )
     if here.several:
-        ending.start_watcher(here.index, given.coordinator if given is not None else None, exchange)
+        ending.start_watcher(here.index, given.coordinator if given is not None else None, allgather)
     return here
 
 
@@ -177,13 +177,13 @@ def _join(who: str, **arguments: Any) -> None:
         ) from error
 
 
-def exchange(name: str, value: Json) -> list[Json]:
+def allgather(name: str, value: Json) -> list[Json]:
     """What every process gave, by process index. Values are JSON; numbers come through exactly.
 
     Args:
         name: of the exchange; the same on every process, or they have lost step.
     """
-    here = place()
+    here = process()
     if not here.several:
         return [value]
     own = json.dumps({"name": name, "value": value}).encode()
@@ -201,9 +201,9 @@ def exchange(name: str, value: Json) -> list[Json]:
     return [message["value"] for message in messages]
 
 
-def merge(name: str, values: list[Json]) -> list[Json]:
+def allgather_items(name: str, values: list[Json]) -> list[Json]:
     """One value for each thing of this process's share -> those of all things, in their order."""
-    parts = exchange(name, values)
+    parts = allgather(name, values)
     return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
 
@@ -226,11 +226,11 @@ def check_shared(workdir: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: on every process, naming those that cannot; nothing is left behind.
     """
-    here = place()
+    here = process()
     if not here.several:
         return
     directory = pathlib.Path(workdir)
-    token = exchange("token of the workdir", secrets.token_hex(8))[0]
+    token = allgather("token of the workdir", secrets.token_hex(8))[0]
     names = [f".host-{token}-{index}" for index in range(here.count)]
     own = directory / names[here.index]
     problem = ""
@@ -239,11 +239,11 @@ def check_shared(workdir: str | os.PathLike[str]) -> None:
         own.touch()
     except OSError as error:
         problem = str(error)
-    unwritten = exchange("writing the workdir", problem)
+    unwritten = allgather("writing the workdir", problem)
     missing = [] if any(unwritten) else _missing(directory, names)
-    unseen = exchange("reading the workdir", missing)
+    unseen = allgather("reading the workdir", missing)
     own.unlink(missing_ok=True)
-    exchange("leaving the workdir", None)
+    allgather("leaving the workdir", None)
     if here.primary and directory.is_dir() and not any(directory.iterdir()):
         directory.rmdir()
     for index, problem in enumerate(unwritten):

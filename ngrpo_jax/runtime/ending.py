@@ -31,7 +31,7 @@ def start_watcher(index: int, coordinator: str | None, exchange: Exchange) -> No
 
     Args:
         coordinator: HOST:PORT of process 0 where a launcher gave it; the likeliest way to its watcher.
-        exchange: `distributed.exchange`; every process of the run calls this.
+        exchange: `distributed.allgather`; every process of the run calls this.
     """
     global _watcher
     command = [sys.executable, "-P", watcher.__file__, str(index), str(os.getpid())]

@@ -263,3 +263,12 @@ def _check_divides(mesh: Mesh, name: str, shape: tuple[int, ...], letters: str, 
                 f"{name} has {size} {_DIMENSIONS[letter]} ({letter}), which mesh.{axis} = {mesh.shape[axis]} "
                 f"does not divide; choose mesh.{axis} that divides {size}"
             )
+
+
+def shapes_on(shapes: Any, shardings: Any) -> Any:
+    """Shapes (a tree of jax.ShapeDtypeStruct) with the shardings that their arrays will have."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )

@@ -44,7 +44,7 @@ def math_reward(response: str, gold: str) -> float:
 
     The first question that takes algebra starts a worker, which is then kept.
     """
-    return _shared_grader(os.getpid()).score([response], [gold], "math")[0]
+    return _shared_grader(os.getpid()).grade([response], [gold], "math")[0]
 
 
 def choice_reward(response: str, gold: str) -> float:
@@ -145,7 +145,7 @@ class Grader:
         """Stop the workers; happens by itself when the interpreter ends."""
         self._finalizer()
 
-    def score(self, responses: Sequence[str], golds: Sequence[str], kind: str) -> list[float]:
+    def grade(self, responses: Sequence[str], golds: Sequence[str], kind: str) -> list[float]:
         """The score of each response, in order.
 
         `kind` is "math", "choice", or the import path of a user's reward, which runs in this process.

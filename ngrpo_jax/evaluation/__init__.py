@@ -1,0 +1,1 @@
+"""Held-out problems: data sets, responses, stored generations, tables, comparisons."""

@@ -1,0 +1,1 @@
+"""Numbers about graded responses: NumPy in, numbers out; no model, no files."""

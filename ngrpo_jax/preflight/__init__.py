@@ -1,0 +1,1 @@
+"""Whether a run can start and will fit: checked without training anything."""

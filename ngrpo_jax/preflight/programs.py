@@ -1,0 +1,96 @@
+"""Compiles the programs of a run from shapes alone: no weight is read and no array made.
+
+Each function mirrors the calls that training makes, with abstract arguments, so that what the compiler
+refuses is known before a run starts; with a compilation cache the run then finds them compiled.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ngrpo_jax.learner import packing, update
+from ngrpo_jax.model import decoder, inference
+from ngrpo_jax.model.config import ModelConfig
+from ngrpo_jax.rollout import compiling, engine
+from ngrpo_jax.rollout.trajectory import Trajectories
+from ngrpo_jax.runtime import console, mesh
+from ngrpo_jax.settings import Settings
+from ngrpo_jax.setup.learner import make_learner, old_logprobs
+from ngrpo_jax.setup.policy import evaluation_draws, plan_of, training_draws
+from ngrpo_jax.setup.tokenizer_info import TokenizerInfo
+
+
+def compile_update(
+    settings: Settings, config: ModelConfig, devices: jax.sharding.Mesh, _: Any = None
+) -> tuple[Any, str]:
+    """Compiles scoring, accumulation and the optimiser step; returns them by name, and a remark."""
+    begun = time.monotonic()
+    programs, _, abstract, shardings = make_learner(settings, config, devices)
+    state = mesh.shapes_on(abstract, shardings)
+    of_stack = update.stack_sharding(mesh.rows_sharding(devices))
+    count = settings.train.rows_per_device * settings.mesh.data * settings.mesh.fsdp
+    mixing = settings.mixing.method(()) if settings.mixing.active else engine.NO_MIXING
+    like = Trajectories.empty(1, 1, mixing.candidates, noisy=mixing.noisy).mixtures
+    rows = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((update.STACK, *leaf.shape), leaf.dtype, sharding=of_stack),
+        packing.empty_rows(count, settings.row_tokens, like),
+    )
+    stack = update.Stack(rows, jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh.replicated(devices)))
+    source = old_logprobs(settings)
+    old = None if source == "update" else rows.sampler_logprobs_RT
+    reference = rows.sampler_logprobs_RT if settings.objective.kl_coef > 0 else None
+    scored = update.Scored(stack, old, reference)
+    zeros = programs.zeros.lower(state.params, scored).compile()
+    sums = mesh.shapes_on(jax.eval_shape(programs.zeros, state.params, scored), zeros.output_shardings)
+    # The learner's parameters are scored in float32, the reference model in the dtype that it is kept in.
+    of_learner = ["float32"] if source == "learner" else []
+    dtypes = dict.fromkeys(of_learner if reference is None else [*of_learner, config.dtype])
+    compiled = {
+        **{
+            f"score {dtype}": programs.score.lower(_in(dtype, state.params), stack).compile()
+            for dtype in dtypes
+        },
+        "zeros": zeros,
+        "accumulate": programs.accumulate.lower(sums, state.params, scored).compile(),
+        "apply": programs.apply.lower(state, sums).compile(),
+    }
+    analysis = compiled["accumulate"].memory_analysis()
+    room = (
+        ""
+        if analysis is None
+        else f"; a microbatch takes {console.format_bytes(analysis.temp_size_in_bytes)}"
+    )
+    return compiled, f"{len(compiled)} compiled in {console.format_seconds(time.monotonic() - begun)}{room}"
+
+
+def _in(dtype: str, params: Any) -> Any:
+    """Parameters (their shapes) of another dtype, which lie where these do."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding), params)
+
+
+def compile_rollout(
+    settings: Settings,
+    config: ModelConfig,
+    devices: jax.sharding.Mesh,
+    tokenizer_info: TokenizerInfo,
+    _: Any = None,
+) -> tuple[Any, str]:
+    """Compiles the largest programs of the rollouts of training and of evaluation, on this host's devices."""
+    begun = time.monotonic()
+    local, layout = mesh.local_mesh(devices), settings.rollout.layout
+    shapes = jax.eval_shape(lambda p: inference.lay_out(p, config), decoder.parameter_shapes(config))
+    params = mesh.shapes_on(shapes, mesh.param_shardings(local, shapes, layout=layout))
+    table_VC = jax.ShapeDtypeStruct(
+        (config.vocab_size, settings.mixing.k), jnp.int32, sharding=mesh.replicated(local)
+    )
+    count = 0
+    for draws in (training_draws(settings), evaluation_draws(settings)):
+        plan = plan_of(config, tokenizer_info, settings, draws, mesh.slots_sharding(local, layout))
+        mixes = plan.sampler.mixing.uses_table
+        compiled = compiling.compile_largest(params, plan, table_VC if mixes else None)
+        count += len(compiled)
+    return count, f"{count} compiled in {console.format_seconds(time.monotonic() - begun)}"

@@ -1,0 +1,1 @@
+"""A training run: start, steps, state, metrics, summary."""

@@ -1,0 +1,96 @@
+"""The loop of a run: steps, evaluations, checkpoints and logs until `train.steps`, then the summary."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+
+from ngrpo_jax.errors import Preempted
+from ngrpo_jax.evaluation.answering import evaluate_set
+from ngrpo_jax.run import summary
+from ngrpo_jax.run.neighbor_table import serve
+from ngrpo_jax.run.state import Run, RunState, save
+from ngrpo_jax.run.step import policy_of, train_step
+from ngrpo_jax.runtime import console, distributed, ending, metrics
+from ngrpo_jax.runtime.checkpoints import Checkpoints
+from ngrpo_jax.settings import TrainSettings
+from ngrpo_jax.setup.policy import (
+    compile_ahead,
+    evaluation_draws,
+    training_draws,
+)
+from ngrpo_jax.tasks.rewards import Grader
+
+
+def train(run: Run, state: RunState, grader: Grader, checkpoints: Checkpoints, begun: float) -> None:
+    """Steps until `train.steps`, then evaluates, exports and sums up."""
+    settings, here = run.settings, distributed.process()
+    resume = state.step or None
+    summary.announce(run, state)
+    compile_rollouts(run, state)
+    if not state.initial_evaluation:
+        state = dataclasses.replace(
+            state, initial_evaluation=evaluate(run, state, grader, "evaluation before")
+        )
+    began_at, clock = state.step, time.monotonic()
+    after: dict[str, float] = {}
+    with (
+        metrics.MetricsWriter(run.workdir, resume_step=resume, primary=here.primary) as writer,
+        metrics.JsonLines(run.workdir / "samples.jsonl", resume_step=resume, primary=here.primary) as samples,
+        ending.Signals() as signals,
+    ):
+        while state.step < settings.train.steps:
+            with profiled(settings.train, state.step + 1, run.workdir):
+                state, row, rows = train_step(run, state, grader)
+            last = state.step == settings.train.steps
+            # Only the schedule decides what a step's row holds, so that a run that stopped here and was
+            # resumed has the rows of one that never stopped.
+            scheduled = settings.eval.every is not None and state.step % settings.eval.every == 0
+            after = evaluate(run, state, grader, "evaluation") if scheduled else {}
+            row |= {f"eval/{name}": value for name, value in after.items()}
+            writer.write(state.step, row)
+            samples.write(rows)
+            stop = max(distributed.allgather("signals", signals.received))
+            if last or scheduled or state.step % settings.checkpoint.every == 0 or stop:
+                save(state, settings, checkpoints, row if scheduled else None)
+            pace = (time.monotonic() - clock) / (state.step - began_at)
+            if here.primary:
+                print(summary.step_line(state.step, row, settings.train.steps, pace), flush=True)
+            if stop and not last:
+                raise Preempted(stop, state.step)
+    checkpoints.wait()
+    after = after or evaluate(run, state, grader, "evaluation after")
+    summary.finish(run, state, after, checkpoints, time.monotonic() - begun)
+
+
+def compile_rollouts(run: Run, state: RunState) -> None:
+    """Compiles the rollouts of training and evaluation for all sizes, and says how long it took."""
+    settings = run.settings
+    policy = policy_of(run, state, None)
+    draws = (training_draws(settings), evaluation_draws(settings))
+    seconds = sum(compile_ahead(policy, settings, one) for one in draws)
+    if distributed.process().primary:
+        print(f"rollouts   compiled for every size in {console.format_seconds(seconds)}", flush=True)
+
+
+def evaluate(run: Run, state: RunState, grader: Grader, label: str) -> dict[str, float]:
+    """Held-out figures of the current parameters."""
+    settings = run.settings
+    served = serve(run, state) if settings.eval.mixing else None
+    return evaluate_set(policy_of(run, state, served), run.held_out, settings, grader, label=label)
+
+
+@contextmanager
+def profiled(settings: TrainSettings, step: int, workdir: pathlib.Path) -> Iterator[None]:
+    """Traces the step into WORKDIR/profile where the settings ask for it: one trace a step and process."""
+    first = settings.profile_from
+    if first is None or not first <= step < first + settings.profile_steps:
+        yield
+        return
+    with jax.profiler.trace(workdir / "profile" / f"step-{step}-process-{distributed.process().index}"):
+        yield

@@ -1,0 +1,1 @@
+"""Settings -> the parts of a run that training, evaluation and preflight share."""

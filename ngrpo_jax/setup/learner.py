@@ -1,0 +1,77 @@
+"""The learner of a run: its compiled programs, its optimiser, and the shapes and shardings of its state."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+
+from ngrpo_jax.learner import update
+from ngrpo_jax.learner.loss import ForwardOptions
+from ngrpo_jax.learner.optimizer import make_optimizer
+from ngrpo_jax.model import attention, decoder
+from ngrpo_jax.model.config import ModelConfig
+from ngrpo_jax.runtime import mesh
+from ngrpo_jax.settings import Settings
+
+
+class Learner(NamedTuple):
+    """The programs of the update, and what its state looks like; nothing is compiled and no array made."""
+
+    programs: update.Programs
+    optimizer: Any
+    abstract: update.TrainState  # of jax.ShapeDtypeStruct
+    shardings: update.TrainState
+
+
+def make_learner(settings: Settings, config: ModelConfig, devices: jax.sharding.Mesh) -> Learner:
+    """The update of a run with these settings on this mesh."""
+    optimizer = make_optimizer(settings.optimizer)
+    shapes = decoder.parameter_shapes(config)
+    abstract = jax.eval_shape(lambda params: update.init_state(params, optimizer), shapes)
+    shardings = mesh.state_shardings(devices, abstract)
+    programs = update.compile_programs(
+        computation(settings, config, devices),
+        settings.objective,
+        optimizer,
+        state_shardings=shardings,
+        rows_sharding=mesh.rows_sharding(devices),
+        offload=settings.train.offload,
+    )
+    return Learner(programs, optimizer, abstract, shardings)
+
+
+def computation(settings: Settings, config: ModelConfig, devices: jax.sharding.Mesh) -> ForwardOptions:
+    """How the learner computes log-probabilities in this run."""
+    train = settings.train
+    name = attention_name(settings)
+    return ForwardOptions(
+        config,
+        settings.rollout.temperature,
+        remat=train.remat,
+        logprob_chunk=train.logprob_chunk * settings.mesh.data * settings.mesh.fsdp,
+        attend=attention.make(name, devices),
+        unroll=train.unroll,
+        table=mesh.lookup_sharding(devices),
+    )
+
+
+def old_logprobs(settings: Settings) -> str:
+    """Where the update's old log-probabilities come from, as `update.score` takes it.
+
+    The first optimiser step of a batch computes them itself: they are its own.
+    """
+    if settings.objective.old_logprobs == "sampler":
+        return "sampler"
+    return "update" if settings.mini_batches == 1 else "learner"
+
+
+def attention_name(settings: Settings) -> str:
+    """The learner's attention, "auto" resolved; ValueError where these devices cannot run it."""
+    return attention.choose(
+        settings.train.attention,
+        platform=jax.local_devices()[0].platform,
+        row_tokens=settings.row_tokens,
+        shared_prefixes=settings.train.share_prompts,
+        dtype=settings.model.dtype,
+    )

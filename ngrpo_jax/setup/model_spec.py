@@ -1,0 +1,129 @@
+"""The model of a run without its weights, where it is found, and its parameters at any step.
+
+Owns the search for the starting model (a directory, a hub name, a warm start) and the reading of parameters
+onto a mesh. Must not know what the parameters are used for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import operator
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from ngrpo_jax.model import decoder, hf
+from ngrpo_jax.model.config import ModelConfig
+from ngrpo_jax.runtime import mesh
+from ngrpo_jax.runtime.checkpoints import Checkpoints
+from ngrpo_jax.settings import WARM_START, Settings
+from ngrpo_jax.setup.tokenizer_info import TokenizerInfo, make_tokenizer_info
+from ngrpo_jax.setup.warm_start import RECIPE, recipe
+from ngrpo_jax.tasks import prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """The model that a run starts from, without its weights: `load_params` reads those."""
+
+    directory: str
+    config: ModelConfig
+    tokenizer_info: TokenizerInfo
+
+
+def open_model_spec(settings: Settings, workdir: pathlib.Path) -> ModelSpec:
+    """The model of an existing run, without its weights; ValueError where a warm start was never made."""
+    directory = locate_model(settings, workdir)
+    if not directory.is_dir():
+        raise ValueError(f"{workdir} holds no run of this config yet; train it first.")
+    tokenizer = prompts.load_tokenizer(directory)
+    config = hf.read_config(directory, dtype=settings.model.dtype)
+    return ModelSpec(str(directory), config, make_tokenizer_info(tokenizer, config, settings))
+
+
+def load_params(model_spec: ModelSpec, devices: jax.sharding.Mesh) -> Any:
+    """The starting model's float32 parameters, each leaf put on the mesh as soon as it is read."""
+    shardings = mesh.param_shardings(devices, decoder.parameter_shapes(model_spec.config))
+
+    def place(path: tuple[str, ...], leaf: np.ndarray) -> jax.Array:
+        return mesh.put(leaf, functools.reduce(operator.getitem, path, shardings))
+
+    return hf.read(model_spec.directory, dtype="float32", place=place)[1]
+
+
+def locate_model(settings: Settings, workdir: pathlib.Path, *, weights: bool = True) -> pathlib.Path:
+    """The directory of the starting model; one that does not exist is a warm start still to be made.
+
+    `weights`: as `hf.locate` takes it.
+    """
+    if settings.model.path != WARM_START:
+        return hf.locate(settings.model.path, settings.model.revision, weights=weights)
+    directory = workdir / "warm_start"
+    if directory.exists():
+        made_by = json.loads((workdir / RECIPE).read_text(encoding="utf-8"))
+        if made_by != recipe(settings):
+            raise ValueError(
+                f"{directory} was made by other settings of seed, data or warm_start, listed in "
+                f"{workdir / RECIPE}; use those, or another --workdir."
+            )
+    elif (workdir / "checkpoints").exists():
+        raise ValueError(
+            f"{workdir} has checkpoints but not the warm start that they began from; use another --workdir."
+        )
+    elif not settings.data.train.startswith("arithmetic"):
+        raise ValueError(
+            f"model.path is {WARM_START!r}, which learns worked solutions of arithmetic problems, but "
+            f"data.train is {settings.data.train!r}; use an arithmetic model_spec or another model.path."
+        )
+    return directory
+
+
+def model_identity(model_spec: ModelSpec, params: Any) -> dict[str, Any]:
+    """Facts that tell one starting model from another: sizes, and a digest of some of its weights."""
+    facts = dataclasses.asdict(model_spec.config)
+    del facts["dtype"]
+    digest = hashlib.sha256()
+    for leaf in (params["embed"]["embedding"][:64], params["final_norm"]["scale"]):
+        digest.update(mesh.to_host(leaf).astype(np.float32).tobytes())
+    return {**facts, "weights": digest.hexdigest()[:16]}
+
+
+def open_checkpoint(
+    model_spec: ModelSpec,
+    workdir: pathlib.Path,
+    devices: jax.sharding.Mesh,
+    which: str,
+    best: str,
+) -> tuple[int, Any]:
+    """(step, float32 parameters on the mesh) of a workdir's checkpoint.
+
+    Args:
+      which: "latest", "best" (or the latest where none was evaluated), "start" (the starting model), a step.
+        A workdir without checkpoints gives the starting model for "best", and ValueError for the others.
+      best: the metric of "best", from `best_key`.
+    """
+    if which == "start":
+        return 0, load_params(model_spec, devices)
+    with Checkpoints(workdir / "checkpoints", model=None, best=best) as checkpoints:
+        steps = checkpoints.steps()
+        if not steps and which == "best":
+            return 0, load_params(model_spec, devices)
+        named = {
+            "latest": checkpoints.latest_step(),
+            "best": checkpoints.best_step() or checkpoints.latest_step(),
+        }
+        step = named.get(which, int(which) if which.isdigit() else None)
+        if step not in steps:
+            have = ", ".join(map(str, steps)) or "none"
+            raise ValueError(
+                f"--step={which}: {workdir} has checkpoints at steps: {have}; or use best, latest, start."
+            )
+        shapes = decoder.parameter_shapes(model_spec.config)
+        wanted = {"train": {"params": mesh.shapes_on(shapes, mesh.param_shardings(devices, shapes))}}
+        restored, _ = checkpoints.restore(step, wanted, partial=True)
+    return step, restored["train"]["params"]

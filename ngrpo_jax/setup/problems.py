@@ -1,0 +1,98 @@
+"""Which problems are trained on, and what is wrong with a set: found and said before a run starts."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from ngrpo_jax.settings import Settings
+from ngrpo_jax.tasks import cleaning, golds, prompts, rows
+from ngrpo_jax.tasks.builders import catalogue
+from ngrpo_jax.tasks.datasets import Problem, load_problems, load_training
+from ngrpo_jax.tasks.rewards import Grader
+
+
+@dataclasses.dataclass(frozen=True)
+class ProblemSet:
+    """Problems with their encoded prompts, in the same order, and how many prompts were too long."""
+
+    problems: list[Problem]
+    prompts: list[list[int]]
+    dropped: int
+
+
+def load_set(settings: Settings, tokenizer: Any, split: str) -> ProblemSet:
+    """Problems and prompts of `data.train` ("train") or `data.eval` ("test"), less the too long.
+
+    Of the training set, empty and repeated rows are left out too, and with `data.drop_overlap` what stands in
+    an evaluation set. Whatever was left out or looks wrong is printed.
+    """
+    data = settings.data
+    source = data.train if split == "train" else data.eval
+    check_choices(settings, source)
+    if split == "train":
+        problems = training_problems(settings)
+    else:
+        problems = load_problems(source, split=split, seed=settings.seed, size=settings.eval.problems)
+    report_unreadable(settings, source, problems)
+    kept, encoded, dropped = prompts.encode_problems(
+        tokenizer, problems, data.prompt, data.chat_template, data.max_prompt_tokens
+    )
+    return ProblemSet(kept, encoded, dropped)
+
+
+def check_choices(settings: Settings, source: str) -> None:
+    """Refuses a multiple-choice set of ours asked or graded as mathematics, where nothing would be right."""
+    kind, name, *_ = [*re.split("[:/?]", source), ""]
+    known = catalogue.configs(name) if kind == "tfds" else {}
+    choice = any(entry.kind == catalogue.CHOICE for entry in known.values())
+    if choice and "math" in (settings.data.prompt, settings.reward.kind):
+        raise ValueError(
+            f"{source} is multiple choice, but data.prompt is {settings.data.prompt!r} and reward.kind "
+            f"{settings.reward.kind!r}; set both to choice (among --sets: prompt=choice reward=choice)."
+        )
+
+
+def training_problems(settings: Settings) -> list[Problem]:
+    """The problems of `data.train`, less empty and repeated rows and, if so set, those of evaluation sets.
+
+    Raises ValueError where none is left.
+    """
+    data = settings.data
+    loaded = load_training(data.train, seed=settings.seed, size=data.train_size)
+    if loaded.nulls or loaded.duplicates:
+        print(f"{data.train}: {loaded.duplicates} repeated and {loaded.nulls} empty rows are left out.")
+    problems = loaded.problems
+    for source in data.held_apart:
+        others = load_problems(source, split="test", seed=settings.seed)
+        pairs = cleaning.shared([p.problem for p in problems], [p.problem for p in others])
+        if not pairs:
+            continue
+        listed = rows.some(f"{problems[i].id} ({others[j].id} there)" for i, j in pairs)
+        what = (
+            "are left out" if data.drop_overlap else "are trained on; data.drop_overlap=true leaves them out"
+        )
+        print(f"{data.train}: {len(pairs)} problems also stand in {source} and {what}: {listed}.")
+        if data.drop_overlap:
+            known = {i for i, _ in pairs}
+            problems = [problem for i, problem in enumerate(problems) if i not in known]
+    if not problems:
+        raise ValueError(f"all problems of {data.train} also stand in an evaluation set; train on others.")
+    return problems
+
+
+def report_unreadable(settings: Settings, source: str, problems: Sequence[Problem]) -> None:
+    """Prints which gold answers math-verify cannot read, where it grades: few are ever right on them."""
+    reward = settings.reward
+    if reward.kind != "math":
+        return
+    with contextlib.closing(Grader(reward.workers, reward.deadline_s, reward.memory_mb)) as grader:
+        bad = golds.unreadable([p.answer for p in problems], grader, golds.default_cache())
+    if bad:
+        print(
+            f"{source}: math-verify cannot read {len(bad)} answers, which only the same spelling will match: "
+            f"{rows.some(problems[i].id for i in bad)}."
+        )

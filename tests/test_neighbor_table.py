@@ -1,0 +1,125 @@
+"""The table of a run: exact resume with its bounds, whose rows it follows, and what runs need none."""
+
+import dataclasses
+import shutil
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_commands import _run, _timeless
+from test_rollout import CONFIGS, _params
+
+from ngrpo_jax import train
+from ngrpo_jax.algo.mixture import Mixing
+from ngrpo_jax.algo.neighbors import neighbor_table, refresh
+from ngrpo_jax.algo.neighbors.eligibility import eligible_rows
+from ngrpo_jax.run.neighbor_table import after_update, before_update, serve, table_upkeep
+from ngrpo_jax.run.state import RunState
+from ngrpo_jax.runtime import mesh
+
+
+def test_a_resumed_run_has_the_same_table_and_bounds_bit_by_bit(tmp_path, monkeypatch, capsys):
+    """Stopped between two refreshes, when the bounds have moved and the table is older than its matrix."""
+    whole, resumed, saved = tmp_path / "whole", tmp_path / "resumed", {}
+
+    def saves_in(workdir):
+        def save(state, settings, checkpoints, row):
+            save(state, settings, checkpoints, row)
+            saved[workdir, state.step] = jax.device_get(state.table), state.table_age
+            if workdir == whole and state.step == 2:
+                checkpoints.wait()
+                shutil.copytree(whole, resumed)
+
+        return save
+
+    changes = dict(train__steps=5, checkpoint__every=2, eval__every=50, mixing__refresh_every=3)
+    spelled = dict(mixing__distinct_spelling=True, optimizer__learning_rate=1e-4)
+    for workdir in (whole, resumed):
+        monkeypatch.setattr(train, "save", saves_in(workdir))
+        _run(train, workdir, **changes, **spelled)
+    assert "resumed from step 2" in capsys.readouterr().out
+    train_state, age = saved[whole, 2]
+    assert age == 2 and 0 < train_state.kept.moved_V.max() < np.inf
+    for step, expected_age in ((4, 1), (5, 2)):
+        (ours, our_age), (theirs, their_age) = saved[resumed, step], saved[whole, step]
+        assert our_age == their_age == expected_age
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    rows = _timeless(resumed / "metrics.jsonl")
+    assert rows == _timeless(whole / "metrics.jsonl")
+    costs = [row.get("table/cost") for row in rows]
+    assert costs[0] == 1.0 and [cost is None for cost in costs] == [False, True, True, False, True]
+    assert costs[3] < 1.0, "everything was built anew: equality says nothing of the bounds"
+
+
+def _fake_run(config, params, strategy="neighbor", model_spec="embedding", refresh_every=1, devices=None):
+    """As much of a run as the table asks for, and its start."""
+    mixing = Mixing(strategy=strategy, k=3, table=model_spec)
+    settings = types.SimpleNamespace(
+        mixing=types.SimpleNamespace(active=True, refresh_every=refresh_every, table=model_spec)
+    )
+    tokenizer_info = types.SimpleNamespace(mixing=mixing, eligible=eligible_rows(config.vocab_size, 3))
+    of_model = types.SimpleNamespace(config=config, language=tokenizer_info)
+    devices = devices or mesh.make_mesh(1, 1, 1, jax.devices()[:1])
+    run = types.SimpleNamespace(settings=settings, model_spec=of_model, mesh=devices)
+    return run, _position(params, None, 0)
+
+
+def _position(params, train_state, age):
+    return RunState(0, types.SimpleNamespace(params=params), train_state, age, None, {})
+
+
+@pytest.mark.parametrize("model_spec", ["embedding", "head"])
+@pytest.mark.parametrize("grid", [(1, 1, 1), (1, 4, 2)])
+def test_a_run_keeps_the_table_of_the_matrix_that_its_settings_name(model_spec, grid):
+    """On one device and split over eight; the update donates the parameters, as the learner does."""
+    config = dataclasses.replace(CONFIGS["qwen2_untied"], vocab_size=96)
+    devices = mesh.make_mesh(*grid, jax.devices()[: np.prod(grid)])
+    params = _params(config)
+    placed = mesh.param_shardings(devices, params)
+    params = jax.device_put(params, placed)
+    run, state = _fake_run(config, params, model_spec=model_spec, devices=devices)
+    moved = lambda tree: jax.tree.map(lambda x: x + 1e-3 * jnp.sin(1e3 * x), tree)  # noqa: E731
+    update, costs = jax.jit(moved, donate_argnums=0, out_shardings=placed), []
+    upkeep = table_upkeep(run.model_spec, devices)
+    programs = [refresh._program(work, upkeep) for work in (refresh._refresh, refresh._follow)]
+    before = [program._cache_size() for program in programs]
+    for _ in range(3):
+        served = serve(run, state)
+        costs.append(served.figures["table/cost"])
+        rows = params["embed"]["embedding"] if model_spec == "embedding" else params["head"]["rows"]
+        np.testing.assert_array_equal(served.table_VC, neighbor_table(np.asarray(rows), 3))
+        rows_VD = before_update(run, served, params)
+        params = update(params)
+        train_state = after_update(run, served, rows_VD, params)
+        state = _position(params, train_state, served.age)
+    assert costs[0] == 1.0 and max(costs[1:]) < 1.0
+    counts = [program._cache_size() for program in programs]
+    assert all(now - then <= 1 for now, then in zip(counts, before, strict=True)), "compiled again"
+
+
+def test_between_refreshes_the_table_is_the_old_one_and_its_bounds_go_on():
+    config = CONFIGS["qwen2_tied"]
+    params = _params(config)
+    run, state = _fake_run(config, params, refresh_every=2)
+    ages, tables = [], []
+    for _ in range(4):
+        served = serve(run, state)
+        ages.append((served.age, bool(served.figures)))
+        tables.append(np.asarray(served.table_VC))
+        before = before_update(run, served, params)
+        params = jax.tree.map(lambda x: x + 0.3 * jnp.sin(1e3 * x), params)
+        state = _position(params, after_update(run, served, before, params), served.age)
+    assert ages == [(1, True), (2, False), (1, True), (2, False)]
+    assert (tables[0] == tables[1]).all() and (tables[2] == tables[3]).all()
+    assert (tables[1] != tables[2]).any()
+
+
+@pytest.mark.parametrize("strategy", ["soft", "gumbel", "noise"])
+def test_strategies_without_a_table_keep_and_copy_nothing(strategy):
+    config = CONFIGS["qwen2_tied"]
+    run, state = _fake_run(config, {}, strategy=strategy)
+    served = serve(run, state)
+    assert served is None
+    assert before_update(run, served, {}) is None and after_update(run, served, None, {}) is None
