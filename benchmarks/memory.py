@@ -28,12 +28,13 @@ import jax
 import numpy as np
 
 from benchmarks import measure, shapes
-from ngrpo_jax import flags, train
+from ngrpo_jax import flags
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.preflight import fit, memory
 from ngrpo_jax.run.neighbor_table import after_update, before_update, serve
 from ngrpo_jax.run.start import prepare
 from ngrpo_jax.run.state import Run, RunState
+from ngrpo_jax.run.step import learn, policy_of
 from ngrpo_jax.runtime import mesh
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.runtime.console import format_bytes, format_count
@@ -141,26 +142,26 @@ def _begin(config: ModelConfig, settings: Settings, workdir: pathlib.Path) -> tu
 
 
 def _step(run: Run, state: RunState) -> tuple[RunState, dict[str, int]]:
-    """`train.train_step` without grading, in three parts; where it leads, and the peak of each part."""
+    """`run.step.train_step` without grading, in three parts; where it leads, and the peak of each part."""
     settings, group = run.settings, run.settings.rollout.group
     peaks: dict[str, int] = {}
     prompts = run.training.prompts
     served = _counted(peaks, "table", lambda: serve(run, state))
 
     def write() -> Any:
-        actor = train.policy_of(run, state, served)
+        policy = policy_of(run, state, served)
         draws = training_draws(settings)
-        return write_responses(actor, prompts, settings, label="rollout", stream=1, draws=draws)
+        return write_responses(policy, prompts, settings, label="rollout", stream=1, draws=draws)
 
     trajectories = _counted(peaks, "rollout", write)
     rewards_PG = np.resize([0.0, 1.0], (len(prompts), group))
 
-    def learn() -> Any:
+    def update() -> Any:
         before_VD = before_update(run, served, state.train_state.params)
-        train_state, _ = train.learn(run, state.train_state, prompts, trajectories, rewards_PG, {})
+        train_state, _ = learn(run, state.train_state, prompts, trajectories, rewards_PG, {})
         return train_state, after_update(run, served, before_VD, train_state.params)
 
-    train_state, followed = _counted(peaks, "update", learn)
+    train_state, followed = _counted(peaks, "update", update)
     return RunState(state.step + 1, train_state, followed, 1, state.stream, {}), peaks
 
 

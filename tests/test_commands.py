@@ -13,8 +13,9 @@ from ngrpo_jax import evaluate, export, flags, train
 from ngrpo_jax.model import hf
 from ngrpo_jax.report import __main__ as report
 from ngrpo_jax.report import panels
+from ngrpo_jax.run import loop, step
 from ngrpo_jax.run.metrics import reward_figures
-from ngrpo_jax.runtime.metrics import CLOCK_GROUPS, read_rows
+from ngrpo_jax.runtime.metrics import VARYING_GROUPS, read_rows
 from ngrpo_jax.tasks.rewards import Counts
 
 TINY = pathlib.Path(__file__).parent.parent / "configs" / "tiny.py"
@@ -49,7 +50,7 @@ SMALL = {
 
 
 FIGURES = {f"time/{phase}" for phase in ("step", "table", "rollout", "reward", "logprobs", "update")}
-FIGURES |= {f"speed/{name}" for name in ("peak_memory", "step_tokens", "rollout_tokens", "reward_tokens")}
+FIGURES |= {f"speed/{name}" for name in ("step_tokens", "rollout_tokens", "reward_tokens")} | {"memory/peak"}
 FIGURES |= {"speed/logprob_tokens", "speed/update_tokens", "rows/fill", "gap/mean", "gap/max", "gap/kl"}
 FIGURES |= {
     f"learner/{name}" for name in ("clip_low", "clip_high", "dual_clip", "ratio", "ratio_min", "ratio_max")
@@ -78,7 +79,7 @@ def finished(tmp_path_factory):
 
 
 def _timeless(path):
-    return [{k: v for k, v in row.items() if not k.startswith(CLOCK_GROUPS)} for row in read_rows(path)]
+    return [{k: v for k, v in row.items() if not k.startswith(VARYING_GROUPS)} for row in read_rows(path)]
 
 
 def _leaves(directory):
@@ -97,18 +98,18 @@ def test_a_run_stopped_and_resumed_ends_as_one_that_was_not(finished, tmp_path, 
     workdir = tmp_path / "run"
     _run(train, workdir, train__steps=4)
     assert json.loads((workdir / "summary.json").read_text())["steps"] == 4
-    whole_step = train.train_step
+    whole_step = loop.train_step
 
     def stops_in_step_nine(run, position, grader):
         if position.step == 8:
             raise KeyboardInterrupt
         return whole_step(run, position, grader)
 
-    monkeypatch.setattr(train, "train_step", stops_in_step_nine)
+    monkeypatch.setattr(loop, "train_step", stops_in_step_nine)
     with pytest.raises(SystemExit) as stopped:
         _run(train, workdir, train__steps=12)
     assert stopped.value.code == 130 and len(read_rows(workdir / "metrics.jsonl")) == 8
-    monkeypatch.setattr(train, "train_step", whole_step)
+    monkeypatch.setattr(loop, "train_step", whole_step)
     _run(train, workdir, train__steps=12)
     assert "resumed from step 6" in capsys.readouterr().out
     rows = _timeless(workdir / "metrics.jsonl")
@@ -365,18 +366,18 @@ def test_numbers_that_are_not_finite_end_a_run_in_one_sentence(finished, tmp_pat
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
     advice = f"; the run in {workdir} goes on from its last checkpoint, with a lower optimizer.learning_rate"
-    learn = train.learn
+    learn = step.learn
 
     def diverges(*arguments):
         state, figures = learn(*arguments)
         return state, figures | {"learner/grad_norm": float("nan")}
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "learn", diverges)
+        patch.setattr(step, "learn", diverges)
         sentence = _refused(capsys, workdir, train__steps=13)
     assert f"the gradient of step 13 is not finite{advice}" in sentence
     with monkeypatch.context() as patch:
-        patch.setattr(train, "failures", lambda *_: "2 responses failed")
+        patch.setattr(step, "failures", lambda *_: "2 responses failed")
         sentence = _refused(capsys, workdir, train__steps=13)
     assert f"step 13: 2 responses failed{advice}" in sentence
     assert [row["step"] for row in read_rows(workdir / "metrics.jsonl")] == list(range(1, 13))

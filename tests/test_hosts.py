@@ -13,7 +13,7 @@ import time
 import pytest
 
 from ngrpo_jax.runtime import distributed
-from ngrpo_jax.runtime.metrics import CLOCK_GROUPS, read_rows
+from ngrpo_jax.runtime.metrics import VARYING_GROUPS, read_rows
 
 ROOT = pathlib.Path(__file__).parent.parent
 LOCAL = ROOT / "launch" / "gpu" / "local.sh"
@@ -112,7 +112,7 @@ def _assert_same_figures(rows, expected):
     for row, other in zip(rows, expected, strict=True):
         assert row.keys() == other.keys()
         for name, value in other.items():
-            if not name.startswith((*CLOCK_GROUPS, "table/")) and name != "rows/fill":
+            if not name.startswith((*VARYING_GROUPS, "table/")) and name != "rows/fill":
                 near = 1e-4 if name in OF_ONE_TOKEN else 1e-5
                 assert row[name] == pytest.approx(value, rel=near, abs=near), (row["step"], name)
 

@@ -15,8 +15,9 @@ from ngrpo_jax import train
 from ngrpo_jax.algo.mixture import Mixing
 from ngrpo_jax.algo.neighbors import neighbor_table, refresh
 from ngrpo_jax.algo.neighbors.eligibility import eligible_rows
+from ngrpo_jax.run import loop
 from ngrpo_jax.run.neighbor_table import after_update, before_update, serve, table_upkeep
-from ngrpo_jax.run.state import RunState
+from ngrpo_jax.run.state import RunState, save
 from ngrpo_jax.runtime import mesh
 
 
@@ -25,19 +26,19 @@ def test_a_resumed_run_has_the_same_table_and_bounds_bit_by_bit(tmp_path, monkey
     whole, resumed, saved = tmp_path / "whole", tmp_path / "resumed", {}
 
     def saves_in(workdir):
-        def save(state, settings, checkpoints, row):
+        def save_and_keep(state, settings, checkpoints, row):
             save(state, settings, checkpoints, row)
             saved[workdir, state.step] = jax.device_get(state.table), state.table_age
             if workdir == whole and state.step == 2:
                 checkpoints.wait()
                 shutil.copytree(whole, resumed)
 
-        return save
+        return save_and_keep
 
     changes = dict(train__steps=5, checkpoint__every=2, eval__every=50, mixing__refresh_every=3)
     spelled = dict(mixing__distinct_spelling=True, optimizer__learning_rate=1e-4)
     for workdir in (whole, resumed):
-        monkeypatch.setattr(train, "save", saves_in(workdir))
+        monkeypatch.setattr(loop, "save", saves_in(workdir))
         _run(train, workdir, **changes, **spelled)
     assert "resumed from step 2" in capsys.readouterr().out
     train_state, age = saved[whole, 2]
@@ -60,7 +61,7 @@ def _fake_run(config, params, strategy="neighbor", model_spec="embedding", refre
         mixing=types.SimpleNamespace(active=True, refresh_every=refresh_every, table=model_spec)
     )
     tokenizer_info = types.SimpleNamespace(mixing=mixing, eligible=eligible_rows(config.vocab_size, 3))
-    of_model = types.SimpleNamespace(config=config, language=tokenizer_info)
+    of_model = types.SimpleNamespace(config=config, tokenizer_info=tokenizer_info)
     devices = devices or mesh.make_mesh(1, 1, 1, jax.devices()[:1])
     run = types.SimpleNamespace(settings=settings, model_spec=of_model, mesh=devices)
     return run, _position(params, None, 0)

@@ -148,7 +148,7 @@ SECTIONS = (
                 "tokens/s",
             ),
             Panel("Arithmetic of the update", {"speed/update_mfu": "share of the devices' peak"}, "%"),
-            Panel("Peak memory", {"speed/peak_memory": "fullest device"}, "bytes"),
+            Panel("Peak memory", {"memory/peak": "fullest device"}, "bytes"),
             Panel("Verdicts a second", {"speed/verdicts": "grading"}, "verdicts/s"),
             Panel("Packed rows filled", {"rows/fill": "tokens that are not padding"}, "%"),
             Panel("Refresh of the neighbour table", {"table/cost": "share of a build's cost"}, "%"),

@@ -173,7 +173,7 @@ def learner_speed(
     if peak is not None:
         figures["speed/update_mfu"] = 3 * sum(of_work) / seconds["update"] / (peak * run.mesh.size)
     held = [memory for memory in of_memory if memory is not None]
-    return {**figures, "speed/peak_memory": float(max(held))} if held else figures
+    return {**figures, "memory/peak": float(max(held))} if held else figures
 
 
 def sample_rows(

@@ -135,7 +135,7 @@ def _write(
         if mixed
         else None,
         "mix_cosine_min": min((row["rollout/mix_cosine_min"] for row in mixed), default=None),
-        "sampler_trainer_gap_max": max(row["gap/max"] for row in rows),
+        "sampler_learner_gap_max": max(row["gap/max"] for row in rows),
         "checkpoint": str(run.workdir / "checkpoints" / str(state.step)),
         "export": str(export),
     }

@@ -2,9 +2,9 @@
 
 Owns WORKDIR/metrics.jsonl and WORKDIR/tensorboard. Must not know what any metric means.
 
-Names are `group/name`. Times go under `time/` (seconds) and rates under `speed/` (units a second), and
-nothing else does: with those two groups left out, the file of a run that was stopped and resumed is byte for
-byte that of a run that was not.
+Names are `group/name`. Times go under `time/` (seconds), rates under `speed/` (units a second) and bytes
+under `memory/`, and nothing else does: without these three groups, the file of a run that was stopped and
+resumed is byte for byte that of a run that was not.
 """
 
 import json
@@ -20,7 +20,7 @@ from tensorboardX import SummaryWriter
 
 from . import files
 
-CLOCK_GROUPS = ("time/", "speed/")
+VARYING_GROUPS = ("time/", "speed/", "memory/")  # what differs between runs that compute the same
 
 
 class MetricsWriter:
