@@ -5,7 +5,7 @@
 Each case is a run of this project with random weights of its size, in a process of its own: the table is
 built, responses are written and the update is made by what the training command calls, once to compile and
 once to be counted. Prompts and responses are as long as the settings allow, which is what the calculation
-(runtime/memory.py) is about.
+(preflight/memory.py) is about.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def main() -> None:
         "Memory: the most that a phase holds",
         ("model", "phase", "calculated", "measured", "calculated / measured"),
         rows,
-        "Calculated: runtime.preflight. Measured: the kernel's count of the most memory that the process "
+        "Calculated: preflight/memory.py. Measured: the kernel's count of the most memory that the process "
         f"held, less what it needs without arrays. Goal for rollout and update: within {GOAL:.0%}.",
     )
     report.save(given.json)
@@ -110,13 +110,13 @@ def main() -> None:
 def measured(case: Case) -> dict[str, tuple[int, int]]:
     """Phase -> bytes calculated and bytes measured, of a whole step."""
     settings = _settings(case)
-    parts = fit.memory_parts(settings, case.model)
-    always = memory.held(parts, "always")
+    allocations = fit.training_memory(settings, case.model)
+    always = memory.held(allocations, "always")
     with tempfile.TemporaryDirectory() as folder:
         run, state = _begin(case.model, settings, pathlib.Path(folder))
         state, _ = _step(run, state)
         _, peaks = _step(run, dataclasses.replace(state, table=None))  # it is built anew
-    return {phase: (always + memory.held(parts, phase), peak) for phase, peak in peaks.items()}
+    return {phase: (always + memory.held(allocations, phase), peak) for phase, peak in peaks.items()}
 
 
 def _settings(case: Case) -> Settings:

@@ -20,7 +20,6 @@ import numpy as np
 
 from benchmarks import chunks, measure, shapes
 from benchmarks.peer import Peer
-from ngrpo_jax.model import inference
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.preflight import memory
 from ngrpo_jax.rollout import compiling, decode, engine
@@ -38,7 +37,7 @@ def report_memory(report: measure.Report, *, slots: int, tokens: int) -> None:
     measure.say(f"memory: a rollout of {slots} × {tokens} tokens in a process of its own")
     with Peer(sys.executable, pathlib.Path(__file__).resolve()) as child:
         answer = child.ask("measure", slots=slots, tokens=tokens)
-    rows = [("calculation (runtime.preflight)", format_bytes(predicted), None)]
+    rows = [("calculation (preflight/memory.py)", format_bytes(predicted), None)]
     for name, size in (
         ("measured: most memory of the process", answer["peak"]),
         ("XLA's account of a chunk", answer["chunk"]),
@@ -54,24 +53,8 @@ def report_memory(report: measure.Report, *, slots: int, tokens: int) -> None:
 
 def _predicted(slots: int, tokens: int) -> int:
     """What preflight says that a rollout holds: its copy of the parameters and everything of its phase."""
-    run = memory.RunShape(
-        data=1,
-        fsdp=1,
-        tensor=1,
-        rollout_tensor=1,
-        rollout_shards=1,
-        slots=slots,
-        cache_length=PROMPT + tokens,
-        prefill_rows=slots,
-        prompt_tokens=PROMPT,
-        query_block=inference.QUERY_BLOCK,
-        rows_per_device=1,
-        row_tokens=PROMPT + tokens,
-        logprob_chunk=1024,
-        remat="full",
-        reference=False,
-    )
-    return memory.held(memory.memory_estimate(NARROW, run), "rollout")
+    sizes = memory.RolloutSizes(slots, slots, PROMPT, PROMPT + tokens)
+    return memory.held(memory.rollout_estimate(NARROW, sizes), "rollout")
 
 
 def measured(slots: int, tokens: int) -> dict[str, int]:

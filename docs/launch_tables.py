@@ -2,7 +2,7 @@
 
     python -m docs.launch_tables
 
-writes them anew between their marks, from the root of the repository. Memory is that of runtime/memory.py,
+writes them anew between their marks, from the root of the repository. Memory is that of preflight/memory.py,
 for the paper's settings; hours follow from the makers' figures for the chips and two shares of them that are
 assumed. It stands beside the document it belongs to; tests/test_launch_tables.py holds the two together.
 """
@@ -16,7 +16,7 @@ from typing import NamedTuple
 from benchmarks import shapes
 from ngrpo_jax import flags
 from ngrpo_jax.model.config import ModelConfig
-from ngrpo_jax.preflight import fit, memory
+from ngrpo_jax.preflight import memory
 from ngrpo_jax.runtime.hardware import PEAK_FLOPS
 from ngrpo_jax.settings import MeshSettings, Settings, resolve
 
@@ -78,10 +78,9 @@ def plans(config: str, model: ModelConfig, devices: int) -> Iterator[Plan]:
             continue
         grid = MeshSettings(data=1, fsdp=devices // tensor, tensor=tensor)
         own = dataclasses.replace(settings, mesh=grid)
-        run = dataclasses.replace(fit.run_shape(own), attention="splash", logits_copies=3)
-        parts = memory.memory_estimate(model, run)
+        allocations = memory.training_estimate(own, model)
         phases = ("always", "table", "rollout", "update")
-        yield Plan(own, {phase: memory.held(parts, phase) for phase in phases})
+        yield Plan(own, {phase: memory.held(allocations, phase) for phase in phases})
 
 
 def best(config: str, model: ModelConfig, where: Slice) -> tuple[Plan, bool]:

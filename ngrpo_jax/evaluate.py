@@ -26,7 +26,7 @@ from ngrpo_jax.evaluation.answering import answer_problems
 from ngrpo_jax.evaluation.cosines import mixed_cosines
 from ngrpo_jax.evaluation.generations import Store, blocks, file_of, make_header, rows_of
 from ngrpo_jax.evaluation.sets import EvalSet, eval_sets, split
-from ngrpo_jax.preflight import fit, memory
+from ngrpo_jax.preflight import capacity, fit, memory
 from ngrpo_jax.runtime import console, distributed, mesh
 from ngrpo_jax.settings import Settings, resolve
 from ngrpo_jax.setup.model_spec import ModelSpec, model_identity, open_checkpoint, open_model_spec
@@ -62,8 +62,8 @@ def main(argv: Sequence[str]) -> None:
     folder = pathlib.Path(options["generations"] or workdir)
     sets = eval_sets(settings)
     devices = mesh.make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
-    memory.check_workdir(workdir)
-    memory.check_workdir(folder)
+    capacity.check_workdir(workdir)
+    capacity.check_workdir(folder)
     model_spec = open_model_spec(settings, workdir)
     for one in sets:
         fit.check_evaluation(one.settings, model_spec.config)
@@ -105,8 +105,8 @@ def announce(
     stores: Sequence[Store],
 ) -> None:
     """What will be evaluated, before it is."""
-    parts = [fit.evaluation_memory(one.settings, model_spec.config) for one in sets]
-    needed = console.format_bytes(max(memory.peak(of_set)[0] for of_set in parts))
+    estimates = [memory.evaluation_estimate(one.settings, model_spec.config) for one in sets]
+    needed = console.format_bytes(max(memory.peak(estimate)[0] for estimate in estimates))
     print(f"model      {model_spec.directory} ({model_spec.config.architecture})")
     print(f"memory     about {needed} on each device, by estimate")
     for one, problems, store in zip(sets, held_out, stores, strict=True):

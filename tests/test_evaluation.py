@@ -9,7 +9,7 @@ import pytest
 
 from ngrpo_jax import evaluate, flags
 from ngrpo_jax.evaluation import answering, generations
-from ngrpo_jax.preflight import memory
+from ngrpo_jax.preflight import capacity
 from ngrpo_jax.report import __main__ as report
 from ngrpo_jax.report.embeddings import visible
 from ngrpo_jax.setup.policy import evaluation_keys
@@ -275,7 +275,7 @@ def test_what_cannot_be_evaluated_is_one_sentence(changes, flags, words, whole, 
 
 def test_an_evaluation_that_does_not_fit_is_refused(model, tmp_path, capsys, monkeypatch):
 
-    monkeypatch.setattr(memory, "device_memory", lambda *_, **__: 1000)
+    monkeypatch.setattr(capacity, "device_memory", lambda *_, **__: 1000)
     assert "on each device, which has" in _refused(capsys, _run, model, tmp_path)
 
 

@@ -32,7 +32,7 @@ def test_cosines_of_neighbours_and_refusals():
 
 
 def test_appendix_e_by_hand():
-    figures = geometry.cosine_figures(np.array([1.0, 0.9, 0.96, 0.94]))
+    figures = geometry.cosine_metrics(np.array([1.0, 0.9, 0.96, 0.94]))
     assert figures == {"mean": pytest.approx(0.95), "min": 0.9, "below_095": 0.5}
 
 

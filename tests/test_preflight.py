@@ -1,39 +1,37 @@
 """Preflight: the count of parameters against a real tree, the shares of memory, and workdirs as they come."""
 
-import dataclasses
 import os
+import pathlib
 
 import jax
 import pytest
 
+from ngrpo_jax.flags import load_config
 from ngrpo_jax.model import decoder
 from ngrpo_jax.model.config import ModelConfig
-from ngrpo_jax.preflight import memory
-from ngrpo_jax.preflight.memory import Part, RunShape
+from ngrpo_jax.preflight import capacity, memory
+from ngrpo_jax.preflight.memory import Allocation
+from ngrpo_jax.settings import resolve
 
 GIB = 1024**3
+BASE = pathlib.Path(__file__).parent.parent / "configs" / "base.py"
 R1_1_5B = ModelConfig("qwen2", 151936, 1536, 8960, 28, 12, 2, 128, dtype="bfloat16")
-RUN = RunShape(
-    data=1,
-    fsdp=8,
-    tensor=1,
-    rollout_tensor=1,
-    rollout_shards=8,
-    slots=64,
-    cache_length=12288,
-    prefill_rows=16,
-    prompt_tokens=1024,
-    query_block=512,
-    rows_per_device=1,
-    row_tokens=4096,
-    logprob_chunk=1024,
-    remat="full",
-    reference=True,
-)
 
 
-def _sizes(run=RUN, model=R1_1_5B):
-    return {part.name: part.size for part in memory.memory_estimate(model, run)}
+def _settings(**changes):
+    """The settings of configs/base.py on eight devices, with changes `section__leaf=value`."""
+    config = load_config(str(BASE))
+    changes = {"mesh__fsdp": 8} | changes
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+    return resolve(config)
+
+
+def _estimate(attention="chunked", **changes):
+    return memory.training_estimate(_settings(**changes), R1_1_5B, attention=attention)
+
+
+def _sizes(**changes):
+    return {one.name: one.size for one in _estimate(**changes)}
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
@@ -56,60 +54,57 @@ def test_fixed_parts_follow_from_the_parameter_count():
 
 def test_the_cache_counts_every_slot_layer_head_and_byte():
     assert _sizes()["KV cache"] == 2 * 28 * (64 // 8) * 12288 * 2 * 128 * 2
-    assert _sizes(dataclasses.replace(RUN, slots=65))["KV cache"] == 9 * _sizes()["KV cache"] // 8
+    assert _sizes(rollout__slots=65)["KV cache"] == 9 * _sizes()["KV cache"] // 8
 
 
 @pytest.mark.parametrize(
-    ("change", "part"),
+    ("change", "name"),
     [
-        ({"fsdp": 16}, "master parameters, float32"),
-        ({"rollout_tensor": 2}, "rollout copy, bfloat16"),
-        ({"slots": 32}, "KV cache"),
-        ({"cache_length": 6144}, "KV cache"),
-        ({"prompt_tokens": 512}, "keys and values of prefilled prompts"),
-        ({"row_tokens": 2048}, "activations of a microbatch"),
-        ({"logprob_chunk": 512}, "logits chunk"),
-        ({"tensor": 2}, "logits chunk"),
-        ({"tensor": 2}, "tables gathered from other devices"),
+        ({"mesh__fsdp": 16}, "master parameters, float32"),
+        ({"mesh__tensor": 2}, "rollout copy, bfloat16"),
+        ({"rollout__slots": 32}, "KV cache"),
+        ({"rollout__max_new_tokens": 2048, "eval__max_new_tokens": 2048}, "KV cache"),
+        ({"data__max_prompt_tokens": 2048}, "keys and values of prefilled prompts"),
+        ({"rollout__max_new_tokens": 2048}, "activations of a microbatch"),
+        ({"train__logprob_chunk": 512}, "logits chunk"),
+        ({"mesh__tensor": 2}, "logits chunk"),
+        ({"mesh__tensor": 2}, "tables gathered from other devices"),
     ],
 )
-def test_every_remedy_makes_its_part_smaller(change, part):
-    assert _sizes(dataclasses.replace(RUN, **change))[part] <= _sizes()[part] / 1.9
+def test_every_remedy_makes_its_allocation_smaller(change, name):
+    assert _sizes(**change)[name] <= _sizes()[name] / 1.9
 
 
 def test_remat_trades_memory():
     full, dots, none = (
-        _sizes(dataclasses.replace(RUN, remat=remat))["activations of a microbatch"]
-        for remat in ("full", "dots", "none")
+        _sizes(train__remat=remat)["activations of a microbatch"] for remat in ("full", "dots", "none")
     )
     assert full < dots < none
-    assert "reference model, bfloat16" not in _sizes(dataclasses.replace(RUN, reference=False))
+    assert "reference model, bfloat16" not in _sizes(objective__kl_coef=0.0)
 
 
 def test_a_chunk_holds_no_more_tokens_than_a_microbatch():
-    small = dataclasses.replace(RUN, row_tokens=256)
-    assert _sizes(small)["logits chunk"] == _sizes()["logits chunk"] // 4
-    assert _sizes(dataclasses.replace(RUN, fsdp=1))["tables gathered from other devices"] == 0
+    small = {"rollout__max_new_tokens": 128, "data__max_prompt_tokens": 128}
+    assert _sizes(**small)["logits chunk"] == _sizes()["logits chunk"] // 4
+    assert _sizes(mesh__fsdp=1)["tables gathered from other devices"] == 0
 
 
 def test_the_table_counts_while_it_is_made_and_its_rows_while_they_change():
-    parts = {p.name: p for p in memory.memory_estimate(R1_1_5B, dataclasses.replace(RUN, table=True))}
+    found = {one.name: one for one in _estimate()}
     rows = 4 * 151936 * 1536
-    made, before = parts["scratch of the neighbour table"], parts["embedding before the update"]
+    made, before = found["scratch of the neighbour table"], found["embedding before the update"]
     assert (made.phase, made.size) == ("table", 3 * rows + 4096 * 151936)
     assert (before.phase, before.size) == ("update", rows // 8)
-    assert "scratch of the neighbour table" not in _sizes()
+    assert "scratch of the neighbour table" not in _sizes(mixing__rate=0.0)
 
 
 def test_the_rollouts_copy_is_gone_when_the_update_begins():
-    parts = memory.memory_estimate(R1_1_5B, RUN)
-    assert [part.phase for part in parts if part.name.startswith("rollout copy")] == ["rollout"]
+    assert [one.phase for one in _estimate() if one.name.startswith("rollout copy")] == ["rollout"]
 
 
 def test_what_waits_in_host_memory_counts_in_the_update_alone():
     def phases(offload):
-        parts = memory.memory_estimate(R1_1_5B, dataclasses.replace(RUN, offload=offload))
-        return {part.name: part.phase for part in parts}
+        return {one.name: one.phase for one in _estimate(train__offload=offload)}
 
     adam, reference = "Adam moments, float32", "reference model, bfloat16"
     assert (phases("none")[adam], phases("none")[reference]) == ("always", "always")
@@ -118,19 +113,23 @@ def test_what_waits_in_host_memory_counts_in_the_update_alone():
 
 
 def test_plain_attention_counts_the_scores_of_whole_rows():
-    part = "activations of a microbatch"
-    assert _sizes(dataclasses.replace(RUN, attention="plain"))[part] > 2 * _sizes()[part]
+    name = "activations of a microbatch"
+    assert _sizes(attention="plain")[name] > 2 * _sizes()[name]
 
 
 def test_the_peak_is_that_of_the_worst_phase():
-    parts = [Part("a", 5, "always", ""), Part("b", 7, "rollout", ""), Part("c", 3, "update", "")]
+    parts = [
+        Allocation("a", 5, "always", ""),
+        Allocation("b", 7, "rollout", ""),
+        Allocation("c", 3, "update", ""),
+    ]
     assert memory.peak(parts) == (12, "rollout")
-    assert memory.peak([*parts, Part("d", 5, "update", "")]) == (13, "update")
-    assert memory.peak([*parts, Part("t", 9, "table", "")]) == (14, "table")
+    assert memory.peak([*parts, Allocation("d", 5, "update", "")]) == (13, "update")
+    assert memory.peak([*parts, Allocation("t", 9, "table", "")]) == (14, "table")
 
 
 def test_too_much_is_one_sentence_with_the_part_and_its_remedy():
-    parts = memory.memory_estimate(R1_1_5B, dataclasses.replace(RUN, slots=1024))
+    parts = _estimate(rollout__slots=1024)
     needed, phase = memory.peak(parts)
     assert phase == "rollout"
     assert memory.memory_problem(parts, needed) is None
@@ -147,40 +146,40 @@ def test_device_memory_reads_the_accelerator_or_the_host(tmp_path):
         def memory_stats(self):
             return {"bytes_limit": 7}
 
-    assert memory.device_memory(Accelerator()) == 7
+    assert capacity.device_memory(Accelerator()) == 7
     cpu = jax.devices()[0]
-    whole = memory.device_memory(cpu)
-    assert whole is None or 0 < (memory.device_memory(cpu, sharers=8) or 0) < whole
+    whole = capacity.device_memory(cpu)
+    assert whole is None or 0 < (capacity.device_memory(cpu, sharers=8) or 0) < whole
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("700\n")
     (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 200\n")
-    assert memory._cgroup_available(str(tmp_path)) == 500
+    assert capacity._cgroup_available(str(tmp_path)) == 500
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory._cgroup_available(str(tmp_path)) is None
+    assert capacity._cgroup_available(str(tmp_path)) is None
 
 
 def test_a_workdir_may_be_there_or_not_and_is_left_alone(tmp_path):
-    memory.check_workdir(tmp_path)
-    memory.check_workdir(tmp_path / "a" / "b")
+    capacity.check_workdir(tmp_path)
+    capacity.check_workdir(tmp_path / "a" / "b")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_workdir_that_is_or_lies_under_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="file is a file; name a directory"):
-        memory.check_workdir(tmp_path / "file")
+        capacity.check_workdir(tmp_path / "file")
     with pytest.raises(ValueError, match=r"cannot be made, because .*file is a file"):
-        memory.check_workdir(tmp_path / "file" / "run")
+        capacity.check_workdir(tmp_path / "file" / "run")
 
 
 def test_a_workdir_that_may_not_be_written_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(ValueError, match="cannot be written"):
-        memory.check_workdir(tmp_path)
+        capacity.check_workdir(tmp_path)
     with pytest.raises(ValueError, match="cannot be made"):
-        memory.check_workdir(tmp_path / "a")
+        capacity.check_workdir(tmp_path / "a")
 
 
 def test_a_disk_without_room_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"free, and the checkpoints of this model need 1024 TiB"):
-        memory.check_workdir(tmp_path, needed_bytes=1024 * 1024**4)
+        capacity.check_workdir(tmp_path, needed_bytes=1024 * 1024**4)

@@ -1,4 +1,8 @@
-"""Cosines of mixed inputs to their anchors (Appendix E of arXiv 2606.10768), of recorded responses."""
+"""Cosines of mixed inputs to their anchors, of recorded responses (Appendix E of arXiv 2606.10768).
+
+Owns the computation of cosines from trajectories. Must not know how they are summarised or stored.
+I is mixed inputs: a sequence's number and a position in its response.
+"""
 
 from __future__ import annotations
 
@@ -9,28 +13,28 @@ from ngrpo_jax.algo.mixture import Mixture, cosine_to_anchor
 from ngrpo_jax.rollout.trajectory import Trajectories
 from ngrpo_jax.setup.policy import Policy
 
-COSINE_SAMPLE = 4096  # mixed inputs whose cosine to their anchor is taken; a fixed shape compiles once
-
+COSINE_SAMPLE = 4096  # inputs of one call: a fixed shape, so that the program compiles once
 
 _cosine_to_anchor = jax.jit(cosine_to_anchor)
 
 
 def mixed_cosines(policy: Policy, trajectories: Trajectories) -> tuple[np.ndarray, np.ndarray]:
-    """(places [M, 2], cosines [M]): each mixed input's sequence and position, and how near to its anchor."""
-    places = np.argwhere(trajectories.mixed_BT)
-    parts = [places[start : start + COSINE_SAMPLE] for start in range(0, len(places), COSINE_SAMPLE)]
-    found = [_padded_cosines(policy, trajectories, part) for part in parts]
-    return places, np.concatenate([np.zeros(0, np.float32), *found])
+    """(positions int [I, 2], cosines float32 [I]) of every mixed input, in order of sequence and position."""
+    positions = np.argwhere(trajectories.mixed_BT)
+    chunks = [positions[start : start + COSINE_SAMPLE] for start in range(0, len(positions), COSINE_SAMPLE)]
+    found = [cosines_at(policy, trajectories, chunk) for chunk in chunks]
+    return positions, np.concatenate([np.zeros(0, np.float32), *found])
 
 
-def _padded_cosines(policy: Policy, trajectories: Trajectories, places_N2: np.ndarray) -> np.ndarray:
-    """Cosine of the inputs at these (sequence, position) to their anchors, float32 [N ≤ COSINE_SAMPLE]."""
-    count = len(places_N2)
-    padded = np.concatenate([places_N2, np.repeat(places_N2[-1:], COSINE_SAMPLE - count, axis=0)])
-    mixture = _at(trajectories.mixtures, padded)
+def cosines_at(policy: Policy, trajectories: Trajectories, positions_I2: np.ndarray) -> np.ndarray:
+    """Cosine to its anchor of each input at these (sequence, position), float32 [I ≤ COSINE_SAMPLE]."""
+    count = len(positions_I2)
+    padded = np.concatenate([positions_I2, np.repeat(positions_I2[-1:], COSINE_SAMPLE - count, axis=0)])
+    mixture = mixtures_at(trajectories, padded)
     return np.asarray(_cosine_to_anchor(policy.params["embed"]["embedding"], mixture))[:count]
 
 
-def _at(mixtures: Mixture, places_N2: np.ndarray) -> Mixture:
-    rows_N, times_N = places_N2.T
-    return jax.tree.map(lambda leaf: leaf[rows_N, times_N], mixtures)
+def mixtures_at(trajectories: Trajectories, positions_I2: np.ndarray) -> Mixture:
+    """The recorded mixtures at these (sequence, position): leaves [I, ...]."""
+    sequences_I, times_I = positions_I2.T
+    return jax.tree.map(lambda leaf: leaf[sequences_I, times_I], trajectories.mixtures)

@@ -71,7 +71,7 @@ class Generations:
     def cosines(self) -> dict[str, float] | None:
         """Appendix E over every mixed input; None where nothing was mixed."""
         found = [value for rows in self.problems for row in rows for value in row.get("cosines", ())]
-        return geometry.cosine_figures(np.array(found)) if found else None
+        return geometry.cosine_metrics(np.array(found)) if found else None
 
 
 def file_of(folder: pathlib.Path, step: int, name: str) -> pathlib.Path:

@@ -18,7 +18,7 @@ import jax
 
 from ngrpo_jax.model import decoder, hf
 from ngrpo_jax.model.config import ModelConfig
-from ngrpo_jax.preflight import environment, fit, memory, programs
+from ngrpo_jax.preflight import capacity, environment, fit, memory, programs
 from ngrpo_jax.runtime import console, distributed, ending, mesh
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.settings import Settings, resolve
@@ -127,7 +127,7 @@ def _hosts(settings: Settings, here: distributed.Process) -> tuple[Any, str]:
 def _workdir(workdir: pathlib.Path) -> tuple[Any, str]:
     problem = None
     try:
-        memory.check_workdir(workdir)
+        capacity.check_workdir(workdir)
         hf.check_replaceable(workdir / "export")
     except ValueError as error:
         problem = error
@@ -208,7 +208,7 @@ def _sharding(devices: jax.sharding.Mesh, config: ModelConfig) -> tuple[Any, str
 def _checkpoints(settings: Settings, config: ModelConfig, workdir: pathlib.Path) -> tuple[Any, str]:
     directory = workdir / "checkpoints"
     needed = 0 if directory.exists() else memory.checkpoint_bytes(config, kept=2)
-    memory.check_workdir(workdir, needed)
+    capacity.check_workdir(workdir, needed)
     with Checkpoints(directory, model=None, best=best_key(settings)) as checkpoints:
         step = checkpoints.latest_step()
         if step is None:
@@ -223,10 +223,10 @@ def _checkpoints(settings: Settings, config: ModelConfig, workdir: pathlib.Path)
 def _memory(settings: Settings, _: Any, config: ModelConfig) -> tuple[Any, str]:
     fit.check_offload(settings)
     fit.check_memory(settings, config)
-    parts = fit.memory_parts(settings, config)
-    needed, phase = memory.peak(parts)
-    largest = max((part for part in parts if part.phase in ("always", phase)), key=lambda part: part.size)
-    available = fit.available_memory()
+    allocations = fit.training_memory(settings, config)
+    needed, phase = memory.peak(allocations)
+    largest = max((one for one in allocations if one.phase in ("always", phase)), key=lambda one: one.size)
+    available = capacity.available_memory()
     room = "unknown" if available is None else console.format_bytes(available)
     return needed, (
         f"about {console.format_bytes(needed)} of {room} on each device, most in the {phase}: "

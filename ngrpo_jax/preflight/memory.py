@@ -1,34 +1,38 @@
-"""Will this run fit and start? Questions that are cheap to ask before slow work, and change nothing.
+"""How much memory one device needs in a run, estimated from settings and model sizes.
 
-Owns the estimate of memory per device, by phase, and the check of a workdir. Plain numbers in: it must not
-know how a step is computed, only what sizes that takes. `model` is anything with the size attributes of
-ModelConfig.
+Owns the estimate: a list of allocations, each with the phase in which it is held. Makes no array and looks at no
+device. Must not know how much memory a device has (capacity.py), nor refuse anything (fit.py).
 
-The estimate counts the arrays that grow with a setting. benchmarks/memory.py holds it to what the kernel
-counts on CPU, within 15 %: enough to tell what will not fit and which setting to lower, no promise that a run
-which passes by little will fit.
+The estimate counts the arrays that grow with a setting. benchmarks/memory.py compares it with what the kernel
+counts on a CPU: it is within 15 %. That is enough to tell which setting makes a run too large; it does not
+promise that a run which fits by a narrow margin will fit.
 """
 
+from __future__ import annotations
+
 import dataclasses
-import os
-import shutil
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+from ngrpo_jax.model import inference
+from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.runtime.console import format_bytes
+from ngrpo_jax.settings import Settings
 
 _SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 _F32 = 4
-_SPREAD = "raise mesh.fsdp"
-_MEMORIES = 512  # of each row while a neighbour table is made (algo/tiles.py): two numbers of four bytes
+_MORE_FSDP = "raise mesh.fsdp"
+_TILE_MEMORIES = (
+    512  # of each row while a neighbour table is made (algo/neighbors/tiles.py), each 2 x 4 bytes
+)
 # float32 master parameters and the two moments of Adam: what is held, and what a checkpoint writes.
 _STATE_BYTES = 3 * _F32
 
-Phase = Literal["always", "table", "rollout", "update"]  # all but the first never at the same time
+# When an allocation is held. The last three follow one another in a step, so that no two are held together.
+Phase = Literal["always", "table", "rollout", "update"]
 
 
-class Part(NamedTuple):
+class Allocation(NamedTuple):
     """One share of a device's memory: what it is, bytes, when it is held, and what makes it smaller."""
 
     name: str
@@ -38,46 +42,32 @@ class Part(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class RunShape:
-    """The numbers of a run that memory depends on; one field, one setting.
+class RolloutSizes:
+    """What the memory of a rollout depends on, besides the model.
 
     Attributes:
-        data, fsdp, tensor: mesh sizes.
-        rollout_tensor: devices that share one rollout copy: `tensor`, or 1 where each holds a whole one.
-        rollout_shards: parts that the slots are split into.
         slots: sequences decoded side by side, over all devices.
-        cache_length: positions of a slot's cache.
-        prefill_rows, prompt_tokens: prompts read at once, over all devices, and tokens of the longest.
-        query_block: tokens of a prompt whose attention scores exist at once.
-        rows_per_device, row_tokens: packed rows of a microbatch on one device, and their length.
-        logprob_chunk: tokens whose logits exist at once.
-        remat: "none", "dots" or "full".
-        attention: "plain", which forms the scores of whole rows, or another, which does not.
-        offload: what waits in host memory: "none", "optimizer", "reference" or "both".
-        reference: whether a frozen copy of the model is held for the KL term.
-        table: whether a neighbour table is kept.
-        logits_copies: arrays of the size of a chunk's logits that the update holds at once.
+        prefill_rows: prompts prefilled at once, over all devices.
+        prompt_tokens: tokens of the longest prompt.
+        cache_length: columns of the KV cache.
+        shards: parts that the slots are split into.
+        tensor: devices that hold one copy of the parameters together; 1 where each has a whole copy.
     """
 
-    data: int
-    fsdp: int
-    tensor: int
-    rollout_tensor: int
-    rollout_shards: int
     slots: int
-    cache_length: int
     prefill_rows: int
     prompt_tokens: int
-    query_block: int
-    rows_per_device: int
-    row_tokens: int
-    logprob_chunk: int
-    remat: str
-    reference: bool
-    table: bool = False
-    logits_copies: int = 3
-    attention: str = "chunked"
-    offload: str = "none"
+    cache_length: int
+    shards: int = 1
+    tensor: int = 1
+
+    @classmethod
+    def of(cls, settings: Settings, *, samples: int, new_tokens: int) -> RolloutSizes:
+        """The sizes of a rollout of `samples` responses a prompt, each of at most `new_tokens` tokens."""
+        grid, slots, longest = settings.mesh, settings.rollout.slots, settings.data.max_prompt_tokens
+        tensor = grid.tensor if settings.rollout.layout == "tensor" else 1
+        shards = grid.data * grid.fsdp * grid.tensor // tensor
+        return cls(slots, max(1, slots // samples), longest, longest + new_tokens, shards, tensor)
 
 
 def parameter_count(model: Any) -> int:
@@ -103,205 +93,156 @@ def forward_flops(model: Any, prompt_tokens: int, response_tokens: int) -> float
     return float(body + seen + 2 * model.vocab_size * model.hidden_size * response_tokens)
 
 
-def memory_estimate(model: Any, run: RunShape) -> list[Part]:
-    """What one device holds, largest first."""
-    count, compute = parameter_count(model), _SIZE[model.dtype]
-    shard = count // (run.fsdp * run.tensor)
-    parts = [
-        Part("master parameters, float32", _F32 * shard, "always", _SPREAD),
-        Part("Adam moments, float32", 2 * _F32 * shard, _when(run, "optimizer"), _SPREAD),
-        # A sum over microbatches and the microbatch that is being added.
-        Part("gradients, float32", 2 * _F32 * shard, "update", _SPREAD),
-        Part(
-            f"rollout copy, {model.dtype}",
-            compute * (count // run.rollout_tensor),
-            "rollout",
-            "raise mesh.tensor",
-        ),
-    ]
-    if run.reference:
-        remedy = f"{_SPREAD} or set objective.kl_coef to 0"
-        parts.append(
-            Part(f"reference model, {model.dtype}", compute * shard, _when(run, "reference"), remedy)
-        )
-    if run.table:
-        parts += _table_parts(model, run)
-    parts += _rollout_parts(model, run, compute) + _update_parts(model, run, compute)
-    return sorted(parts, key=lambda part: -part.size)
-
-
-def evaluation_estimate(model: Any, run: RunShape) -> list[Part]:
-    """What one device holds while it only writes responses, largest first: nothing that learns."""
-    count, compute = parameter_count(model), _SIZE[model.dtype]
-    master = _F32 * (count // (run.fsdp * run.tensor))
-    copy = compute * (count // run.rollout_tensor)
-    parts = [
-        Part("parameters as read, float32", master, "always", _SPREAD),
-        Part(f"rollout copy, {model.dtype}", copy, "always", "raise mesh.tensor"),
-        *_rollout_parts(model, run, compute),
-    ]
-    return sorted(parts, key=lambda part: -part.size)
-
-
-def peak(parts: Sequence[Part]) -> tuple[int, Phase]:
-    """Bytes held at the worst moment, and the phase that it falls into."""
-    always, *others = (held(parts, phase) for phase in get_args(Phase))
-    worst = max(range(len(others)), key=others.__getitem__)
-    return always + others[worst], get_args(Phase)[1 + worst]
-
-
-def held(parts: Sequence[Part], phase: Phase) -> int:
-    """Bytes of the parts of one phase, without those that are always there."""
-    return sum(part.size for part in parts if part.phase == phase)
-
-
-def memory_problem(parts: Sequence[Part], available: int | None) -> str | None:
-    """A sentence naming the largest parts and what to change, where the peak exceeds `available` bytes."""
-    needed, phase = peak(parts)
-    if available is None or needed <= available:
-        return None
-    most = sorted((p for p in parts if p.phase in ("always", phase)), key=lambda part: -part.size)[:2]
-    largest = " and ".join(f"{format_bytes(p.size)} of {p.name} ({p.remedy})" for p in most)
-    return (
-        f"the {phase} needs at least {format_bytes(needed)} on each device, which has "
-        f"{format_bytes(available)}; the most is {largest}"
-    )
-
-
-def device_memory(device: Any, sharers: int = 1) -> int | None:
-    """Bytes that a device may use; None where nobody tells.
+def training_estimate(
+    settings: Settings, config: ModelConfig, *, attention: str = "chunked", logits_copies: int = 3
+) -> list[Allocation]:
+    """What one device holds in a training run, largest first.
 
     Args:
-        device: a jax.Device.
-        sharers: devices that draw on the same host memory, for CPU devices (jax.local_device_count()).
+      attention: the learner's attention; "plain" forms the scores of whole rows, the others do not.
+      logits_copies: arrays of the size of a chunk's logits that the update holds at once.
     """
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    if stats and "bytes_limit" in stats:
-        return int(stats["bytes_limit"])
-    if device.platform != "cpu":
-        return None
-    free = [size for size in (_meminfo_available(), _cgroup_available()) if size is not None]
-    return min(free) // sharers if free else None
+    grid, offload = settings.mesh, settings.train.offload
+    count, dtype = parameter_count(config), config.dtype
+    shard = count // (grid.fsdp * grid.tensor)
+    allocations = [
+        Allocation("master parameters, float32", _F32 * shard, "always", _MORE_FSDP),
+        Allocation("Adam moments, float32", 2 * _F32 * shard, _when(offload, "optimizer"), _MORE_FSDP),
+        # A sum over microbatches and the microbatch that is being added.
+        Allocation("gradients, float32", 2 * _F32 * shard, "update", _MORE_FSDP),
+    ]
+    if settings.objective.kl_coef > 0:
+        phase, remedy = _when(offload, "reference"), f"{_MORE_FSDP} or set objective.kl_coef to 0"
+        allocations.append(Allocation(f"reference model, {dtype}", _SIZE[dtype] * shard, phase, remedy))
+    if settings.mixing.active and settings.mixing.method(()).uses_table:
+        allocations += _table_allocations(settings, config)
+    # The larger rollout of training and evaluation: the longer response, more prompts in a prefill.
+    sizes = RolloutSizes.of(
+        settings,
+        samples=min(settings.rollout.group, settings.eval.samples),
+        new_tokens=max(settings.rollout.max_new_tokens, settings.eval.max_new_tokens),
+    )
+    allocations += rollout_estimate(config, sizes)
+    allocations += _update_allocations(settings, config, attention, logits_copies)
+    return sorted(allocations, key=lambda one: -one.size)
 
 
-def checkpoint_bytes(model: Any, kept: int) -> int:
-    """Disk space for `kept` checkpoints and the one that is being written."""
-    return (kept + 1) * _STATE_BYTES * parameter_count(model)
+def evaluation_estimate(settings: Settings, config: ModelConfig) -> list[Allocation]:
+    """What one device holds while `evaluate` samples responses, largest first."""
+    own, grid = settings.eval, settings.mesh
+    master = _F32 * (parameter_count(config) // (grid.fsdp * grid.tensor))
+    sizes = RolloutSizes.of(settings, samples=own.samples, new_tokens=own.max_new_tokens)
+    read = Allocation("parameters as read, float32", master, "always", _MORE_FSDP)
+    return sorted([read, *rollout_estimate(config, sizes)], key=lambda one: -one.size)
 
 
-def check_workdir(workdir: str | os.PathLike[str], needed_bytes: int = 0) -> None:
-    """Asks whether the workdir can be written, or made, and has room; writes nothing.
-
-    Raises:
-        ValueError: it is a file, may not be written, or lies on a disk with less free than `needed_bytes`.
-    """
-    path = Path(workdir)
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"--workdir {path} is a file; name a directory")
-    existing = path.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        raise ValueError(
-            f"--workdir {path} cannot be made, because {existing} is a file; name another directory"
-        )
-    if not os.access(existing, os.W_OK | os.X_OK):
-        verb = "written" if path.exists() else f"made, because {existing} may not be written"
-        raise ValueError(f"--workdir {path} cannot be {verb}; name another directory")
-    free = shutil.disk_usage(existing).free
-    if free < needed_bytes:
-        raise ValueError(
-            f"--workdir {path} lies on a disk with {format_bytes(free)} free, and the checkpoints of this "
-            f"model need {format_bytes(needed_bytes)}; name a directory on another disk"
-        )
-
-
-def _rollout_parts(model: Any, run: RunShape, compute: int) -> list[Part]:
-    slots, prompts = (-(-count // run.rollout_shards) for count in (run.slots, run.prefill_rows))
-    split = run.rollout_tensor
-    token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * compute  # keys and values of a token
-    tokens = prompts * run.prompt_tokens
-    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    hidden = tokens * (3 * model.hidden_size + (heads + 3 * model.intermediate_size) // split) * compute
-    block = min(run.prompt_tokens, run.query_block)
-    scores = prompts * model.num_heads * block * run.prompt_tokens * (_F32 + compute) // split
-    logits = 3 * slots * model.vocab_size * _F32  # as they come, scaled, and as probabilities
+def rollout_estimate(config: ModelConfig, sizes: RolloutSizes) -> list[Allocation]:
+    """What one device holds for a rollout: a copy of the parameters, the KV cache, scratch."""
+    compute, tensor = _SIZE[config.dtype], sizes.tensor
+    slots, prompts = (-(-count // sizes.shards) for count in (sizes.slots, sizes.prefill_rows))
+    # Keys and values of one token.
+    token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * compute
+    tokens = prompts * sizes.prompt_tokens
+    features = _attention_features(config) + 3 * config.intermediate_size
+    hidden = tokens * (3 * config.hidden_size + features // tensor) * compute
+    block = min(sizes.prompt_tokens, inference.QUERY_BLOCK)
+    scores = prompts * config.num_heads * block * sizes.prompt_tokens * (_F32 + compute) // tensor
+    logits = 3 * slots * config.vocab_size * _F32  # as they come, scaled, and as probabilities
     shorter = "lower data.max_prompt_tokens or rollout.slots"
-    scratch = Part("scratch of prefill", hidden + scores, "rollout", shorter)
+    scratch = Allocation("scratch of prefill", hidden + scores, "rollout", shorter)
     if logits > hidden + scores:  # a prefill and a decode step never run at once
-        scratch = Part("rollout logits", logits, "rollout", "lower rollout.slots")
-    cache = slots * run.cache_length * token // split
-    prefilled = run.prefill_rows * run.prompt_tokens * token // split
+        scratch = Allocation("rollout logits", logits, "rollout", "lower rollout.slots")
+    copy = compute * (parameter_count(config) // tensor)
+    cache = slots * sizes.cache_length * token // tensor
+    prefilled = sizes.prefill_rows * sizes.prompt_tokens * token // tensor
     fewer = "lower rollout.slots, rollout.max_new_tokens or eval.max_new_tokens"
     return [
-        Part("KV cache", cache, "rollout", fewer),
-        Part("keys and values of prefilled prompts", prefilled, "rollout", shorter),
+        Allocation(f"rollout copy, {config.dtype}", copy, "rollout", "raise mesh.tensor"),
+        Allocation("KV cache", cache, "rollout", fewer),
+        Allocation("keys and values of prefilled prompts", prefilled, "rollout", shorter),
         scratch,
     ]
 
 
-def _table_parts(model: Any, run: RunShape) -> list[Part]:
-    rows = _F32 * model.vocab_size * model.hidden_size
-    # In comparable length, filled up to whole tiles, and gathered from other devices.
-    copies = 2 if run.data * run.fsdp * run.tensor == 1 else 3
-    needed = copies * rows + 2 * _F32 * _MEMORIES * model.vocab_size
-    moved = rows // (run.fsdp * run.tensor)
-    return [
-        Part("scratch of the neighbour table", needed, "table", f"{_SPREAD}, which leaves it more room"),
-        Part("embedding before the update", moved, "update", _SPREAD),
-    ]
+def peak(allocations: Sequence[Allocation]) -> tuple[int, Phase]:
+    """The most bytes held at one time, and the phase in which that is."""
+    always, *phases = get_args(Phase)
+    worst = max(phases, key=lambda phase: held(allocations, phase))
+    return held(allocations, always) + held(allocations, worst), worst
 
 
-def _update_parts(model: Any, run: RunShape, compute: int) -> list[Part]:
-    D, F, L = model.hidden_size, model.intermediate_size, model.num_layers
-    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    tokens = run.rows_per_device * run.row_tokens
-    # What is not plain holds the scores of a pair of blocks, which is little.
-    seen = run.row_tokens if run.attention == "plain" else 0
-    scores = tokens * model.num_heads * seen
-    # What a layer keeps: norms and residuals, projections, gate/up/product, scores and weights.
-    working = tokens * (4 * D + (2 * heads + 4 * F) // run.tensor) * compute
-    working += scores * (2 * _F32 + compute) // run.tensor
-    products = tokens * (2 * D + (heads + 2 * F) // run.tensor) * compute
-    kept = {"full": working, "dots": L * products + working, "none": L * working}[run.remat]
-    # The gradients of one layer's: of what goes in, projections, gate/up/product, scores and weights.
-    kept += tokens * (2 * D + (heads + 3 * F) // run.tensor) * compute + 2 * scores * _F32 // run.tensor
-    chunk = min(run.logprob_chunk, tokens)
-    # Tokens are looked up in whole rows, and gradients are whole rows: by XLA's account of a sharded update.
-    gathered = 2 * _F32 * model.vocab_size * D // run.tensor if run.fsdp > 1 else 0
-    shorter = "lower train.rows_per_device" if run.rows_per_device > 1 else "lower rollout.max_new_tokens"
-    deeper = "" if run.remat == "full" else " or set train.remat to full"
+def held(allocations: Sequence[Allocation], phase: Phase) -> int:
+    """Bytes of the allocations of this phase; those of "always" count in no other."""
+    return sum(one.size for one in allocations if one.phase == phase)
+
+
+def memory_problem(allocations: Sequence[Allocation], available: int | None) -> str | None:
+    """A sentence naming the largest allocations and what to change, where the peak exceeds `available`."""
+    needed, phase = peak(allocations)
+    if available is None or needed <= available:
+        return None
+    then = [one for one in allocations if one.phase in ("always", phase)]
+    largest = sorted(then, key=lambda one: -one.size)[:2]
+    named = " and ".join(f"{format_bytes(one.size)} of {one.name} ({one.remedy})" for one in largest)
+    return (
+        f"the {phase} needs at least {format_bytes(needed)} on each device, which has "
+        f"{format_bytes(available)}; the most is {named}"
+    )
+
+
+def checkpoint_bytes(config: ModelConfig, kept: int) -> int:
+    """Disk space for `kept` checkpoints and the one that is being written."""
+    return (kept + 1) * _STATE_BYTES * parameter_count(config)
+
+
+def _table_allocations(settings: Settings, config: ModelConfig) -> list[Allocation]:
+    grid, rows = settings.mesh, _F32 * config.vocab_size * config.hidden_size
+    devices = grid.data * grid.fsdp * grid.tensor
+    # The embedding with rows of comparable length, padded to whole tiles, and gathered from other devices.
+    copies = 2 if devices == 1 else 3
+    needed = copies * rows + 2 * _F32 * _TILE_MEMORIES * config.vocab_size
+    moved = rows // (grid.fsdp * grid.tensor)
     return [
-        Part("activations of a microbatch", L * tokens * D * compute + kept, "update", shorter + deeper),
-        Part(
-            "logits chunk",
-            run.logits_copies * chunk * model.vocab_size * _F32 // run.tensor,
-            "update",
-            "lower train.logprob_chunk",
+        Allocation(
+            "scratch of the neighbour table", needed, "table", f"{_MORE_FSDP}, which leaves more room"
         ),
-        Part("tables gathered from other devices", gathered, "update", "raise mesh.tensor"),
+        Allocation("embedding before the update", moved, "update", _MORE_FSDP),
     ]
 
 
-def _when(run: RunShape, what: str) -> Phase:
-    """When a device holds something that may wait in host memory."""
-    return "update" if run.offload in (what, "both") else "always"
+def _update_allocations(
+    settings: Settings, config: ModelConfig, attention: str, logits_copies: int
+) -> list[Allocation]:
+    train, tensor = settings.train, settings.mesh.tensor
+    D, F, L = config.hidden_size, config.intermediate_size, config.num_layers
+    compute, features = _SIZE[config.dtype], _attention_features(config)
+    tokens = train.rows_per_device * settings.row_tokens
+    # Attention other than "plain" holds the scores of one pair of blocks, which is little.
+    scores = tokens * config.num_heads * settings.row_tokens if attention == "plain" else 0
+    # What a layer's backward pass reads: norms, residuals, projections, gate/up/product, scores, weights.
+    layer = tokens * (4 * D + (2 * features + 4 * F) // tensor) * compute
+    layer += scores * (2 * _F32 + compute) // tensor
+    products = tokens * (2 * D + (features + 2 * F) // tensor) * compute
+    kept = {"full": layer, "dots": L * products + layer, "none": L * layer}[train.remat]
+    # The gradients of one layer's inputs, projections, gate/up/product, scores and weights.
+    kept += tokens * (2 * D + (features + 3 * F) // tensor) * compute + 2 * scores * _F32 // tensor
+    logits = logits_copies * min(train.logprob_chunk, tokens) * config.vocab_size * _F32 // tensor
+    # Token look-up and its gradient need whole rows: by XLA's account of a sharded update.
+    gathered = 2 * _F32 * config.vocab_size * D // tensor if settings.mesh.fsdp > 1 else 0
+    shorter = "lower train.rows_per_device" if train.rows_per_device > 1 else "lower rollout.max_new_tokens"
+    remedy = shorter if train.remat == "full" else f"{shorter} or set train.remat to full"
+    return [
+        Allocation("activations of a microbatch", L * tokens * D * compute + kept, "update", remedy),
+        Allocation("logits chunk", logits, "update", "lower train.logprob_chunk"),
+        Allocation("tables gathered from other devices", gathered, "update", "raise mesh.tensor"),
+    ]
 
 
-def _meminfo_available(path: str = "/proc/meminfo") -> int | None:
-    if not os.path.exists(path):
-        return None
-    for line in Path(path).read_text(encoding="ascii").split("\n"):
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
+def _attention_features(config: ModelConfig) -> int:
+    """Features of a token's queries, keys and values."""
+    return (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
 
 
-def _cgroup_available(directory: str = "/sys/fs/cgroup") -> int | None:
-    """What a container's limit leaves (cgroup v2), its file cache counted as free; None without a limit."""
-    limit, used, stat = (Path(directory, f"memory.{name}") for name in ("max", "current", "stat"))
-    if not limit.exists() or not used.exists() or limit.read_text().strip() == "max":
-        return None
-    lines = stat.read_text().split("\n") if stat.exists() else []
-    cache = sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
-    return int(limit.read_text()) - int(used.read_text()) + cache
+def _when(offload: str, what: str) -> Phase:
+    """When a device holds what `train.offload` may keep in host memory between updates."""
+    return "update" if offload in (what, "both") else "always"

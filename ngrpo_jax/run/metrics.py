@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ngrpo_jax.evaluation.cosines import COSINE_SAMPLE, _at, _padded_cosines
+from ngrpo_jax.evaluation.cosines import COSINE_SAMPLE, cosines_at, mixtures_at
 from ngrpo_jax.evaluation.statistics import geometry
 from ngrpo_jax.preflight import memory
 from ngrpo_jax.rollout.trajectory import Trajectories
@@ -134,12 +134,12 @@ def _mixing_figures(policy: Policy, trajectories: Trajectories, outcome: Outcome
     chosen = places[np.searchsorted(numbers, sample[np.isin(sample, numbers)])]
     seen = []
     if len(chosen):
-        cosines = _padded_cosines(policy, trajectories, chosen)
-        anchors = _at(trajectories.mixtures, chosen).weights[:, 0]
+        cosines = cosines_at(policy, trajectories, chosen)
+        anchors = mixtures_at(trajectories, chosen).weights[:, 0]
         seen = np.stack([cosines, anchors], axis=1).tolist()
     of_all = [pair for pairs in distributed.allgather("cosines", seen) for pair in pairs]
     cosines, anchors = np.asarray(of_all, np.float32).T
-    figures = {f"rollout/mix_cosine_{name}": x for name, x in geometry.cosine_figures(cosines).items()}
+    figures = {f"rollout/mix_cosine_{name}": x for name, x in geometry.cosine_metrics(cosines).items()}
     return {**figures, "rollout/mix_anchor_weight": float(anchors.mean())}
 
 

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 
 from ngrpo_jax.learner import update
 from ngrpo_jax.model import decoder, hf
-from ngrpo_jax.preflight import memory
-from ngrpo_jax.preflight.fit import check_offload, check_sizes
+from ngrpo_jax.preflight import capacity, memory
+from ngrpo_jax.preflight.fit import check_memory, check_offload, check_positions
 from ngrpo_jax.run.state import Run, RunState, restore
 from ngrpo_jax.runtime import distributed, mesh
 from ngrpo_jax.runtime.checkpoints import Checkpoints
@@ -55,9 +55,10 @@ def compose(
         )  # refuses axes that do not divide the model
         attention_name(settings)
         check_offload(settings)
-        check_sizes(settings, config)
+        check_positions(settings, config)
+        check_memory(settings, config)
         begun = (workdir / "checkpoints").exists()  # then the disk already holds what it has to
-        memory.check_workdir(workdir, 0 if begun else memory.checkpoint_bytes(config, kept=2))
+        capacity.check_workdir(workdir, 0 if begun else memory.checkpoint_bytes(config, kept=2))
         training = load_set(settings, tokenizer, "train")
         held_out = load_set(settings, tokenizer, "test")
         here = distributed.process()

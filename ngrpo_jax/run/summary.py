@@ -59,7 +59,7 @@ def announce(run: Run, state: RunState) -> None:
         f"on {run.mesh.size} {jax.devices()[0].platform} device(s)"
         + (f" of {here.count} processes" if here.several else "")
     )
-    needed, phase = memory.peak(fit.memory_parts(settings, model_spec.config))
+    needed, phase = memory.peak(fit.training_memory(settings, model_spec.config))
     print(
         f"memory     about {console.format_bytes(needed)} on each device, by estimate (most in the {phase})"
     )

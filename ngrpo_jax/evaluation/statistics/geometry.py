@@ -14,7 +14,7 @@ import numpy as np
 NEAR = 0.95  # Appendix E counts the inputs whose cosine to their anchor lies below this
 
 
-def cosine_figures(cosines: np.ndarray) -> dict[str, float]:
+def cosine_metrics(cosines: np.ndarray) -> dict[str, float]:
     """Appendix E of some mixed inputs' cosines to their anchors: mean, min and the share below 0.95."""
     cosines = np.asarray(cosines)
     return {

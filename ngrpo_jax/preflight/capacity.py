@@ -1,0 +1,78 @@
+"""What this machine has: memory of a device, and a disk that the workdir can be written to.
+
+Owns what is read from the system; changes nothing. Must not know what a run needs (memory.py).
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+
+import jax
+
+from ngrpo_jax.runtime.console import format_bytes
+
+
+def available_memory() -> int | None:
+    """Bytes that one device of this host may use; None where the system does not say."""
+    return device_memory(jax.local_devices()[0], sharers=jax.local_device_count())
+
+
+def device_memory(device: jax.Device, sharers: int = 1) -> int | None:
+    """Bytes that a device may use; None where the system does not say.
+
+    Args:
+        sharers: CPU devices among which the host's memory is divided.
+    """
+    if device.platform != "cpu":
+        stats = device.memory_stats() or {}
+        return int(stats["bytes_limit"]) if "bytes_limit" in stats else None
+    free = [size for size in (_meminfo_available(), _cgroup_available()) if size is not None]
+    return min(free) // sharers if free else None
+
+
+def check_workdir(workdir: str | os.PathLike[str], needed_bytes: int = 0) -> None:
+    """Checks that the workdir can be written, or made, and has room; writes nothing.
+
+    Raises:
+        ValueError: it is a file, may not be written, or lies on a disk with less free than `needed_bytes`.
+    """
+    path = pathlib.Path(workdir)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"--workdir {path} is a file; name a directory")
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise ValueError(
+            f"--workdir {path} cannot be made, because {existing} is a file; name another directory"
+        )
+    if not os.access(existing, os.W_OK | os.X_OK):
+        verb = "written" if path.exists() else f"made, because {existing} may not be written"
+        raise ValueError(f"--workdir {path} cannot be {verb}; name another directory")
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise ValueError(
+            f"--workdir {path} lies on a disk with {format_bytes(free)} free, and the checkpoints of this "
+            f"model need {format_bytes(needed_bytes)}; name a directory on another disk"
+        )
+
+
+def _meminfo_available(path: str = "/proc/meminfo") -> int | None:
+    if not os.path.exists(path):
+        return None
+    for line in pathlib.Path(path).read_text(encoding="ascii").split("\n"):
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _cgroup_available(directory: str = "/sys/fs/cgroup") -> int | None:
+    """What a container's limit leaves (cgroup v2), its file cache counted as free; None without a limit."""
+    limit, used, stat = (pathlib.Path(directory, f"memory.{name}") for name in ("max", "current", "stat"))
+    if not limit.exists() or not used.exists() or limit.read_text().strip() == "max":
+        return None
+    lines = stat.read_text().split("\n") if stat.exists() else []
+    cache = sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+    return int(limit.read_text()) - int(used.read_text()) + cache
