@@ -1,7 +1,7 @@
 """How much memory one device needs in a run, estimated from settings and model sizes.
 
-Owns the estimate: a list of allocations, each with the phase in which it is held. Makes no array and looks at no
-device. Must not know how much memory a device has (capacity.py), nor refuse anything (fit.py).
+Owns the estimate: a list of allocations, each with the phase in which it is held. Makes no array and looks
+at no device. Must not know how much memory a device has (capacity.py), nor refuse anything (fit.py).
 
 The estimate counts the arrays that grow with a setting. benchmarks/memory.py compares it with what the kernel
 counts on a CPU: it is within 15 %. That is enough to tell which setting makes a run too large; it does not
