@@ -1,8 +1,40 @@
-"""The exceptions of the program that end a command in a known way."""
+"""The exceptions that end a command in a known way, and how each ends it.
+
+`UserError` is one sentence on stderr and exit status 2: the same command fails again until the user changes
+something. `StorageError` is one sentence and status 1: a launcher may start the command again. `Preempted`
+ends with 128 + its signal. Any other exception keeps its traceback and ends with status 1, so that a bug is
+visible. `flags.run_command` prints them. This module must not import JAX, since grading processes import it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import pathlib
 import signal
+from collections.abc import Iterator
+
+# errno of storage that fails: no space, no quota, input or output fails, a stale file of a network.
+_FAILED = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE}
+# errno of a path that the user named wrongly, or may not use.
+_MISNAMED = {
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EROFS,
+    errno.ENAMETOOLONG,
+}
+
+
+class UserError(ValueError):
+    """What the user can mend: a setting, a flag, a file, a row. Its text is one sentence that says how."""
+
+
+class StorageError(OSError):
+    """Storage that fails (disk full, I/O error). Its text is one sentence with the path."""
 
 
 class Preempted(Exception):
@@ -11,3 +43,33 @@ class Preempted(Exception):
     def __init__(self, number: int, step: int):
         super().__init__(f"stopped by {signal.Signals(number).name}; the run goes on from step {step}.")
         self.signal = number
+
+
+def require(condition: bool, sentence: str) -> None:
+    """Raises UserError with the sentence unless the condition holds."""
+    if not condition:
+        raise UserError(sentence)
+
+
+def is_storage_failure(error: BaseException) -> bool:
+    """Whether an exception comes from storage that fails, and from nothing that the user or the code did."""
+    return isinstance(error, StorageError) or (isinstance(error, OSError) and error.errno in _FAILED)
+
+
+@contextlib.contextmanager
+def storage(path: str | pathlib.Path, verb: str = "read") -> Iterator[None]:
+    """Turns an OSError of what is done to `path` ("read", "written") inside of the block into one sentence.
+
+    Raises:
+      UserError: the path does not exist, may not be used, or is a directory where a file is meant.
+      StorageError: storage fails.
+    """
+    try:
+        yield
+    except OSError as error:
+        sentence = f"{path} cannot be {verb}: {error.strerror or error}."
+        if error.errno in _MISNAMED:
+            raise UserError(sentence) from error
+        if error.errno in _FAILED:
+            raise StorageError(sentence) from error
+        raise

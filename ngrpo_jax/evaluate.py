@@ -21,6 +21,7 @@ from typing import Any
 import jax
 
 from ngrpo_jax import flags
+from ngrpo_jax.errors import UserError
 from ngrpo_jax.evaluation import stored
 from ngrpo_jax.evaluation.answering import answer_problems
 from ngrpo_jax.evaluation.cosines import mixed_cosines
@@ -173,7 +174,7 @@ def try_prompt(settings: Settings, policy: Policy, text: str, step: int) -> None
     tokenizer, data = policy.tokenizer_info.tokenizer, settings.data
     prompt = prompts.encode_prompt(tokenizer, prompts.user_text(text, data.prompt), data.chat_template)
     if len(prompt) > data.max_prompt_tokens:
-        raise ValueError(
+        raise UserError(
             f"--prompt has {len(prompt)} tokens, more than data.max_prompt_tokens = {data.max_prompt_tokens}."
         )
     draws = evaluation_draws(settings)

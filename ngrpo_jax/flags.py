@@ -1,7 +1,7 @@
 """Flags in, exit status out: what is the same for every command line.
 
 A ConfigDict comes from `--config=FILE`, each of its leaves can be overridden by `--config.a.b=value`, and
-whatever a user can get wrong ends as one sentence on stderr with status 2.
+an exception becomes an exit status and, where the user can mend it, one sentence on stderr.
 """
 
 from __future__ import annotations
@@ -20,50 +20,47 @@ from typing import Any
 from absl import flags as absl_flags
 from ml_collections import config_flags
 
-from ngrpo_jax.errors import Preempted
+from ngrpo_jax.errors import Preempted, UserError, is_storage_failure, require
 from ngrpo_jax.runtime import ending
-from ngrpo_jax.settings import require
 
-DEBUG = "NGRPO_DEBUG"  # set in the environment: refusals show where they come from
-REFUSALS = (ValueError, OSError, ImportError, FloatingPointError)  # what a user can mend
-
-AGREED = (Preempted, FloatingPointError, SystemExit)  # what all processes raise at the same place, or none
+DEBUG = "NGRPO_DEBUG"  # set in the environment: a UserError shows where it was raised
+MENDABLE = (UserError, FloatingPointError)  # status 2: the same command would end the same way again
+# What all processes of a run raise at the same place, or none of them.
+AGREED = (Preempted, FloatingPointError, SystemExit)
 
 
 def run_command(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
-    """Runs a command's main, or prints its module's docstring where --help is asked for.
+    """Runs a command's main, or prints its module's docstring where --help is given.
 
-    What a user can mend says `error: …` in one sentence, and ends with status 2.
+    Exit status: 2 with one sentence for what the user can mend, 1 with one sentence for storage that fails,
+    128 + signal for a run that was preempted, 1 with a traceback for everything else.
     """
     words = sys.argv if argv is None else argv
     if not {"--help", "-h"}.isdisjoint(words[1:]):
         print(inspect.getdoc(sys.modules[command.__module__]))
         return
     try:
-        with last_words():
+        with report_fatal():
             command(words)
-            ending.say_goodbye()
-    except REFUSALS as error:
-        if os.environ.get(DEBUG):
-            traceback.print_exc()
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        ending.say_goodbye()
-        raise SystemExit(2) from error
     except Preempted as stopped:
-        ending.say_goodbye()
         print(stopped, file=sys.stderr)
         raise SystemExit(128 + stopped.signal) from None
     except KeyboardInterrupt:
         print("stopped by the keyboard; the run goes on from its last checkpoint.", file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception as error:
+        _print_error(error)
+        raise SystemExit(_status(error)) from None
+    finally:
+        ending.say_goodbye()
 
 
 @contextlib.contextmanager
-def last_words() -> Iterator[None]:
-    """Ends a process that runs with others as soon as something goes wrong in it, and tells them why.
+def report_fatal() -> Iterator[None]:
+    """Ends a process of several at its first exception, and tells the other processes why.
 
-    Nothing is unwound: what would be closed on the way may wait for the others, which wait for this one. What
-    all processes raise together passes, and so does everything in a run of one process.
+    Nothing is unwound: what would be closed on the way may wait for the other processes, which wait for this
+    one. What all processes raise together passes, and so does everything in a run of one process.
     """
     try:
         yield
@@ -73,15 +70,26 @@ def last_words() -> Iterator[None]:
         if not ending.watched():
             raise
         text = " ".join(str(error).split()) or type(error).__name__
-        status = 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, REFUSALS) else 1
+        status = 130 if isinstance(error, KeyboardInterrupt) else _status(error)
         news = ending.announce_end(text, status, communication=ending.is_communication_error(error))
         if news is None:
-            if status == 1 or os.environ.get(DEBUG):
-                traceback.print_exc()
-            print(f"error: {text}", file=sys.stderr)
+            _print_error(error)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status if news is None else news["status"])
+
+
+def _status(error: BaseException) -> int:
+    return 2 if isinstance(error, MENDABLE) else 1
+
+
+def _print_error(error: BaseException) -> None:
+    """One sentence for the user's mistakes and for storage that fails; the traceback of everything else."""
+    known = isinstance(error, MENDABLE) or is_storage_failure(error)
+    if not known or os.environ.get(DEBUG):
+        traceback.print_exception(error)
+    if known:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 def parse_flags(argv: Sequence[str], **extra: str | bool | None) -> tuple[Any, dict[str, Any]]:
@@ -108,7 +116,7 @@ def parse_flags(argv: Sequence[str], **extra: str | bool | None) -> tuple[Any, d
     try:
         rest = values([argument for argument in argv if not _is_none(argument)])
     except absl_flags.Error as error:
-        raise ValueError(f"{error}".splitlines()[0]) from error
+        raise UserError(f"{error}".splitlines()[0]) from error
     for name in (argument.partition("=")[0] for argument in argv if _is_none(argument)):
         _set_none(values.config, name.removeprefix("--config."))
     require(len(rest) == 1, f"unexpected argument {rest[-1]!r}; settings are given as --config.a.b=value.")
@@ -139,7 +147,7 @@ def _check_flag_names(argv: Sequence[str], extra: Mapping[str, str | bool | None
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            raise ValueError(f"unknown setting --{name}" + (f"; did you mean --{near[0]}?" if near else "."))
+            raise UserError(f"unknown setting --{name}" + (f"; did you mean --{near[0]}?" if near else "."))
 
 
 def load_config(path: str) -> Any:
@@ -153,7 +161,7 @@ def load_config(path: str) -> Any:
         require(hasattr(module, "get_config"), "it defines no get_config().")
         return module.get_config()
     except Exception as error:  # a config is the user's own code: whatever it raises is theirs to read
-        raise ValueError(f"the config {path} cannot be loaded: {type(error).__name__}: {error}") from error
+        raise UserError(f"the config {path} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def leaves(config: Any, prefix: str = "") -> list[str]:

@@ -14,19 +14,10 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
+from ngrpo_jax import choices
 from ngrpo_jax.algo.mixture import Mixing
 from ngrpo_jax.algo.objectives import ALGORITHMS, KL_ESTIMATORS
-
-DTYPES = ("float32", "bfloat16")
-WARM_START = "warm-start"  # the model.path of a model that the run makes itself
-GRADER_MB = 128  # MiB of a grading process; tasks/rewards.py says why
-BEST_METRICS = ("mean_at_n", "pass_at_k", "maj_at_n")  # of an evaluation; larger is better
-
-
-def require(condition: bool, sentence: str) -> None:
-    """Raises ValueError with the sentence unless the condition holds."""
-    if not condition:
-        raise ValueError(sentence)
+from ngrpo_jax.errors import UserError, require
 
 
 def _positive(section: str, owner: object, *names: str) -> None:
@@ -35,8 +26,8 @@ def _positive(section: str, owner: object, *names: str) -> None:
         require(value > 0, f"{section}.{name} is {value}; it must be above 0.")
 
 
-def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
-    require(value in choices, f"{name} is {value!r}; it must be one of {', '.join(choices)}.")
+def _one_of(name: str, value: str, known: Sequence[str]) -> None:
+    require(value in known, f"{name} is {value!r}; it must be one of {', '.join(known)}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +39,7 @@ class ModelSettings:
     dtype: str
 
     def __post_init__(self) -> None:
-        _one_of("model.dtype", self.dtype, DTYPES)
+        _one_of("model.dtype", self.dtype, choices.DTYPES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +89,7 @@ class DataSettings:
     drop_overlap: bool
 
     def __post_init__(self) -> None:
-        _one_of("data.prompt", self.prompt, ("math", "choice", "plain"))
+        _one_of("data.prompt", self.prompt, choices.PROMPTS)
         _positive("data", self, "max_prompt_tokens")
         require(
             self.train_size is None or self.train_size > 0,
@@ -127,7 +118,7 @@ class RolloutSettings:
     layout: str
 
     def __post_init__(self) -> None:
-        _one_of("rollout.layout", self.layout, ("tensor", "replicated"))
+        _one_of("rollout.layout", self.layout, choices.LAYOUTS)
         _positive("rollout", self, "prompts", "max_new_tokens", "slots", "chunk")
         require(
             self.group >= 2,
@@ -200,7 +191,7 @@ class MixingSettings:
                 keep_out_ids=keep_out_ids,
             )
         except ValueError as error:
-            raise ValueError(f"mixing: {error}") from error
+            raise UserError(f"mixing: {error}") from error
 
     @property
     def active(self) -> bool:
@@ -236,10 +227,10 @@ class ObjectiveSettings:
 
     def __post_init__(self) -> None:
         _one_of("objective.algorithm", self.algorithm, ALGORITHMS)
-        _one_of("objective.aggregate", self.aggregate, ("sequence", "token", "constant"))
+        _one_of("objective.aggregate", self.aggregate, choices.AGGREGATES)
         _one_of("objective.kl_estimator", self.kl_estimator, tuple(KL_ESTIMATORS))
-        _one_of("objective.overlong", self.overlong, ("keep", "mask", "penalize"))
-        _one_of("objective.old_logprobs", self.old_logprobs, ("trainer", "sampler"))
+        _one_of("objective.overlong", self.overlong, choices.OVERLONG)
+        _one_of("objective.old_logprobs", self.old_logprobs, choices.OLD_LOGPROBS)
         self._check_clips()
         self._check_overlong()
         require(self.kl_coef >= 0, f"objective.kl_coef is {self.kl_coef}; it must be 0 or above.")
@@ -337,9 +328,9 @@ class TrainSettings:
             self.profile_from is None or self.profile_from > 0,
             f"train.profile_from is {self.profile_from}; steps count from 1, and None traces none.",
         )
-        _one_of("train.remat", self.remat, ("none", "full", "dots"))
-        _one_of("train.attention", self.attention, ("auto", "plain", "chunked", "cudnn", "splash"))
-        _one_of("train.offload", self.offload, ("none", "optimizer", "reference", "both"))
+        _one_of("train.remat", self.remat, choices.REMAT)
+        _one_of("train.attention", self.attention, choices.ATTENTION)
+        _one_of("train.offload", self.offload, choices.OFFLOAD)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -363,7 +354,7 @@ class CheckpointSettings:
 
     def __post_init__(self) -> None:
         _positive("checkpoint", self, "every")
-        _one_of("checkpoint.best_metric", self.best_metric, BEST_METRICS)
+        _one_of("checkpoint.best_metric", self.best_metric, choices.BEST_METRICS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -426,8 +417,9 @@ class RewardSettings:
     def __post_init__(self) -> None:
         _positive("reward", self, "workers", "deadline_s")
         require(
-            self.memory_mb >= GRADER_MB,
-            f"reward.memory_mb is {self.memory_mb}; a grader's process needs at least {GRADER_MB}.",
+            self.memory_mb >= choices.LEAST_GRADER_MB,
+            f"reward.memory_mb is {self.memory_mb}; a grader's process needs at least "
+            f"{choices.LEAST_GRADER_MB}.",
         )
 
 

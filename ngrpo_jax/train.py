@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
             workdir.mkdir(parents=True, exist_ok=True)
             if here.primary:
                 files.write_json(workdir / "config.json", config.to_dict())
-            with flags.last_words():
+            with flags.report_fatal():
                 train(run, state, grader, checkpoints, begun)
 
 

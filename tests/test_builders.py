@@ -17,6 +17,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from ngrpo_jax.errors import UserError
 from ngrpo_jax.tasks import builders
 from ngrpo_jax.tasks.builders import catalogue, choices
 from ngrpo_jax.tasks.datasets import load_problems
@@ -68,7 +69,7 @@ def read(name, tmp_path, split="test"):
 
 def refusal(name, tmp_path, split="test"):
     """The sentence of the refusal, on one line."""
-    with pytest.raises((ValueError, OSError)) as caught:
+    with pytest.raises(UserError) as caught:
         read(name, tmp_path, split)
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -351,10 +352,10 @@ def test_a_public_file_of_another_length_is_refused(hub, tmp_path):
 
 def test_what_the_hub_does_not_give_is_named(hub, tmp_path):
     with pytest.raises(
-        OSError, match=r"gpqa_diamond stands behind a gate: accept its conditions at https://h"
+        UserError, match=r"gpqa_diamond stands behind a gate: accept its conditions at https://h"
     ):
         fetched("gpqa_diamond", tmp_path, "test")
-    with pytest.raises(OSError, match=r"aime24 cannot be downloaded from https://.*own file by manual_dir"):
+    with pytest.raises(UserError, match=r"aime24 cannot be downloaded from https://.*own file by manual_dir"):
         fetched("aime24", tmp_path, "test")
     with pytest.raises(
         ValueError, match=r"deepscaler/subset has no public home; give your own file by manual_"

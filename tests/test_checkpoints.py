@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 
+from ngrpo_jax.errors import UserError
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.runtime.mesh import make_mesh, replicated, state_shardings
 
@@ -149,7 +150,7 @@ def test_a_checkpoint_of_another_model_is_refused_before_arrays_are_read(tmp_pat
 def test_opening_and_reading_touch_nothing(tmp_path):
     with Checkpoints(tmp_path / "ck", model=MODEL) as checkpoints:
         assert checkpoints.latest_step() is None
-        with pytest.raises(FileNotFoundError, match=r"no checkpoint at step 3 .*none"):
+        with pytest.raises(UserError, match=r"no checkpoint at step 3 .*none"):
             checkpoints.read_host(3)
     assert list(tmp_path.iterdir()) == []
 

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from ngrpo_jax import evaluate, export, flags, train
+from ngrpo_jax import evaluate, export, train
+from ngrpo_jax.flags import run_command
 from ngrpo_jax.model import hf
 from ngrpo_jax.report import __main__ as report
 from ngrpo_jax.report import panels
@@ -67,7 +68,7 @@ def _argv(workdir, *flags, **changes):
 
 
 def _run(command, workdir, *flags, **changes):
-    flags.run_command(command.main, _argv(workdir, *flags, **changes))
+    run_command(command.main, _argv(workdir, *flags, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,7 @@ def _leaves(directory):
 
 @pytest.mark.parametrize("command", [train, evaluate, export])
 def test_help_says_how_a_command_is_used(command, capsys):
-    flags.run_command(command.main, ["command", "--help"])
+    run_command(command.main, ["command", "--help"])
     name = command.__name__
     assert f"python -m {name} --config=configs/NAME.py --workdir=DIR" in capsys.readouterr().out
 

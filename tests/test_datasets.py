@@ -9,6 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from ngrpo_jax.errors import UserError
 from ngrpo_jax.tasks.datasets import Problem, ProblemStream, load_problems
 
 ROWS = [{"problem": "1+1?", "answer": "2"}, {"id": "b", "problem": "Is 3 odd?\u2028Say.", "answer": "yes"}]
@@ -199,7 +200,7 @@ def test_an_empty_data_set_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [
-        ("jsonl:nowhere.jsonl", FileNotFoundError, "there is no file nowhere.jsonl"),
+        ("jsonl:nowhere.jsonl", UserError, "there is no file nowhere.jsonl"),
         ("gsm8k", ValueError, "unknown data source 'gsm8k'; write arithmetic, jsonl:PATH"),
         ("jsonl:", ValueError, "unknown data source 'jsonl:'"),
         ("https://example.org/a", ValueError, "unknown data source"),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from ngrpo_jax.errors import UserError
 from ngrpo_jax.model import decoder, hf, hf_format, hf_weights
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -236,19 +237,17 @@ def test_what_config_json_asks_for_and_is_not_built_is_refused(name, changes, cu
 
 
 def test_directories_that_are_none_or_not_whole_are_refused(copy_of, tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere is no directory"):
+    with pytest.raises(UserError, match="nowhere is no directory"):
         hf.load(tmp_path / "nowhere")
     folder = copy_of("llama")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"neither model.safetensors nor model.safetensors.index.json"
-    ):
+    with pytest.raises(UserError, match=r"neither model.safetensors nor model.safetensors.index.json"):
         hf.load(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json is not valid JSON"):
         hf.load(folder)
     (folder / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"has no config.json"):
+    with pytest.raises(UserError, match=r"has no config.json"):
         hf.load(folder)
     with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float16, not 'int8'"):
         hf.load(GOLDEN / "llama", dtype="int8")
@@ -279,7 +278,7 @@ def test_missing_and_broken_shards_are_named(tmp_path):
     shutil.copy(tmp_path / "kept", first)
     second.unlink()
     third.unlink()
-    with pytest.raises(FileNotFoundError, match=rf"half-downloaded.*{second.name}, {third.name}"):
+    with pytest.raises(UserError, match=rf"half-downloaded.*{second.name}, {third.name}"):
         hf.load(folder)
     (folder / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match=r"index.json has no weight_map"):
@@ -386,7 +385,7 @@ def test_a_name_that_is_nothing_is_one_sentence(name, monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError) as error:
+    with pytest.raises(UserError) as error:
         hf.locate(name, revision="v1")
     sentence = str(error.value)
     assert sentence.startswith(f"{name} is neither a directory nor a model at revision 'v1'")

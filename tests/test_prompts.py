@@ -6,6 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
+from ngrpo_jax.errors import UserError
 from ngrpo_jax.tasks import arithmetic, prompts
 from ngrpo_jax.tasks.datasets import Problem
 
@@ -107,7 +108,7 @@ def test_a_tokenizer_beside_a_qwen2_model_stays_what_its_file_says(tmp_path):
 
 
 def test_a_directory_without_a_tokenizer_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"no tokenizer in {tmp_path}: tokenizer.json is missing"):
+    with pytest.raises(UserError, match=f"no tokenizer in {tmp_path}: tokenizer.json is missing"):
         prompts.load_tokenizer(tmp_path)
 
 
@@ -150,7 +151,7 @@ def test_a_template_that_does_not_render_is_a_value_error(tiny, tmp_path, templa
 
 
 def test_a_missing_template_file_is_named(tiny):
-    with pytest.raises(FileNotFoundError, match=r"data\.chat_template = 'nowhere.jinja'"):
+    with pytest.raises(UserError, match=r"data\.chat_template = 'nowhere.jinja'"):
         prompts.encode_prompt(tiny, "1+1?", "nowhere.jinja")
 
 

@@ -7,8 +7,7 @@ import pytest
 
 from configs import base
 from ngrpo_jax import flags
-from ngrpo_jax.settings import GRADER_MB, resolve
-from ngrpo_jax.tasks import rewards
+from ngrpo_jax.settings import resolve
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.py") if path.name != "__init__.py")
@@ -237,7 +236,3 @@ def test_none_is_a_value_where_a_setting_is_optional():
     for leaf in ("mixing.k", "model.path", "optimizer.learning_rate", "objective.loss_on_mixed"):
         with pytest.raises(ValueError, match=f"{leaf} is None; it needs a value"):
             parsed(f"--config.{leaf}=None")
-
-
-def test_settings_refuse_what_the_grader_would():
-    assert GRADER_MB == rewards.LEAST_MB

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from ngrpo_jax.errors import require
 from ngrpo_jax.evaluation import generations
 from ngrpo_jax.evaluation.generations import Generations
 from ngrpo_jax.evaluation.statistics import paired
 from ngrpo_jax.runtime import console
-from ngrpo_jax.settings import require
 
 
 def compare(run_a: pathlib.Path, run_b: pathlib.Path) -> str:

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from ngrpo_jax.errors import UserError, require
 from ngrpo_jax.evaluation.answering import Answered
 from ngrpo_jax.evaluation.answers import final_answer, vote
 from ngrpo_jax.evaluation.sets import EvalSet
 from ngrpo_jax.evaluation.statistics import estimates, geometry, paper
-from ngrpo_jax.settings import require
 from ngrpo_jax.setup.problems import ProblemSet
 
 FORMAT = 1
@@ -191,7 +191,7 @@ def read(path: pathlib.Path) -> Generations:
       FileNotFoundError: there is no such file.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file of generations {path}; evaluate writes one")
+        raise UserError(f"there is no file of generations {path}; evaluate writes one")
     generations, whole = _read(path)
     require(whole > 0, f"{path} is empty; evaluate writes generations.")
     return generations
@@ -214,7 +214,7 @@ def _read(path: pathlib.Path) -> tuple[Generations, int]:
         except ValueError as error:
             if number == len(lines) - 1:
                 break  # the tail of a write that was cut off may hold anything
-            raise ValueError(f"{path} line {number} is not JSON; remove the file, or that line on") from error
+            raise UserError(f"{path} line {number} is not JSON; remove the file, or that line on") from error
         rows.append(row)
         ends.append(position)
     if not rows:

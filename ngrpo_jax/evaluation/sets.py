@@ -18,7 +18,8 @@ import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ngrpo_jax.settings import Settings, require
+from ngrpo_jax.errors import UserError, require
+from ngrpo_jax.settings import Settings
 
 SEPARATOR = ";"  # between the entries of --sets
 _WHOLE_NUMBER = re.compile(r"[1-9][0-9]*")
@@ -70,7 +71,7 @@ def _parse(entry: str, settings: Settings) -> EvalSet:
     try:
         source, *words = shlex.split(entry)
     except ValueError as error:
-        raise ValueError(f"eval.sets entry {entry!r} is not SOURCE [option=value ...] ({error}).") from error
+        raise UserError(f"eval.sets entry {entry!r} is not SOURCE [option=value ...] ({error}).") from error
     options = dict(_option(entry, word) for word in words)
     name = options.pop("name", set_name(source))
     sections = {section: getattr(settings, section) for section in ("data", "eval", "reward")}
@@ -81,7 +82,7 @@ def _parse(entry: str, settings: Settings) -> EvalSet:
     try:
         changed = {section: dataclasses.replace(old, **changes[section]) for section, old in sections.items()}
     except ValueError as error:
-        raise ValueError(f"eval.sets entry {entry!r}: {error}") from error
+        raise UserError(f"eval.sets entry {entry!r}: {error}") from error
     return EvalSet(name, dataclasses.replace(settings, **changed))
 
 
@@ -91,7 +92,7 @@ def _option(entry: str, word: str) -> tuple[str, Any]:
     if not equals or option not in known:
         near = difflib.get_close_matches(option, known, n=1)
         hint = f"did you mean {near[0]}=?" if near else f"options are {', '.join(f'{o}=' for o in known)}."
-        raise ValueError(f"eval.sets entry {entry!r}: {word!r} is no option; {hint}")
+        raise UserError(f"eval.sets entry {entry!r}: {word!r} is no option; {hint}")
     if option == "name":
         require(
             bool(re.fullmatch(r"[A-Za-z0-9_-]+", text)),

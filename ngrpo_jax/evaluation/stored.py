@@ -7,9 +7,9 @@ import pathlib
 from collections.abc import Sequence
 from typing import NoReturn
 
+from ngrpo_jax.errors import UserError, require
 from ngrpo_jax.evaluation import comparison, generations, tables
 from ngrpo_jax.evaluation.generations import Generations
-from ngrpo_jax.settings import require
 from ngrpo_jax.tasks.rewards import Grader
 
 FLAGS = ("--from", "--compare")
@@ -83,7 +83,7 @@ def _files(given: Sequence[pathlib.Path]) -> list[pathlib.Path]:
 def _numbers(text: str) -> tuple[int, ...]:
     numbers = tuple(sorted({int(part) for part in text.split(",")}))
     if not numbers or numbers[0] < 1:
-        raise ValueError(text)
+        raise ValueError(text)  # argparse makes its complaint of it
     return numbers
 
 
@@ -91,6 +91,4 @@ class _Parser(argparse.ArgumentParser):
     """Argparse whose complaints are one sentence, like every other of the commands'."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(
-            f"{message}; write --from FILE [--pass_k=1,8] [--regrade], or --compare RUN_A RUN_B."
-        )
+        raise UserError(f"{message}; write --from FILE [--pass_k=1,8] [--regrade], or --compare RUN_A RUN_B.")

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from ngrpo_jax.errors import UserError
 from ngrpo_jax.model.blockwise import BLOCK, MASKED, chunked, sees
 
 NAMES = ("plain", "chunked", "cudnn", "splash")
@@ -63,20 +64,20 @@ def choose(name: str, *, platform: str, row_tokens: int, shared_prefixes: bool, 
         best = {"tpu": "chunked" if shared_prefixes else "splash", "gpu": "cudnn" if fused else "chunked"}
         return best.get(platform, "chunked")
     if name not in NAMES:
-        raise ValueError(f"train.attention is {name!r}; it must be one of auto, {', '.join(NAMES)}.")
+        raise UserError(f"train.attention is {name!r}; it must be one of auto, {', '.join(NAMES)}.")
     needs = {"cudnn": ("gpu", "an NVIDIA GPU"), "splash": ("tpu", "a TPU")}
     if name in needs and needs[name][0] != platform:
-        raise ValueError(
+        raise UserError(
             f"train.attention is {name!r}, which needs {needs[name][1]}, but this run is on {platform}; "
             "choose auto, plain or chunked."
         )
     if name == "cudnn" and not fused:
-        raise ValueError(
+        raise UserError(
             f"train.attention is 'cudnn', which takes bfloat16 and rows of even length, not {dtype} and "
             f"{row_tokens}; choose auto, plain or chunked, or change model.dtype or train.row_tokens."
         )
     if name == "splash" and shared_prefixes:
-        raise ValueError(
+        raise UserError(
             "train.attention is 'splash', whose kernel cannot let responses share a prompt; set "
             "train.share_prompts to false, or choose chunked."
         )

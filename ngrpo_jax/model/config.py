@@ -5,6 +5,8 @@ Knows no file format (that is hf_format.py) and holds no arrays.
 
 import dataclasses
 
+from ngrpo_jax.errors import UserError
+
 ARCHITECTURES = ("qwen2", "qwen3", "llama")
 
 
@@ -23,9 +25,9 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         if not self.factor > 0:
-            raise ValueError(f"rope scaling: factor must be above 0, not {self.factor}")
+            raise UserError(f"rope scaling: factor must be above 0, not {self.factor}")
         if not 0 < self.low_freq_factor < self.high_freq_factor:
-            raise ValueError(
+            raise UserError(
                 "rope scaling: 0 < low_freq_factor < high_freq_factor must hold, "
                 f"not {self.low_freq_factor} and {self.high_freq_factor}"
             )
@@ -63,7 +65,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:
-            raise ValueError(f"unknown architecture {self.architecture!r}; known: {', '.join(ARCHITECTURES)}")
+            raise UserError(f"unknown architecture {self.architecture!r}; known: {', '.join(ARCHITECTURES)}")
         sizes = (
             "vocab_size",
             "hidden_size",
@@ -75,13 +77,13 @@ class ModelConfig:
         )
         for name in sizes:
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
+            raise UserError(
                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})"
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even, to be rotated in pairs, not {self.head_dim}")
+            raise UserError(f"head_dim must be even, to be rotated in pairs, not {self.head_dim}")
 
     @property
     def qkv_bias(self) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from ngrpo_jax.errors import UserError, is_storage_failure
 from ngrpo_jax.model import hf_format, hf_weights
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.model.decoder import Params
@@ -147,7 +148,7 @@ def locate(
     directory = pathlib.Path(name_or_dir)
     if directory.is_dir():
         if revision is not None:
-            raise ValueError(
+            raise UserError(
                 f"{name_or_dir} is a local directory, which has no revision {revision!r}: leave it out"
             )
         return directory
@@ -161,9 +162,11 @@ def locate(
             huggingface_hub.snapshot_download(str(name_or_dir), revision=revision, allow_patterns=patterns)
         )
     except (errors.HFValidationError, errors.HfHubHTTPError, OSError) as error:
+        if is_storage_failure(error):
+            raise
         at = "" if revision is None else f" at revision {revision!r}"
         reason = str(error).strip().split("\n")[0]
-        raise FileNotFoundError(
+        raise UserError(
             f"{name_or_dir} is neither a directory nor a model{at} that the Hugging Face hub gives out "
             f"here: check the spelling, the connection and (for gated models) the login ({reason})"
         ) from error
@@ -173,18 +176,16 @@ def read_config(path: str | os.PathLike, *, dtype: str = "float32") -> ModelConf
     """The ModelConfig of a directory, without its weights; errors as for `load`, naming the file."""
     directory = pathlib.Path(path)
     if not directory.is_dir():
-        raise FileNotFoundError(f"{directory} is no directory: give that of a Hugging Face checkpoint")
+        raise UserError(f"{directory} is no directory: give that of a Hugging Face checkpoint")
     file = directory / _CONFIG
     if not file.is_file():
-        raise FileNotFoundError(
-            f"{directory} has no {_CONFIG}: it is no Hugging Face checkpoint, or half-downloaded"
-        )
+        raise UserError(f"{directory} has no {_CONFIG}: it is no Hugging Face checkpoint, or half-downloaded")
     raw = hf_weights.read_json(file)
     generation = hf_weights.read_json(directory / _GENERATION) if (directory / _GENERATION).is_file() else {}
     try:
         return hf_format.config_from_json(raw, generation, dtype)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise UserError(f"{file}: {error}") from error
 
 
 def _check_dtype(dtype: str) -> None:
@@ -199,13 +200,13 @@ def check_replaceable(path: str | os.PathLike) -> None:
     if not target.exists():
         return
     if not target.is_dir():
-        raise ValueError(f"{target} is a file: name a directory to save to")
+        raise UserError(f"{target} is a file: name a directory to save to")
     present = {file.name for file in target.iterdir()} - {_RECEIPT}
     receipt = target / _RECEIPT
     known = hf_weights.read_json(receipt)["files"] if receipt.is_file() else []
     foreign = sorted(present - set(known))
     if foreign:
-        raise ValueError(
+        raise UserError(
             f"{target} holds {', '.join(foreign)}, which no earlier save wrote there: "
             "name another directory, or empty this one"
         )
@@ -215,7 +216,7 @@ def _tokenizer_files(source: pathlib.Path) -> list[pathlib.Path]:
     """The files of `source` that go with the weights."""
     present = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
     if not present:
-        raise ValueError(
+        raise UserError(
             f"{source} holds no tokenizer file ({', '.join(TOKENIZER_FILES)}): name the directory of one"
         )
     generation = source / _GENERATION

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from ngrpo_jax.errors import UserError
 from ngrpo_jax.model.config import ModelConfig, RopeScaling
 
 _CLASSES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
@@ -94,10 +95,10 @@ def config_from_json(raw: Mapping[str, Any], generation: Mapping[str, Any], dtyp
     architecture = _architecture(raw)
     refusals = _refusals(raw, architecture)
     if refusals:
-        raise ValueError("; ".join(refusals))
+        raise UserError("; ".join(refusals))
     missing = [key for key in _SIZES.values() if raw.get(key) is None]
     if missing:
-        raise ValueError(f"missing {', '.join(missing)}")
+        raise UserError(f"missing {', '.join(missing)}")
     sizes = {ours: _integer(raw, theirs) for ours, theirs in _SIZES.items()}
     if raw.get("head_dim") is not None:
         head_dim = _integer(raw, "head_dim")
@@ -159,11 +160,9 @@ def _architecture(raw: Mapping[str, Any]) -> str:
     known = ", ".join(_CLASSES.values())
     kind, classes = raw.get("model_type"), raw.get("architectures") or []
     if kind not in _CLASSES:
-        raise ValueError(
-            f"unknown architecture: model_type {kind!r}, architectures {classes}; known: {known}"
-        )
+        raise UserError(f"unknown architecture: model_type {kind!r}, architectures {classes}; known: {known}")
     if classes and _CLASSES[kind] not in classes:
-        raise ValueError(f"unknown architecture: {', '.join(map(str, classes))}; known: {known}")
+        raise UserError(f"unknown architecture: {', '.join(map(str, classes))}; known: {known}")
     return kind
 
 
@@ -192,22 +191,22 @@ def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     for key in ("rope_parameters", "rope_scaling"):
         section = raw.get(key) or {}
         if not isinstance(section, Mapping) or any(isinstance(value, Mapping) for value in section.values()):
-            raise ValueError(f"{key} must be one flat table for all layers")
+            raise UserError(f"{key} must be one flat table for all layers")
         # The oldest name of the kind is "type"; of two sections, rope_scaling decides, as in transformers.
         kind = section.get("rope_type") or section.get("type")
         given |= section if kind is None else {**section, "rope_type": kind}
     partial = given.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
-        raise ValueError(f"partial_rotary_factor {partial} is not supported, only 1")
+        raise UserError(f"partial_rotary_factor {partial} is not supported, only 1")
     theta = _number(given, "rope_theta", _number(raw, "rope_theta", _DEFAULT_ROPE_THETA))
     kind = given.get("rope_type") or "default"
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        raise ValueError(f"rope_type {kind!r} is not supported, only 'default' and 'llama3'")
+        raise UserError(f"rope_type {kind!r} is not supported, only 'default' and 'llama3'")
     missing = [field.name for field in dataclasses.fields(RopeScaling) if given.get(field.name) is None]
     if missing:
-        raise ValueError(f"rope_type 'llama3' is missing {', '.join(missing)}")
+        raise UserError(f"rope_type 'llama3' is missing {', '.join(missing)}")
     return theta, RopeScaling(
         factor=_number(given, "factor"),
         low_freq_factor=_number(given, "low_freq_factor"),
@@ -230,12 +229,12 @@ def _eos_token_ids(*sources: Mapping[str, Any]) -> tuple[int, ...]:
 def _integer(raw: Mapping[str, Any], key: str) -> int:
     value = raw[key]
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{key} must be a whole number, not {value!r}")
+        raise UserError(f"{key} must be a whole number, not {value!r}")
     return value
 
 
 def _number(raw: Mapping[str, Any], key: str, default: float | None = None) -> float:
     value = default if raw.get(key) is None else raw[key]
     if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ValueError(f"{key} must be a number, not {value!r}")
+        raise UserError(f"{key} must be a number, not {value!r}")
     return float(value)

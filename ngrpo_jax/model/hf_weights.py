@@ -18,6 +18,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from ngrpo_jax.errors import UserError
 from ngrpo_jax.model import hf_format
 from ngrpo_jax.model.config import ModelConfig
 
@@ -36,9 +37,9 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): fetch it again") from error
+        raise UserError(f"{path} is not valid JSON ({error}): fetch it again") from error
     if not isinstance(raw, dict):
-        raise ValueError(f"{path} must hold a JSON table: fetch it again")
+        raise UserError(f"{path} must hold a JSON table: fetch it again")
     return raw
 
 
@@ -54,10 +55,10 @@ def open_files(directory: pathlib.Path, stack: contextlib.ExitStack) -> Files:
         try:
             file = stack.enter_context(safetensors.safe_open(path, framework="np"))
         except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is broken or half-downloaded ({error}): fetch it again") from error
+            raise UserError(f"{path} is broken or half-downloaded ({error}): fetch it again") from error
         for name in file.keys():  # noqa: SIM118 (no mapping: it cannot be iterated over)
             if name in files:
-                raise ValueError(f"{path} holds {name}, which another file of {directory} holds too")
+                raise UserError(f"{path} holds {name}, which another file of {directory} holds too")
             files[name] = file
     return files
 
@@ -81,7 +82,7 @@ def check(config: ModelConfig, files: Files, directory: pathlib.Path) -> None:
         if dtype not in DTYPES:
             problems.append(f"{name} has type {dtype}, which is none of {', '.join(DTYPES)}")
     if problems:
-        raise ValueError(f"tensors in {directory} do not fit its config.json: {'; '.join(problems)}")
+        raise UserError(f"tensors in {directory} do not fit its config.json: {'; '.join(problems)}")
     if config.tie_embeddings and _HEAD in files:
         _check_tied(files, directory)
 
@@ -119,7 +120,7 @@ def check_params(config: ModelConfig, params: dict[str, Any]) -> None:
         if name in given and given[name] != shape
     ]
     if problems:
-        raise ValueError(f"parameters do not fit the model's configuration: {'; '.join(problems)}")
+        raise UserError(f"parameters do not fit the model's configuration: {'; '.join(problems)}")
 
 
 def write_files(
@@ -154,18 +155,14 @@ def _weight_paths(directory: pathlib.Path) -> list[pathlib.Path]:
     if (directory / SINGLE).is_file():
         return [directory / SINGLE]
     if not (directory / INDEX).is_file():
-        raise FileNotFoundError(
-            f"{directory} has neither {SINGLE} nor {INDEX}: fetch the model's safetensors files"
-        )
+        raise UserError(f"{directory} has neither {SINGLE} nor {INDEX}: fetch the model's safetensors files")
     weight_map = read_json(directory / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{directory / INDEX} has no weight_map: fetch it again")
+        raise UserError(f"{directory / INDEX} has no weight_map: fetch it again")
     names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
-        raise FileNotFoundError(
-            f"{directory} is half-downloaded, {INDEX} names {', '.join(missing)}: fetch them"
-        )
+        raise UserError(f"{directory} is half-downloaded, {INDEX} names {', '.join(missing)}: fetch them")
     return [directory / name for name in names]
 
 
@@ -176,7 +173,7 @@ def _check_tied(files: Files, directory: pathlib.Path) -> None:
     for start in range(0, rows, _COMPARED_ROWS):
         block = slice(start, min(start + _COMPARED_ROWS, rows))
         if not np.array_equal(first[block], second[block]):
-            raise ValueError(
+            raise UserError(
                 f"{_HEAD} in {directory} differs from {_EMBEDDING} although config.json ties them: "
                 "set tie_word_embeddings to false there, or take the tensor out"
             )

@@ -11,6 +11,7 @@ import shutil
 
 import jax
 
+from ngrpo_jax.errors import UserError
 from ngrpo_jax.runtime.console import format_bytes
 
 
@@ -40,20 +41,20 @@ def check_workdir(workdir: str | os.PathLike[str], needed_bytes: int = 0) -> Non
     """
     path = pathlib.Path(workdir)
     if path.exists() and not path.is_dir():
-        raise ValueError(f"--workdir {path} is a file; name a directory")
+        raise UserError(f"--workdir {path} is a file; name a directory")
     existing = path.absolute()
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir():
-        raise ValueError(
+        raise UserError(
             f"--workdir {path} cannot be made, because {existing} is a file; name another directory"
         )
     if not os.access(existing, os.W_OK | os.X_OK):
         verb = "written" if path.exists() else f"made, because {existing} may not be written"
-        raise ValueError(f"--workdir {path} cannot be {verb}; name another directory")
+        raise UserError(f"--workdir {path} cannot be {verb}; name another directory")
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
-        raise ValueError(
+        raise UserError(
             f"--workdir {path} lies on a disk with {format_bytes(free)} free, and the checkpoints of this "
             f"model need {format_bytes(needed_bytes)}; name a directory on another disk"
         )

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from ngrpo_jax.errors import UserError
 from ngrpo_jax.model import decoder, hf
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.preflight import capacity, environment, fit, memory, programs
@@ -194,7 +195,7 @@ def _reward(settings: Settings) -> tuple[Any, str]:
     with Grader(1, own.deadline_s, own.memory_mb) as grader:
         grader.check(own.kind)
         if own.kind == "math" and grader.grade([SMOKE[0]], [SMOKE[1]], "math") != [1.0]:
-            raise ValueError(
+            raise UserError(
                 f"the grader does not see that {SMOKE[0]} is {SMOKE[1]} within reward.deadline_s "
                 f"{own.deadline_s} and reward.memory_mb {own.memory_mb}; raise them."
             )

@@ -7,6 +7,7 @@ import os
 import pathlib
 from collections.abc import Mapping
 
+from ngrpo_jax.errors import UserError
 from ngrpo_jax.runtime import distributed
 
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
@@ -25,13 +26,13 @@ def check(variables: Mapping[str, str]) -> tuple[Mapping[str, str], str]:
     for name in FLAGS:
         wrong = [word for word in variables.get(name, "").split() if not word.startswith("-")]
         if wrong:
-            raise ValueError(f"{name} has {wrong[0]!r}, which is no flag; each begins with --.")
+            raise UserError(f"{name} has {wrong[0]!r}, which is no flag; each begins with --.")
     fraction = variables.get(FRACTION)
     if fraction is not None and not _is_share(fraction):
-        raise ValueError(f"{FRACTION} is {fraction!r}; it must be a share of memory between 0 and 1.")
+        raise UserError(f"{FRACTION} is {fraction!r}; it must be a share of memory between 0 and 1.")
     for name in filter(None, variables.get("JAX_PLATFORMS", "").split(",")):
         if name not in PLATFORMS:
-            raise ValueError(f"JAX_PLATFORMS has {name!r}; it may hold {', '.join(PLATFORMS)}.")
+            raise UserError(f"JAX_PLATFORMS has {name!r}; it may hold {', '.join(PLATFORMS)}.")
     cache = variables.get(CACHE)
     if cache and "://" not in cache:
         _check_cache(pathlib.Path(cache))
@@ -53,4 +54,4 @@ def _check_cache(folder: pathlib.Path) -> None:
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"{CACHE} is {folder}, which cannot be written; name a folder that can.")
+        raise UserError(f"{CACHE} is {folder}, which cannot be written; name a folder that can.")

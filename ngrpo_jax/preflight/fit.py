@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import jax
 
+from ngrpo_jax.errors import UserError
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.preflight import capacity, memory
 from ngrpo_jax.settings import Settings
@@ -23,7 +24,7 @@ def check_hosts(settings: Settings, hosts: int) -> None:
         ("train.mini_batch_prompts", settings.train.mini_batch_prompts),
     ):
         if value % hosts:
-            raise ValueError(
+            raise UserError(
                 f"{name} is {value}, no multiple of the {hosts} processes; each takes an equal share."
             )
 
@@ -35,7 +36,7 @@ def check_offload(settings: Settings) -> None:
     device = jax.local_devices()[0]
     kinds = {space.kind for space in device.addressable_memories()}
     if device.platform == "cpu" or "pinned_host" not in kinds:
-        raise ValueError(
+        raise UserError(
             f"train.offload is {settings.train.offload!r}, but devices of {device.platform} have no memory "
             "apart from the host's that arrays could be moved out of; set it to none."
         )
@@ -71,7 +72,7 @@ def training_memory(settings: Settings, config: ModelConfig) -> list[memory.Allo
 def _refuse_too_long(settings: Settings, config: ModelConfig, new_tokens: int, named: str) -> None:
     longest = settings.data.max_prompt_tokens + new_tokens
     if longest > config.max_positions:
-        raise ValueError(
+        raise UserError(
             f"the model has {config.max_positions} positions, but data.max_prompt_tokens with {named} needs "
             f"{longest}; lower one of them."
         )
@@ -82,4 +83,4 @@ def _refuse_too_large(allocations: list[memory.Allocation]) -> None:
     allowed = None if available is None else int(ESTIMATE_ERROR * available)
     problem = memory.memory_problem(allocations, allowed)
     if problem:
-        raise ValueError(problem)
+        raise UserError(problem)

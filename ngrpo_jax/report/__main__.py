@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from ngrpo_jax.errors import UserError
 from ngrpo_jax.report.page import render
 from ngrpo_jax.report.workdir import read
 
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments and not arguments[0].startswith("-"):
             if arguments[0] not in commands:
-                raise ValueError(
+                raise UserError(
                     f"report has no {arguments[0]!r}; it has {', '.join(commands)}, and --workdir"
                 )
             commands[arguments[0]](arguments[1:])
@@ -83,7 +84,7 @@ class _Parser(argparse.ArgumentParser):
     """Argparse whose complaints are one sentence, like every other of the commands'."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; {self.prog} --help says what there is")
+        raise UserError(f"{message}; {self.prog} --help says what there is")
 
 
 if __name__ == "__main__":

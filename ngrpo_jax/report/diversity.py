@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ngrpo_jax.errors import UserError
 from ngrpo_jax.evaluation import generations
 from ngrpo_jax.evaluation.generations import Generations
 from ngrpo_jax.evaluation.statistics.diversity import group_diversity
@@ -29,7 +30,7 @@ def table(paths: Sequence[Path]) -> str:
     """
     files = [file for path in paths for file in (generations.find(path) if path.is_dir() else [path])]
     if not files:
-        raise ValueError(f"{paths[0]} has no generations_*.jsonl; evaluate writes them")
+        raise UserError(f"{paths[0]} has no generations_*.jsonl; evaluate writes them")
     rows = []
     for one in map(generations.read, files):
         samples = one.header["depends"]["eval.samples"]
@@ -48,7 +49,7 @@ def table(paths: Sequence[Path]) -> str:
 
 def _figures(one: Generations) -> dict[str, float]:
     if not one.problems:
-        raise ValueError(f"{one.path} holds no finished problem yet")
+        raise UserError(f"{one.path} holds no finished problem yet")
     votes = one.graded().answers_PN
     groups = []
     for rows, answers in zip(one.problems, votes, strict=True):

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from ngrpo_jax import flags
+from ngrpo_jax.errors import UserError, require
 from ngrpo_jax.evaluation.statistics import geometry
 from ngrpo_jax.model import decoder
 from ngrpo_jax.report import charts
 from ngrpo_jax.report.style import CSS
 from ngrpo_jax.runtime import console, mesh
-from ngrpo_jax.settings import Settings, require, resolve
+from ngrpo_jax.settings import Settings, resolve
 from ngrpo_jax.setup.model_spec import open_checkpoint, open_model_spec
 from ngrpo_jax.setup.resume import best_key
 from ngrpo_jax.setup.tokenizer_info import TokenizerInfo
@@ -200,7 +201,7 @@ def _token(tokenizer: Any, piece: str) -> int:
         if len(ids) == 1:
             return int(ids[0])
     cut = "|".join(tokenizer.decode([i]) for i in tokenizer.encode(piece.strip(), add_special_tokens=False))
-    raise ValueError(f"--tokens: {piece.strip()!r} is several tokens to this tokenizer ({cut}); name one.")
+    raise UserError(f"--tokens: {piece.strip()!r} is several tokens to this tokenizer ({cut}); name one.")
 
 
 def _same_word(a: str, b: str) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ngrpo_jax.errors import UserError
 from ngrpo_jax.runtime.metrics import read_rows
 
 Row = dict[str, Any]
@@ -44,13 +45,13 @@ def read(workdir: str | os.PathLike[str]) -> Run:
     """
     directory = Path(workdir)
     if not directory.is_dir():
-        raise FileNotFoundError(f"--workdir {workdir} is no directory; name the workdir of a training run")
+        raise UserError(f"--workdir {workdir} is no directory; name the workdir of a training run")
     path = directory / "metrics.jsonl"
     if not path.is_file():
-        raise FileNotFoundError(f"{directory} has no metrics.jsonl; train with --workdir={directory} first")
+        raise UserError(f"{directory} has no metrics.jsonl; train with --workdir={directory} first")
     rows = read_rows(path)
     if not rows:
-        raise ValueError(f"{path} is empty; the run has not finished a step yet")
+        raise UserError(f"{path} is empty; the run has not finished a step yet")
     missing: list[str] = []
     summary = _object(directory / "summary.json", "the run has not ended (or was stopped)", missing)
     config = _object(directory / "config.json", "the settings of the run are not shown", missing)
@@ -65,9 +66,9 @@ def _object(path: Path, consequence: str, missing: list[str]) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}); remove it or make it again") from error
+        raise UserError(f"{path} is not JSON ({error}); remove it or make it again") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no JSON object; remove it or make it again")
+        raise UserError(f"{path} holds no JSON object; remove it or make it again")
     return found
 
 
@@ -81,9 +82,9 @@ def _samples(path: Path, consequence: str, missing: list[str]) -> list[Row]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number} is not JSON ({error.msg}); remove that line") from error
+            raise UserError(f"{path} line {number} is not JSON ({error.msg}); remove that line") from error
         if not isinstance(row, dict) or not isinstance(row.get("response"), str):
-            raise ValueError(f"{path} line {number} has no `response` text; remove that line")
+            raise UserError(f"{path} line {number} has no `response` text; remove that line")
         samples.append(row)
     if not samples:
         missing.append(f"{path.name} is empty: {consequence}.")

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ngrpo_jax.errors import UserError
 from ngrpo_jax.model import hf
 from ngrpo_jax.preflight import fit, memory
 from ngrpo_jax.run.state import Run, RunState
@@ -26,7 +27,7 @@ def already_finished(settings: Settings, workdir: pathlib.Path) -> bool:
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); remove it, and the run goes on.") from error
+        raise UserError(f"{path} is no JSON ({error}); remove it, and the run goes on.") from error
     if summary["steps"] < settings.train.steps:
         return False
     if distributed.process().primary:

@@ -20,6 +20,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from ngrpo_jax.errors import UserError
 from ngrpo_jax.runtime.mesh import path_name
 
 Json = Any
@@ -100,7 +101,7 @@ class Checkpoints:
             raise ValueError(f"{self.directory} was opened for reading; give model to save into it")
         newest = self.latest_step()
         if newest is not None and step <= newest:
-            raise ValueError(
+            raise UserError(
                 f"{self.directory} already has step {newest}, so step {step} cannot be saved; "
                 f"resume from step {newest} or use another --workdir"
             )
@@ -189,7 +190,7 @@ class Checkpoints:
     def _document(self, step: int) -> dict[str, Json]:
         if step not in self.steps():
             have = ", ".join(map(str, self.steps())) or "none"
-            raise FileNotFoundError(f"{self.directory} has no checkpoint at step {step} (it has: {have})")
+            raise UserError(f"{self.directory} has no checkpoint at step {step} (it has: {have})")
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(host=ocp.args.JsonRestore()))
             document = {key: restored["host"][key] for key in ("model", "shapes", "host")}
@@ -198,7 +199,7 @@ class Checkpoints:
         if self._model is not None and document["model"] != self._model:
             there, here = document["model"], self._model
             other = [key for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint at step {step} in {self.directory} is of another model "
                 f"({_facts(there, other)}) than this run's ({_facts(here, other)}); "
                 "use another --workdir, or the settings that made it"
@@ -209,19 +210,19 @@ class Checkpoints:
         where = f"the checkpoint at step {step} in {self.directory}"
         for name in wanted if partial else {**wanted, **saved}:
             if name not in saved:
-                raise ValueError(f"{where} has no {name}; it was made by other settings")
+                raise UserError(f"{where} has no {name}; it was made by other settings")
             if name not in wanted:
-                raise ValueError(f"{where} has {name}, which this run has not; resume by its settings")
+                raise UserError(f"{where} has {name}, which this run has not; resume by its settings")
             there, here = saved[name], wanted[name]
             if there[0] != here[0] or (there[1] != here[1] and not partial):
-                raise ValueError(
+                raise UserError(
                     f"{where} has {name} as {there[1]}{there[0]}, this run as {here[1]}{here[0]}; "
                     "resume by the settings that made it, or use another --workdir"
                 )
 
-    def _damaged(self, step: int, error: Exception) -> ValueError:
+    def _damaged(self, step: int, error: Exception) -> UserError:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return ValueError(
+        return UserError(
             f"the checkpoint at step {step} in {self.directory} is damaged ({reason[:120]}); "
             f"remove the folder {self.directory}/{step} to go on from an earlier one"
         )

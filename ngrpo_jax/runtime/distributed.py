@@ -24,6 +24,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from ngrpo_jax.errors import UserError
+
 from . import ending
 
 Json = Any
@@ -103,7 +105,7 @@ def initialize() -> Process:
     here = process()
     expected = given.count if given is not None else slurm_tasks(os.environ) or here.count
     if here.count != expected:
-        raise ValueError(
+        raise UserError(
             f"{expected} processes were started, but the {jax.default_backend()} devices are those of "
             f"{here.count}; is JAX_PLATFORMS the same for all, and are their devices visible?"
         )
@@ -119,7 +121,7 @@ def explicit(environment: Mapping[str, str]) -> Explicit | None:
         return None
     if missing:
         there = [name for name in EXPLICIT if name not in missing]
-        raise ValueError(
+        raise UserError(
             f"{' and '.join(there)} is set, but not {' and '.join(missing)}; several processes need all "
             "three, and one alone none."
         )
@@ -127,16 +129,16 @@ def explicit(environment: Mapping[str, str]) -> Explicit | None:
     values = []
     for name, text in zip(EXPLICIT[1:], numbers, strict=True):
         if not text.isdecimal():
-            raise ValueError(f"{name} is {text!r}; it must be a whole number.")
+            raise UserError(f"{name} is {text!r}; it must be a whole number.")
         values.append(int(text))
     count, index = values
     if not index < count:
-        raise ValueError(
+        raise UserError(
             f"JAX_PROCESS_ID is {index} with JAX_NUM_PROCESSES {count}; they count from 0 to {count - 1}."
         )
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
-        raise ValueError(f"JAX_COORDINATOR_ADDRESS is {address!r}; it must be HOST:PORT of process 0.")
+        raise UserError(f"JAX_COORDINATOR_ADDRESS is {address!r}; it must be HOST:PORT of process 0.")
     return Explicit(address, count, index)
 
 
@@ -153,7 +155,7 @@ def require_alone(command: str) -> None:
     given = explicit(os.environ)
     several = max(slurm_tasks(os.environ), given.count if given is not None else 1)
     if several > 1:
-        raise ValueError(f"{command} was started as {several} processes; it is for one: start it once.")
+        raise UserError(f"{command} was started as {several} processes; it is for one: start it once.")
 
 
 def _on_tpu(environment: Mapping[str, str]) -> bool:
@@ -248,11 +250,11 @@ def check_shared(workdir: str | os.PathLike[str]) -> None:
         directory.rmdir()
     for index, problem in enumerate(unwritten):
         if problem:
-            raise ValueError(f"--workdir {directory} cannot be written by process {index} ({problem}).")
+            raise UserError(f"--workdir {directory} cannot be written by process {index} ({problem}).")
     for index, files in enumerate(unseen):
         if files:
             other = files[0].rpartition("-")[2]
-            raise ValueError(
+            raise UserError(
                 f"--workdir {directory} is not shared: process {index} does not see there what process "
                 f"{other} wrote; name a directory on storage that all hosts share."
             )

@@ -21,6 +21,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ngrpo_jax.errors import UserError
+
 AXES = ("data", "fsdp", "tensor")
 
 # Path of a parameter -> its dimension letters and the mesh axis of each. Layer leaves are written without
@@ -92,10 +94,10 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] |
     sizes = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
     for name, size in sizes.items():
         if size < 1:
-            raise ValueError(f"{name} is {size}; a mesh axis has at least one device")
+            raise UserError(f"{name} is {size}; a mesh axis has at least one device")
     if math.prod(sizes.values()) != len(devices):
         product = " × ".join(f"{name} {size}" for name, size in sizes.items())
-        raise ValueError(
+        raise UserError(
             f"{product} = {math.prod(sizes.values())}, but there are {len(devices)} devices; "
             f"choose mesh.data, mesh.fsdp and mesh.tensor whose product is {len(devices)}"
         )
@@ -106,7 +108,7 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] |
         return mesh
     if len(set(hosts.values())) > 1 or next(iter(hosts.values())) % tensor:
         counts = ", ".join(f"process {index} has {count}" for index, count in sorted(hosts.items()))
-        raise ValueError(
+        raise UserError(
             f"mesh.tensor {tensor} does not divide the devices of every host alike ({counts}); the rollout "
             "of a host runs on its own devices, so choose mesh.tensor that divides them"
         )
@@ -259,7 +261,7 @@ def _param_spec(mesh: Mesh, name: str, shape: tuple[int, ...], layout: str) -> P
 def _check_divides(mesh: Mesh, name: str, shape: tuple[int, ...], letters: str, spec: P) -> None:
     for size, letter, axis in zip(shape, letters, spec, strict=True):
         if axis is not None and size % mesh.shape[axis]:
-            raise ValueError(
+            raise UserError(
                 f"{name} has {size} {_DIMENSIONS[letter]} ({letter}), which mesh.{axis} = {mesh.shape[axis]} "
                 f"does not divide; choose mesh.{axis} that divides {size}"
             )

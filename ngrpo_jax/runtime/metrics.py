@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from ngrpo_jax.errors import UserError
+
 from . import files
 
 VARYING_GROUPS = ("time/", "speed/", "memory/")  # what differs between runs that compute the same
@@ -158,9 +160,9 @@ def _rows(path: Path) -> list[tuple[dict[str, Any], str]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number} is not JSON ({error.msg}); remove that line") from error
+            raise UserError(f"{path} line {number} is not JSON ({error.msg}); remove that line") from error
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise ValueError(f"{path} line {number} is no object with a `step`; remove that line")
+            raise UserError(f"{path} line {number} is no object with a `step`; remove that line")
         rows.append((row, line))
     return rows
 

@@ -17,11 +17,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from ngrpo_jax.choices import WARM_START
+from ngrpo_jax.errors import UserError
 from ngrpo_jax.model import decoder, hf
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.runtime import mesh
 from ngrpo_jax.runtime.checkpoints import Checkpoints
-from ngrpo_jax.settings import WARM_START, Settings
+from ngrpo_jax.settings import Settings
 from ngrpo_jax.setup.tokenizer_info import TokenizerInfo, make_tokenizer_info
 from ngrpo_jax.setup.warm_start import RECIPE, recipe
 from ngrpo_jax.tasks import prompts
@@ -40,7 +42,7 @@ def open_model_spec(settings: Settings, workdir: pathlib.Path) -> ModelSpec:
     """The model of an existing run, without its weights; ValueError where a warm start was never made."""
     directory = locate_model(settings, workdir)
     if not directory.is_dir():
-        raise ValueError(f"{workdir} holds no run of this config yet; train it first.")
+        raise UserError(f"{workdir} holds no run of this config yet; train it first.")
     tokenizer = prompts.load_tokenizer(directory)
     config = hf.read_config(directory, dtype=settings.model.dtype)
     return ModelSpec(str(directory), config, make_tokenizer_info(tokenizer, config, settings))
@@ -67,16 +69,16 @@ def locate_model(settings: Settings, workdir: pathlib.Path, *, weights: bool = T
     if directory.exists():
         made_by = json.loads((workdir / RECIPE).read_text(encoding="utf-8"))
         if made_by != recipe(settings):
-            raise ValueError(
+            raise UserError(
                 f"{directory} was made by other settings of seed, data or warm_start, listed in "
                 f"{workdir / RECIPE}; use those, or another --workdir."
             )
     elif (workdir / "checkpoints").exists():
-        raise ValueError(
+        raise UserError(
             f"{workdir} has checkpoints but not the warm start that they began from; use another --workdir."
         )
     elif not settings.data.train.startswith("arithmetic"):
-        raise ValueError(
+        raise UserError(
             f"model.path is {WARM_START!r}, which learns worked solutions of arithmetic problems, but "
             f"data.train is {settings.data.train!r}; use an arithmetic model_spec or another model.path."
         )
@@ -120,7 +122,7 @@ def open_checkpoint(
         step = named.get(which, int(which) if which.isdigit() else None)
         if step not in steps:
             have = ", ".join(map(str, steps)) or "none"
-            raise ValueError(
+            raise UserError(
                 f"--step={which}: {workdir} has checkpoints at steps: {have}; or use best, latest, start."
             )
         shapes = decoder.parameter_shapes(model_spec.config)

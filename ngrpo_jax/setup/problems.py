@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from ngrpo_jax.errors import UserError
 from ngrpo_jax.settings import Settings
 from ngrpo_jax.tasks import cleaning, golds, prompts, rows
 from ngrpo_jax.tasks.builders import catalogue
@@ -50,7 +51,7 @@ def check_choices(settings: Settings, source: str) -> None:
     known = catalogue.configs(name) if kind == "tfds" else {}
     choice = any(entry.kind == catalogue.CHOICE for entry in known.values())
     if choice and "math" in (settings.data.prompt, settings.reward.kind):
-        raise ValueError(
+        raise UserError(
             f"{source} is multiple choice, but data.prompt is {settings.data.prompt!r} and reward.kind "
             f"{settings.reward.kind!r}; set both to choice (among --sets: prompt=choice reward=choice)."
         )
@@ -80,7 +81,7 @@ def training_problems(settings: Settings) -> list[Problem]:
             known = {i for i, _ in pairs}
             problems = [problem for i, problem in enumerate(problems) if i not in known]
     if not problems:
-        raise ValueError(f"all problems of {data.train} also stand in an evaluation set; train on others.")
+        raise UserError(f"all problems of {data.train} also stand in an evaluation set; train on others.")
     return problems
 
 

@@ -10,6 +10,7 @@ import json
 import pathlib
 from typing import Any
 
+from ngrpo_jax.errors import UserError
 from ngrpo_jax.settings import Settings
 
 MAY_CHANGE = {
@@ -50,9 +51,9 @@ def check_resumable(host: dict[str, Any], step: int, settings: Settings, workdir
     changed = [name for name in here if there.get(name) != here[name]]
     if changed:
         facts = "; ".join(f"{name} {there.get(name)}, not {here[name]}" for name in changed)
-        raise ValueError(f"the run in {workdir} was made with {facts}; use those or another --workdir.")
+        raise UserError(f"the run in {workdir} was made with {facts}; use those or another --workdir.")
     if step > settings.train.steps:
-        raise ValueError(
+        raise UserError(
             f"the run in {workdir} is at step {step} already; raise train.steps, which is "
             f"{settings.train.steps}."
         )

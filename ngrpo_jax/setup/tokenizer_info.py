@@ -10,6 +10,7 @@ import numpy as np
 
 from ngrpo_jax.algo.mixture import Mixing
 from ngrpo_jax.algo.neighbors.eligibility import Eligible, eligible_rows
+from ngrpo_jax.errors import UserError
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.settings import Settings
 from ngrpo_jax.tasks import prompts
@@ -41,7 +42,7 @@ def make_tokenizer_info(tokenizer: Any, config: ModelConfig, settings: Settings)
         keep_out_ids = tuple(np.flatnonzero(kept_out_V).tolist())
         usable_V &= ~kept_out_V
     if mixing.active and mixing.k > usable_V.sum():
-        raise ValueError(
+        raise UserError(
             f"mixing.k is {mixing.k}, but only {int(usable_V.sum())} rows of the vocabulary can be "
             "neighbours; lower mixing.k" + (", or narrow mixing.keep_out." if keep_out_ids else ".")
         )
@@ -58,5 +59,5 @@ def make_tokenizer_info(tokenizer: Any, config: ModelConfig, settings: Settings)
         try:
             tokenizer_info.eligible  # noqa: B018  (found once, here, and kept)
         except ValueError as error:
-            raise ValueError(f"mixing.{error}; lower mixing.k or unset mixing.distinct_spelling.") from None
+            raise UserError(f"mixing.{error}; lower mixing.k or unset mixing.distinct_spelling.") from None
     return tokenizer_info

@@ -15,6 +15,8 @@ import re
 import string
 from collections.abc import Iterator
 
+from ngrpo_jax.errors import UserError
+
 THINK_OPENING = "<think>\n"
 SPLITS = ("train", "test")
 DEFAULT_SIZE = {"train": 8192, "test": 256}
@@ -50,17 +52,17 @@ def parse_spec(text: str) -> Spec:
     for part in filter(None, text.split(",")):
         key, equals, value = part.partition("=")
         if key not in values or not equals:
-            raise ValueError(f"data source 'arithmetic:{text}': {part!r} is not understood; write {_GRAMMAR}")
+            raise UserError(f"data source 'arithmetic:{text}': {part!r} is not understood; write {_GRAMMAR}")
         values[key] = value
     terms = re.fullmatch(r"(\d{1,2})(?:-(\d{1,2}))?", values["terms"])
     low, high = (int(terms[1]), int(terms[2] or terms[1])) if terms else (0, 0)
     if not 2 <= low <= high:
-        raise ValueError(f"data source 'arithmetic:{text}': terms must be a number from 2 or a range as 2-4")
+        raise UserError(f"data source 'arithmetic:{text}': terms must be a number from 2 or a range as 2-4")
     if not re.fullmatch(r"[1-9]", values["digits"]):
-        raise ValueError(f"data source 'arithmetic:{text}': digits must be a number from 1 to 9")
+        raise UserError(f"data source 'arithmetic:{text}': digits must be a number from 1 to 9")
     ops = values["ops"]
     if not ops or len(set(ops)) < len(ops) or not set(ops) <= _SYMBOLS.keys():
-        raise ValueError(f"data source 'arithmetic:{text}': ops must be different signs out of + - *")
+        raise UserError(f"data source 'arithmetic:{text}': ops must be different signs out of + - *")
     return Spec(low, high, int(values["digits"]), ops)
 
 
@@ -73,7 +75,7 @@ def generate(spec: Spec, *, split: str, seed: int, size: int | None = None) -> l
     the family has.
     """
     if split not in SPLITS:
-        raise ValueError(f"data source 'arithmetic' has the splits {' and '.join(SPLITS)}, not {split!r}")
+        raise UserError(f"data source 'arithmetic' has the splits {' and '.join(SPLITS)}, not {split!r}")
     wanted = DEFAULT_SIZE[split] if size is None else size
     rng = random.Random(f"{seed} {split}")
     small = spec.size <= _ENUMERABLE
@@ -84,7 +86,7 @@ def generate(spec: Spec, *, split: str, seed: int, size: int | None = None) -> l
         if _held_out(text) == (split == "test"):
             texts[text] = None
     if len(texts) < wanted and (size is not None or not texts):
-        raise ValueError(
+        raise UserError(
             f"data source 'arithmetic' has only {len(texts)} different {split} problems with {spec.digits} "
             f"digits and up to {spec.max_terms} terms, not {wanted}; ask for fewer, or more terms or digits"
         )
@@ -97,7 +99,7 @@ def steps(problem: str) -> list[tuple[str, int]]:
     Products first, then from left to right. Raises ValueError for text that is no such problem.
     """
     if not re.fullmatch(r"\d+([-+*]\d+)+=", problem):
-        raise ValueError(f"{problem!r} is not an arithmetic problem such as '37+48-15='")
+        raise UserError(f"{problem!r} is not an arithmetic problem such as '37+48-15='")
     pieces = re.split(r"([-+*])", problem.removesuffix("="))
     numbers, signs = [int(piece) for piece in pieces[::2]], pieces[1::2]
     done = []

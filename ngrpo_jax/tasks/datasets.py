@@ -10,6 +10,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ngrpo_jax.errors import UserError
+
 from . import cleaning
 from .rows import Row, field_list, is_null, text
 from .sources import FIELDS, read_rows
@@ -60,13 +62,13 @@ def load_training(
     again = set(cleaning.repeated([problem.problem for problem in problems]))
     kept = [problem for i, problem in enumerate(problems) if i not in again]
     if not kept:
-        raise ValueError(f"data source {source!r} has only rows without a problem or answer; fill them in")
+        raise UserError(f"data source {source!r} has only rows without a problem or answer; fill them in")
     return TrainingProblems(kept[:size], len(found) - len(problems), len(again))
 
 
 def _check_size(source: str, size: int | None) -> None:
     if size is not None and size < 1:
-        raise ValueError(f"data source {source!r}: {size} problems were asked for; ask for at least 1")
+        raise UserError(f"data source {source!r}: {size} problems were asked for; ask for at least 1")
 
 
 def _problems(
@@ -82,18 +84,18 @@ def _problems(
         problem = _problem(place, f"row-{number}", row, rows.names, tolerant)
         if problem is not None:
             if problem.id in ids:
-                raise ValueError(
+                raise UserError(
                     f"{place}: the id {problem.id!r} stands in an earlier row too; ids must differ"
                 )
             ids.add(problem.id)
         yield problem
     if empty:
-        raise ValueError(f"data source {source!r} (split {split!r}) is empty; give one with at least one row")
+        raise UserError(f"data source {source!r} (split {split!r}) is empty; give one with at least one row")
 
 
 def _problem(place: str, default_id: str, row: Row, names: dict[str, str], tolerant: bool) -> Problem | None:
     if not isinstance(row, Mapping):
-        raise ValueError(f"{place}: not an object with the fields {names['problem']} and {names['answer']}")
+        raise UserError(f"{place}: not an object with the fields {names['problem']} and {names['answer']}")
     values = {}
     for field in FIELDS:
         name = names[field]
@@ -103,7 +105,7 @@ def _problem(place: str, default_id: str, row: Row, names: dict[str, str], toler
         elif tolerant and name in row and is_null(value):
             return None
         if value is None:
-            raise ValueError(
+            raise UserError(
                 f"{place}: no field {name!r}; every row needs a problem and an answer (fields here: "
                 f"{field_list(row)})"
             )
@@ -131,7 +133,7 @@ class ProblemStream(Iterator[list[Problem]]):
         if not problems:
             raise ValueError("a stream of problems needs at least one problem")
         if batch < 1 or not 0 <= host < hosts:
-            raise ValueError(
+            raise UserError(
                 f"a stream needs a batch of at least 1 and 0 <= host < hosts, not {batch}, {host}, {hosts}"
             )
         self._problems = list(problems)
@@ -158,13 +160,13 @@ class ProblemStream(Iterator[list[Problem]]):
         a batch of today's size.
         """
         if state["data"] != self._fingerprint:
-            raise ValueError(
+            raise UserError(
                 "the problems or their seed have changed since the checkpoint was written; resume with the "
                 "same, or start in a new workdir"
             )
         position, rest = divmod(state["taken"], self._stride)
         if rest:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint was written after {state['taken']} problems, no whole number of batches of "
                 f"{self._stride}; resume with the batch size that it was trained with"
             )

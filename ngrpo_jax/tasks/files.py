@@ -11,6 +11,8 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ngrpo_jax.errors import UserError
+
 from .rows import Row
 
 Numbered = Iterator[tuple[int, Row]]
@@ -23,9 +25,9 @@ def read(path: pathlib.Path, kind: str | None = None) -> Numbered:
     """
     kind = kind or path.suffix.removeprefix(".").lower()
     if kind not in READERS:
-        raise ValueError(f"{path} is no data file by its suffix; give one of .{', .'.join(READERS)}")
+        raise UserError(f"{path} is no data file by its suffix; give one of .{', .'.join(READERS)}")
     if not path.exists():
-        raise FileNotFoundError(f"there is no file {path}")
+        raise UserError(f"there is no file {path}")
     return READERS[kind](path)
 
 
@@ -55,13 +57,13 @@ def _csv(path: pathlib.Path) -> Numbered:
                 continue
             number += 1
             if len(cells) != len(header):
-                raise ValueError(
+                raise UserError(
                     f"{path}, row {number}: {len(cells)} fields where the header has {len(header)}; "
                     "put fields that hold commas or line breaks in quotes"
                 )
             yield number, dict(zip(header, cells, strict=True))
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error}); correct it") from error
+        raise UserError(f"{path}, line {reader.line_num}: not CSV ({error}); correct it") from error
 
 
 def _parquet(path: pathlib.Path) -> Numbered:
@@ -72,13 +74,13 @@ def _parquet(path: pathlib.Path) -> Numbered:
         table = pyarrow.parquet.read_table(path)
     except pyarrow.ArrowInvalid as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is not a readable parquet file ({reason}); fetch it again") from error
+        raise UserError(f"{path} is not a readable parquet file ({reason}); fetch it again") from error
     number = 0
     for batch in table.to_batches():
         try:
             rows = batch.to_pylist()
         except UnicodeDecodeError as error:
-            raise ValueError(
+            raise UserError(
                 f"{path}: among rows {number + 1} to {number + batch.num_rows} there is text that is not "
                 f"UTF-8 ({error.reason}); write the file anew"
             ) from error
@@ -105,7 +107,7 @@ def _decoded(content: bytes, place: str) -> str:
         line = content.count(b"\n", 0, error.start) + 1
         if ", row " not in place:
             place = f"{place}, line {line}"
-        raise ValueError(f"{place}: not UTF-8 text ({error.reason}); save the file as UTF-8") from error
+        raise UserError(f"{place}: not UTF-8 text ({error.reason}); save the file as UTF-8") from error
 
 
 def _parsed(content: bytes, place: str) -> Any:
@@ -113,6 +115,6 @@ def _parsed(content: bytes, place: str) -> Any:
         return json.loads(_decoded(content, place))
     except json.JSONDecodeError as error:
         where = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}"
-        raise ValueError(f"{place}: not JSON ({error.msg} at {where}); correct it") from error
+        raise UserError(f"{place}: not JSON ({error.msg} at {where}); correct it") from error
     except RecursionError as error:
-        raise ValueError(f"{place}: JSON nested too deeply; correct it") from error
+        raise UserError(f"{place}: JSON nested too deeply; correct it") from error

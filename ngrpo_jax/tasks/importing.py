@@ -4,6 +4,8 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from ngrpo_jax.errors import UserError
+
 
 def import_function(path: str, purpose: str) -> Callable[..., Any]:
     """The callable that `path`, as "package.module:function", names.
@@ -13,15 +15,15 @@ def import_function(path: str, purpose: str) -> Callable[..., Any]:
     """
     module_name, colon, name = path.partition(":")
     if not (module_name and colon and name):
-        raise ValueError(f"{purpose} {path!r} is no import path; write it as package.module:function")
+        raise UserError(f"{purpose} {path!r} is no import path; write it as package.module:function")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"{purpose} {path!r} cannot be imported ({error}); check its name, and that its folder is the "
             "current one or on PYTHONPATH"
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise ValueError(f"{purpose} {path!r}: module {module_name} has no function {name!r}")
+        raise UserError(f"{purpose} {path!r}: module {module_name} has no function {name!r}")
     return function

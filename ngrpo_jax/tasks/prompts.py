@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import jinja2
 import numpy as np
 
+from ngrpo_jax.errors import UserError
+
 MATH_SENTENCE = "Let's think step by step and output the final answer within \\boxed{}."
 CHOICE_SENTENCE = (
     "Let's think step by step and output the final answer in the last line as:\nAnswer: <A/B/C/D>"
@@ -41,7 +43,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     """
     folder = pathlib.Path(directory)
     if not (folder / "tokenizer.json").is_file():
-        raise FileNotFoundError(
+        raise UserError(
             f"no tokenizer in {folder}: tokenizer.json is missing; copy the model's tokenizer files there"
         )
     # transformers warns at import that there is no PyTorch; here that is as it should be.
@@ -55,7 +57,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
         bos: dict[str, Any] = {"add_bos_token": True} if config.get("add_bos_token") else {}
         return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, **bos)
     except Exception as error:  # the Rust tokenizer raises bare Exceptions
-        raise ValueError(
+        raise UserError(
             f"the tokenizer files in {folder} cannot be read ({error}); copy them again from the model"
         ) from error
 
@@ -68,7 +70,7 @@ def user_text(problem: str, kind: str = "math") -> str:
         return f"{problem}\n\n{CHOICE_SENTENCE}"
     if kind == "plain":
         return problem
-    raise ValueError(f"unknown kind of problem {kind!r}; choose one of {', '.join(KINDS)}")
+    raise UserError(f"unknown kind of problem {kind!r}; choose one of {', '.join(KINDS)}")
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, chat_template: str | None = None) -> list[int]:
@@ -99,7 +101,7 @@ def encode_problems(
     kept = [(problem, ids) for problem, ids in zip(problems, prompts, strict=True) if len(ids) <= limit]
     if not kept:
         shortest = min(map(len, prompts), default=0)
-        raise ValueError(
+        raise UserError(
             f"all {len(prompts)} prompts are longer than data.max_prompt_tokens = {limit} "
             f"(the shortest has {shortest} tokens); raise data.max_prompt_tokens"
         )
@@ -122,11 +124,11 @@ def _read_template(tokenizer: Tokenizer, chat_template: str | None) -> str | Non
         try:
             return pathlib.Path(chat_template).read_text(encoding="utf-8")
         except OSError as error:
-            raise FileNotFoundError(
+            raise UserError(
                 f"data.chat_template = {chat_template!r} is neither 'plain' nor a readable Jinja file"
             ) from error
     if not tokenizer.chat_template:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer of {tokenizer.name_or_path} has no chat template; "
             "set data.chat_template to a Jinja file or to 'plain'"
         )
@@ -140,7 +142,7 @@ def _render(tokenizer: Tokenizer, text: str, template: str | None) -> str:
             turns, chat_template=template, tokenize=False, add_generation_prompt=True
         )
     except jinja2.TemplateError as error:
-        raise ValueError(
+        raise UserError(
             f"the chat template does not render one user turn ({error}); set data.chat_template to another"
         ) from error
 
@@ -169,7 +171,7 @@ def until_ids(tokenizer: Tokenizer, text: str = "</think>") -> tuple[int | tuple
         if text in tokenizer.decode(list(run), skip_special_tokens=False):
             runs.add(run)
     if not runs:
-        raise ValueError(f"the tokenizer of {tokenizer.name_or_path} cannot write {text!r}")
+        raise UserError(f"the tokenizer of {tokenizer.name_or_path} cannot write {text!r}")
     return tuple(run[0] if len(run) == 1 else run for run in sorted(runs, key=lambda run: (len(run), run)))
 
 
@@ -183,7 +185,7 @@ def usable_rows(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
     vocabulary = tokenizer.get_vocab()
     largest = max(vocabulary.values())
     if largest >= vocab_size:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer of {tokenizer.name_or_path} has ids up to {largest}, but the model only "
             f"{vocab_size} rows; give the model the tokenizer it was made with"
         )
@@ -202,12 +204,12 @@ def matching_rows(tokenizer: Tokenizer, pattern: str, rows: int) -> np.ndarray:
     try:
         found = re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"mixing.keep_out {pattern!r} is no regular expression: {error}") from error
+        raise UserError(f"mixing.keep_out {pattern!r} is no regular expression: {error}") from error
     matching_V = np.zeros(rows, bool)
     for token, text in _token_texts(tokenizer).items():
         matching_V[token] = found.search(text) is not None
     if not matching_V.any():
-        raise ValueError(
+        raise UserError(
             f"mixing.keep_out {pattern!r} matches no token of {tokenizer.name_or_path}; correct it, or set "
             "it to None to keep none out"
         )

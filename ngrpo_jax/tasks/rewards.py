@@ -19,6 +19,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from ngrpo_jax.choices import LEAST_GRADER_MB
+from ngrpo_jax.errors import UserError
+
 from . import math_worker
 from .grading import (
     after_thinking,
@@ -35,8 +38,6 @@ from .workers import Worker
 Reward = Callable[[str, str], float]
 
 _CACHED_VERDICTS = 16_384
-# MiB of a worker; math-verify takes about 70. Twin of settings.GRADER_MB: who imports settings imports jax.
-LEAST_MB = 128
 
 
 def math_reward(response: str, gold: str) -> float:
@@ -77,7 +78,7 @@ def load_reward(path: str) -> Reward:
         except (TypeError, ValueError, OverflowError):
             score = math.nan
         if not math.isfinite(score):
-            raise ValueError(f"the reward {path!r} gave {value!r}, which is no finite number")
+            raise UserError(f"the reward {path!r} gave {value!r}, which is no finite number")
         return score
 
     return reward
@@ -117,10 +118,10 @@ class Grader:
     """
 
     def __init__(self, workers: int = 2, deadline_s: float = 5.0, memory_mb: int = 1024):
-        if workers < 1 or deadline_s <= 0 or memory_mb < LEAST_MB:
-            raise ValueError(
-                f"grading needs at least 1 worker, a deadline above 0 s and {LEAST_MB} MiB, not {workers}, "
-                f"{deadline_s} and {memory_mb}"
+        if workers < 1 or deadline_s <= 0 or memory_mb < LEAST_GRADER_MB:
+            raise UserError(
+                f"grading needs at least 1 worker, a deadline above 0 s and {LEAST_GRADER_MB} MiB, not "
+                f"{workers}, {deadline_s} and {memory_mb}"
             )
         self.counts = Counts()
         self._lock = threading.Lock()
@@ -176,7 +177,7 @@ class Grader:
 
     def _user_reward(self, kind: str) -> Reward:
         if ":" not in kind:
-            raise ValueError(
+            raise UserError(
                 f"unknown reward {kind!r}; it is math, choice, or an import path package.module:function"
             )
         if kind not in self._rewards:

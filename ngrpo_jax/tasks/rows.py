@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ngrpo_jax.errors import UserError
+
 Row = Mapping[str, Any]
 
 
@@ -46,17 +48,17 @@ def text(place: str, name: str, value: Any, *, numbers: bool = False) -> str:
         try:
             value = value.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{place}: field {name!r} is not UTF-8 text; convert it") from error
+            raise UserError(f"{place}: field {name!r} is not UTF-8 text; convert it") from error
     if numbers and isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str):
-        raise ValueError(f"{place}: field {name!r} is {type(value).__name__}, not text; give it as text")
+        raise UserError(f"{place}: field {name!r} is {type(value).__name__}, not text; give it as text")
     if not value.strip():
-        raise ValueError(f"{place}: field {name!r} is empty; fill it in or leave the row out")
+        raise UserError(f"{place}: field {name!r} is empty; fill it in or leave the row out")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
+        raise UserError(
             f"{place}: field {name!r} holds half a character ({error.reason}); correct it"
         ) from error
     return value

@@ -22,6 +22,8 @@ import urllib.parse
 from collections.abc import Iterator
 from typing import Any
 
+from ngrpo_jax.errors import UserError
+
 from . import arithmetic, builders, files
 from .importing import import_function
 from .rows import Row
@@ -54,7 +56,7 @@ def read_rows(source: str, *, split: str, seed: int, size: int | None) -> Rows:
         names, _ = _field_names(source, query)
         path = pathlib.Path(body).expanduser()
         if not path.exists():
-            raise FileNotFoundError(f"data source {source!r}: there is no file {path}")
+            raise UserError(f"data source {source!r}: there is no file {path}")
         return Rows(str(path), files.read(path, kind), names)
     if kind == "tfds" and body:
         own = body.partition("/")[0].partition(":")[0] in builders.NAMES
@@ -63,11 +65,11 @@ def read_rows(source: str, *, split: str, seed: int, size: int | None) -> Rows:
     if rest and not body.startswith("//"):
         near = difflib.get_close_matches(kind, _KINDS, n=1)
         if near and "." not in kind and importlib.util.find_spec(kind) is None:
-            raise ValueError(f"unknown kind of data source {source!r}; did you mean {near[0]}:{rest}?")
+            raise UserError(f"unknown kind of data source {source!r}; did you mean {near[0]}:{rest}?")
         given = import_function(source, "the data source")(split=split, seed=seed)
         return Rows(source, enumerate(given, 1), _field_names(source, "")[0])
     known = _nearest(source)
-    raise ValueError(
+    raise UserError(
         f"unknown data source {source!r}; write arithmetic, jsonl:PATH, json:PATH, csv:PATH, parquet:PATH, "
         f"tfds:NAME or package.module:function{f' (the nearest data set is tfds:{known})' if known else ''}"
     )
@@ -86,7 +88,7 @@ def _field_names(
     options = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
     for key, value in options.items():
         if key not in (*FIELDS, *extra) or not value:
-            raise ValueError(
+            raise UserError(
                 f"data source {source!r}: {key}={value} is not understood; after the question mark stand "
                 f"{', '.join(f'{name}=...' for name in (*FIELDS, *extra))}, joined by &"
             )
@@ -100,18 +102,18 @@ def _tfds_rows(
         set_name, _, version = name.partition(":")
         builder = builders.build(set_name, data_dir=data_dir, manual_dir=manual_dir)
         if version and version != str(builder.version):
-            raise ValueError(f"data set {set_name} is at version {builder.version}, not {version}")
+            raise UserError(f"data set {set_name} is at version {builder.version}, not {version}")
     else:
         builder = _prepared(name, data_dir)
     try:
         rows = builder.as_data_source(split)
     except NotImplementedError as error:
-        raise ValueError(
+        raise UserError(
             f"the TFDS data set {name!r} in {builder.data_dir} is not in the array_record format; delete it "
             f"and {_remedy(name, data_dir)}"
         ) from error
     except ValueError as error:
-        raise ValueError(f"the TFDS data set {name!r} cannot give the split {split!r}: {error}") from error
+        raise UserError(f"the TFDS data set {name!r} cannot give the split {split!r}: {error}") from error
     return enumerate((rows[i] for i in range(len(rows))), 1)
 
 
@@ -124,12 +126,12 @@ def _prepared(name: str, data_dir: str | None) -> Any:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.DatasetNotFoundError as error:
         near = _nearest(name)
-        raise ValueError(
+        raise UserError(
             f"no TFDS data set {name!r}: neither prepared in {where} nor known to tensorflow_datasets; "
             + (f"the nearest known one is {near}" if near else "check its name and data_dir")
         ) from error
     if not builder.is_prepared():
-        raise ValueError(f"the TFDS data set {name!r} is not prepared in {where}; {_remedy(name, data_dir)}")
+        raise UserError(f"the TFDS data set {name!r} is not prepared in {where}; {_remedy(name, data_dir)}")
     return builder
 
 

@@ -7,6 +7,8 @@ it. TFDS is imported only then.
 import pathlib
 from typing import TYPE_CHECKING
 
+from ngrpo_jax.errors import UserError
+
 from .catalogue import NAMES, configs
 
 if TYPE_CHECKING:
@@ -31,13 +33,13 @@ def build(
     """
     base, _, config = name.partition("/")
     if base not in NAMES:
-        raise ValueError(f"no data set of ours is called {base!r}; there are {', '.join(NAMES)}")
+        raise UserError(f"no data set of ours is called {base!r}; there are {', '.join(NAMES)}")
     if config and config not in configs(base):
-        raise ValueError(
+        raise UserError(
             f"the data set {base} has no configuration {config!r}; it has {', '.join(configs(base))}"
         )
     if manual_dir is not None and not pathlib.Path(manual_dir).expanduser().exists():
-        raise FileNotFoundError(f"data set {name}: there is no folder {manual_dir}")
+        raise UserError(f"data set {name}: there is no folder {manual_dir}")
     import tensorflow_datasets as tfds
 
     from .definitions import BUILDERS

@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
+from ngrpo_jax.errors import UserError
+
 from . import catalogue, hub, reading
 
 _TEXT = tfds.features.Text()
@@ -99,7 +101,7 @@ class ProblemBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  
         made = {split: facts["sha256"] for split, facts in self.info.metadata["splits"].items()}
         for split, path in reading.own_files(self.entry, self._own).items():
             if hashlib.sha256(path.read_bytes()).hexdigest() != made.get(split):
-                raise ValueError(
+                raise UserError(
                     f"the data set {self.entry.full_name} in {self.data_dir} was built from another file "
                     f"than {path}; delete that folder, or give another data_dir"
                 )

@@ -2,6 +2,8 @@
 
 import pathlib
 
+from ngrpo_jax.errors import UserError, is_storage_failure
+
 from .catalogue import DataSet
 
 
@@ -12,7 +14,7 @@ def fetch(entry: DataSet, split: str) -> pathlib.Path:
     """
     own = f"give your own file by manual_dir (tfds:{entry.full_name}?manual_dir=DIR)"
     if entry.repository is None:
-        raise ValueError(f"the data set {entry.full_name} has no public home; {own}")
+        raise UserError(f"the data set {entry.full_name} has no public home; {own}")
     import huggingface_hub  # here alone: its import is slow, and a prepared set needs none of it
     from huggingface_hub import errors
 
@@ -25,13 +27,15 @@ def fetch(entry: DataSet, split: str) -> pathlib.Path:
             )
         )
     except errors.GatedRepoError as error:
-        raise FileNotFoundError(
+        raise UserError(
             f"the data set {entry.full_name} stands behind a gate: accept its conditions at {page} and log "
             f"in with `hf auth login`, or {own}"
         ) from error
     except (errors.HfHubHTTPError, OSError) as error:
+        if is_storage_failure(error):
+            raise
         reason = str(error).strip().partition("\n")[0]
-        raise FileNotFoundError(
+        raise UserError(
             f"the data set {entry.full_name} cannot be downloaded from {page} ({reason}); check the "
             f"connection, or {own}"
         ) from error

@@ -8,6 +8,8 @@ import dataclasses
 import hashlib
 import pathlib
 
+from ngrpo_jax.errors import UserError
+
 from .. import cleaning, files, rows
 from ..grading import gold_letter, last_boxed
 from .catalogue import CHOICE, DataSet
@@ -49,14 +51,14 @@ def own_files(entry: DataSet, folder: pathlib.Path) -> dict[str, pathlib.Path]:
     if folder.is_file():
         return {main: folder}
     if not folder.is_dir():
-        raise FileNotFoundError(f"data set {entry.full_name}: there is no folder {folder}")
+        raise UserError(f"data set {entry.full_name}: there is no folder {folder}")
     there = sorted(p for p in folder.iterdir() if p.suffix[1:].lower() in _FORMATS and p.is_file())
     found: dict[str, pathlib.Path] = {}
     for split in entry.splits:
         stems = _stems(entry, split)
         mine = [path for path in there if path.stem.lower() in stems]
         if len(mine) > 1:
-            raise ValueError(
+            raise UserError(
                 f"data set {entry.full_name}: {rows.some(p.name for p in mine)} in {folder} may each be the "
                 f"split {split!r}; leave one of them there"
             )
@@ -66,7 +68,7 @@ def own_files(entry: DataSet, folder: pathlib.Path) -> dict[str, pathlib.Path]:
         found[main] = there[0]
     if not found:
         looked = " or ".join(f"{stem}.*" for split in entry.splits for stem in _stems(entry, split))
-        raise ValueError(
+        raise UserError(
             f"data set {entry.full_name}: {folder} holds no file for it; name it {looked}, as one of "
             f".{', .'.join(_FORMATS)}"
         )
@@ -90,14 +92,14 @@ def read_split(entry: DataSet, split: str, path: pathlib.Path, *, public: bool) 
     found, nulls = read(entry, path)
     total, wanted = len(found) + nulls, entry.splits[split].rows
     if public and total != wanted:
-        raise ValueError(
+        raise UserError(
             f"{path} has {total} rows, but the split {split!r} of {entry.full_name} has {wanted} in its "
             "public source; fetch it again, or give it as a file of your own by manual_dir"
         )
     again = set(cleaning.repeated([example["problem"] for example in found])) if entry.training else set()
     kept = [example for i, example in enumerate(found) if i not in again]
     if not kept:
-        raise ValueError(f"{path} holds no problem; give a file with at least one row")
+        raise UserError(f"{path} holds no problem; give a file with at least one row")
     licences = tuple(dict.fromkeys(example["licence"] for example in kept if example["licence"]))
     examples = [{name: example[name] for name in ("id", "problem", "answer")} for example in kept]
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -131,7 +133,7 @@ def _choice_rows(entry: DataSet, path: pathlib.Path) -> tuple[list[dict[str, str
         value = _texts(path, number, row, fields) | {"licence": _licence(row)}
         value["id"] = ids.take(number, row)
         if laid_out and not gold_letter(value["answer"]):
-            raise ValueError(
+            raise UserError(
                 f"{path}, row {number}: the answer {value['answer']!r} is no letter from A to D; give the "
                 "letter, or the columns Correct Answer and Incorrect Answer 1 to 3"
             )
@@ -161,7 +163,7 @@ class _Ids:
             taken = rows.text(f"{self._path}, row {number}", name, row[name], numbers=True)
         earlier = self._rows.setdefault(taken, number)
         if earlier != number:
-            raise ValueError(
+            raise UserError(
                 f"{self._path}, row {number}: the id {taken!r} stands in row {earlier} too; ids must differ"
             )
         return taken
@@ -172,13 +174,13 @@ def _fields(
 ) -> dict[str, str]:
     """The row's own name of each wanted field; ValueError for one that is not there."""
     if not isinstance(row, dict):
-        raise ValueError(f"{path}, row {number}: not an object with the fields problem and answer")
+        raise UserError(f"{path}, row {number}: not an object with the fields problem and answer")
     names = {field: rows.find(row, entry.fields[field]) for field in wanted}
     for field, name in names.items():
         if name is None:
             first, *others = entry.fields[field]
             also = f" (or {', '.join(others)})" if others else ""
-            raise ValueError(
+            raise UserError(
                 f"{path}, row {number}: no field {first!r}{also}, which {entry.full_name} needs (fields "
                 f"here: {rows.field_list(row)})"
             )
