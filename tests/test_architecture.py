@@ -7,13 +7,13 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent / "ngrpo_jax"
-PARTS = {"algo", "model", "settings", "errors", "rollout", "learner", "tasks", "runtime"}
+PARTS = {"algo", "model", "settings", "errors", "choices", "rollout", "learner", "tasks", "runtime"}
 MAY_IMPORT = {
     "algo": set(),
     "errors": set(),
     "choices": set(),
     "settings": {"algo", "errors", "choices"},
-    "model": {"algo", "errors"},
+    "model": {"algo", "errors", "choices"},
     "rollout": {"algo", "model", "settings", "errors", "choices"},
     "learner": {"algo", "model", "settings", "errors", "choices", "rollout.trajectory"},
     "tasks": {"settings", "errors", "choices", "rollout.trajectory"},
