@@ -1,4 +1,4 @@
-"""Figures of a group's differences: small cases by hand, and the edit distance against its textbook table."""
+"""Metrics of a group's differences: small cases by hand, and the edit distance against its textbook table."""
 
 import math
 
@@ -47,9 +47,9 @@ def test_mean_pairwise_distance():
     assert diversity.mean_pairwise_distance([[1, 2], [1, 3]], max_tokens=1) == 0.0
 
 
-def test_group_diversity_has_every_figure():
-    figures = diversity.group_diversity([[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 3, 4]], ["7", None, "7"])
-    assert figures == {
+def test_group_diversity_has_every_metric():
+    metrics = diversity.group_diversity([[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 3, 4]], ["7", None, "7"])
+    assert metrics == {
         "distinct_1": 5 / 12,
         "distinct_2": 4 / 9,
         "distinct_4": 2 / 3,

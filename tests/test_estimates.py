@@ -1,4 +1,4 @@
-"""The figures of a data set, the paper's numbers, final answers and votes."""
+"""The metrics of a data set, the paper's numbers, final answers and votes."""
 
 import numpy as np
 import pytest
@@ -12,11 +12,11 @@ ANSWERS = [["4", "5", "4", None], ["1", "1", "2", None], ["7"] * 4, [None, None,
 
 def _graded(rewards=REWARDS, answers=ANSWERS):
     lengths = np.arange(16).reshape(4, 4)
-    return estimates.Graded(rewards, answers, lengths, lengths % 4 > 0)
+    return estimates.GradedResponses(rewards, answers, lengths, lengths % 4 > 0)
 
 
-def test_figures_by_hand():
-    found = estimates.figures(_graded(), (1, 4))
+def test_metrics_by_hand():
+    found = estimates.estimate_metrics(_graded(), (1, 4))
     assert found["mean_at_n"].value == pytest.approx(7 / 16)
     assert found["pass_at_1"].value == pytest.approx(7 / 16)
     assert found["pass_at_4"].value == pytest.approx(3 / 4)
@@ -28,23 +28,26 @@ def test_figures_by_hand():
     for name in ("mean_at_n", "pass_at_4", "maj_at_n"):
         assert found[name].low <= found[name].value <= found[name].high
     with pytest.raises(ValueError, match="k is 5 and n is 4"):
-        estimates.figures(_graded(), (5,))
+        estimates.estimate_metrics(_graded(), (5,))
 
 
 def test_graded_rewards_keep_their_mean_and_count_as_right_above_a_half():
-    found = estimates.figures(_graded(REWARDS * 0.6 + 0.2), (1,))
+    found = estimates.estimate_metrics(_graded(REWARDS * 0.6 + 0.2), (1,))
     assert found["mean_at_n"].value == pytest.approx(0.2 + 0.6 * 7 / 16)
     assert found["pass_at_1"].value == pytest.approx(7 / 16)
 
 
 def test_without_answers_there_is_no_majority():
-    found = estimates.figures(_graded(answers=[[None] * 4] * 4), (1,))
+    found = estimates.estimate_metrics(_graded(answers=[[None] * 4] * 4), (1,))
     assert "maj_at_n" not in found and found["no_answer"].value == 1.0
-    assert estimates.training_figures(_graded(answers=[[None] * 4] * 4), 2)["maj_at_n"] == 0.0
+    assert estimates.training_metrics(_graded(answers=[[None] * 4] * 4), 2)["maj_at_n"] == 0.0
 
 
 def test_the_average_is_over_sets_and_of_what_all_have():
-    one, two = estimates.figures(_graded(), (1, 4)), estimates.figures(_graded(1 - REWARDS), (1,))
+    one, two = (
+        estimates.estimate_metrics(_graded(), (1, 4)),
+        estimates.estimate_metrics(_graded(1 - REWARDS), (1,)),
+    )
     mean = estimates.average([one, two])
     assert mean["mean_at_n"].value == pytest.approx(0.5) and "pass_at_4" not in mean
 

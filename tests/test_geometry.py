@@ -1,4 +1,4 @@
-"""Neighbours, clouds and planes against plain NumPy; Appendix E's figures by hand."""
+"""Neighbours, clouds and planes against plain NumPy; Appendix E's metrics by hand."""
 
 import numpy as np
 import pytest
@@ -32,8 +32,8 @@ def test_cosines_of_neighbours_and_refusals():
 
 
 def test_appendix_e_by_hand():
-    figures = geometry.cosine_metrics(np.array([1.0, 0.9, 0.96, 0.94]))
-    assert figures == {"mean": pytest.approx(0.95), "min": 0.9, "below_095": 0.5}
+    metrics = geometry.cosine_metrics(np.array([1.0, 0.9, 0.96, 0.94]))
+    assert metrics == {"mean": pytest.approx(0.95), "min": 0.9, "below_095": 0.5}
 
 
 def test_noise_has_the_deviation_of_stht():

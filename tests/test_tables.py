@@ -27,7 +27,7 @@ def _evaluated(
         for p in range(3)
     ]
     one = Generations(pathlib.Path(f"generations_{step}_{name}.jsonl"), header, problems)
-    return one, one.figures()
+    return one, one.metrics()
 
 
 def _rows(text):
@@ -68,5 +68,5 @@ def test_where_the_setting_is_another_the_paper_is_silent(changes):
 
 
 def test_an_unfinished_evaluation_says_so():
-    one, figures = _evaluated("aime25")
-    assert "3 problems of 4, the rest is not evaluated yet" in tables.details(one, figures, (16, 32))
+    one, metrics = _evaluated("aime25")
+    assert "3 problems of 4, the rest is not evaluated yet" in tables.details(one, metrics, (16, 32))

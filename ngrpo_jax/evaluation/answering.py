@@ -33,14 +33,14 @@ from ngrpo_jax.tasks.rewards import Grader
 def evaluate_set(
     policy: Policy, held_out: ProblemSet, settings: Settings, grader: Grader, *, label: str
 ) -> dict[str, float]:
-    """A model's figures on `data.eval` (docs/evaluation.md); each host writes a share of the problems."""
+    """A model's metrics on `data.eval` (docs/evaluation.md); each host writes a share of the problems."""
     name, samples, here = set_name(settings.data.eval), settings.eval.samples, distributed.process()
     share = here.share(len(held_out.problems))
     with console.Progress(
         label, len(share) * samples, "sequences", keep=False, enabled=here.primary
     ) as progress:
         answered = answer_problems(policy, held_out, share, settings, grader, name=name, progress=progress)
-    return estimates.training_figures(answered.graded(settings.reward.kind), settings.eval.largest_k)
+    return estimates.training_metrics(answered.graded(settings.reward.kind), settings.eval.largest_k)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,17 +49,17 @@ class Answered:
 
     trajectories: Trajectories
     texts: list[str]
-    rewards_PN: np.ndarray
+    rewards_PG: np.ndarray
 
-    def graded(self, kind: str) -> estimates.Graded:
+    def graded(self, kind: str) -> estimates.GradedResponses:
         """What figures are made of, over all hosts; `kind` says where a response's answer stands.
 
         The problems come in the order of a run of one process. Every process has to call this.
         """
-        shape = self.rewards_PN.shape
+        shape = self.rewards_PG.shape
         written = self.trajectories
         fields = (
-            self.rewards_PN.reshape(-1).tolist(),
+            self.rewards_PG.reshape(-1).tolist(),
             [final_answer(text, kind) for text in self.texts],
             written.lengths_B.tolist(),
             written.stopped_B.tolist(),
@@ -67,14 +67,14 @@ class Answered:
         responses = list(zip(*fields, strict=True))
         own = [responses[start : start + shape[1]] for start in range(0, len(responses), shape[1])]
         rows = distributed.allgather_items("evaluation", own)
-        rewards_PN, finals_PN, lengths_PN, stopped_PN = (
+        rewards_PG, finals_PG, lengths_PG, stopped_PG = (
             [[response[field] for response in row] for row in rows] for field in range(4)
         )
-        return estimates.Graded(
-            np.asarray(rewards_PN, np.float32),
-            [[vote(final) for final in finals] for finals in finals_PN],
-            np.asarray(lengths_PN),
-            np.asarray(stopped_PN),
+        return estimates.GradedResponses(
+            np.asarray(rewards_PG, np.float32),
+            [[vote(final) for final in finals] for finals in finals_PG],
+            np.asarray(lengths_PG),
+            np.asarray(stopped_PG),
         )
 
 

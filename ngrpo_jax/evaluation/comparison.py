@@ -81,8 +81,8 @@ def _compare(a: Generations, b: Generations) -> str:
 
 
 def _paired(a: Generations, b: Generations) -> tuple[np.ndarray, np.ndarray, int]:
-    """(correct_PN of A, of B, problems that only one has): common problems, as many samples of each."""
-    correct = [dict(zip(map(_key, one.problems), one.graded().correct_PN, strict=True)) for one in (a, b)]
+    """(correct_PG of A, of B, problems that only one has): common problems, as many samples of each."""
+    correct = [dict(zip(map(_key, one.problems), one.graded().correct_PG, strict=True)) for one in (a, b)]
     common = [key for key in correct[0] if key in correct[1]]
     require(bool(common), f"{a.path} and {b.path} have no finished problem in common.")
     samples = min(one.header["depends"]["eval.samples"] for one in (a, b))

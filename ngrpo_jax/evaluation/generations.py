@@ -49,16 +49,16 @@ class Generations:
         """The k that were asked for when the file was begun."""
         return tuple(self.header["pass_k"])
 
-    def graded(self) -> estimates.Graded:
+    def graded(self) -> estimates.GradedResponses:
         """The arrays that figures are made of."""
-        return estimates.Graded(
+        return estimates.GradedResponses(
             np.array([[row["reward"] for row in rows] for rows in self.problems], np.float32),
             [[vote(row["final"]) for row in rows] for rows in self.problems],
             np.array([[row["tokens"] for row in rows] for rows in self.problems]),
             np.array([[row["stopped"] for row in rows] for rows in self.problems]),
         )
 
-    def figures(self, pass_k: Sequence[int] | None = None) -> dict[str, estimates.Figure]:
+    def metrics(self, pass_k: Sequence[int] | None = None) -> dict[str, estimates.Estimate]:
         """Every figure of the finished problems. ValueError, naming the file, for none or n < k."""
         require(bool(self.problems), f"{self.path} holds no finished problem yet; evaluate goes on in it.")
         wanted, samples = tuple(pass_k or self.pass_k), self.header["depends"]["eval.samples"]
@@ -66,7 +66,7 @@ class Generations:
             max(wanted) <= samples,
             f"{self.path} has {samples} samples a problem; Pass@{max(wanted)} needs {max(wanted)} or more.",
         )
-        return estimates.figures(self.graded(), wanted)
+        return estimates.estimate_metrics(self.graded(), wanted)
 
     def cosines(self) -> dict[str, float] | None:
         """Appendix E over every mixed input; None where nothing was mixed."""
@@ -119,7 +119,7 @@ def rows_of(
     cosines: tuple[np.ndarray, np.ndarray] | None,
 ) -> list[Row]:
     """The rows of some answered problems; `cosines` as `figures.mixed_cosines` gives them."""
-    trajectories, samples = answered.trajectories, answered.rewards_PN.shape[1]
+    trajectories, samples = answered.trajectories, answered.rewards_PG.shape[1]
     rows = []
     for index, text in enumerate(answered.texts):
         problem = problems.problems[numbers[index // samples]]
@@ -131,7 +131,7 @@ def rows_of(
             "sample": index % samples,
             "response": text,
             "final": final_answer(text, kind),
-            "reward": float(answered.rewards_PN.reshape(-1)[index]),
+            "reward": float(answered.rewards_PG.reshape(-1)[index]),
             "tokens": len(tokens),
             "stopped": bool(trajectories.stopped_B[index]),
             "token_ids": tokens.tolist(),

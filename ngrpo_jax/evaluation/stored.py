@@ -43,18 +43,18 @@ def main(argv: Sequence[str]) -> None:
 
 
 def show(paths: Sequence[pathlib.Path], pass_k: Sequence[int] | None, *, regrade: bool) -> None:
-    """The figures of these files: of their stored verdicts, or of their texts graded anew."""
+    """The metrics of these files: of their stored verdicts, or of their texts graded anew."""
     found = []
     for path in paths:
         one = generations.read(path)
         if regrade:
             one, changed = _regraded(one)
             print(f"graded anew: {changed} of {sum(map(len, one.problems))} verdicts changed ({path})")
-        found.append((one, one.figures(pass_k)))
-    for one, figures in found:
-        print(tables.details(one, figures, pass_k or one.pass_k), end="\n\n")
+        found.append((one, one.metrics(pass_k)))
+    for one, metrics in found:
+        print(tables.details(one, metrics, pass_k or one.pass_k), end="\n\n")
     for step in sorted({one.header["step"] for one, _ in found}):
-        of_step = [(one, figures) for one, figures in found if one.header["step"] == step]
+        of_step = [(one, metrics) for one, metrics in found if one.header["step"] == step]
         names = [one.header["set"] for one, _ in of_step]
         require(
             len(set(names)) == len(names),

@@ -1,4 +1,4 @@
-"""What an evaluation prints: each data set's figures with their intervals, and the paper's beside ours.
+"""What an evaluation prints: each data set's metrics with their intervals, and the paper's beside ours.
 
 Owns wording and layout. Takes generations as read from disk, so that a stored evaluation prints what it
 printed when it was made.
@@ -12,28 +12,28 @@ from typing import Any
 from ngrpo_jax.evaluation.answers import answer_name
 from ngrpo_jax.evaluation.generations import Generations
 from ngrpo_jax.evaluation.statistics import estimates, paper
-from ngrpo_jax.evaluation.statistics.estimates import Figure
+from ngrpo_jax.evaluation.statistics.estimates import Estimate
 from ngrpo_jax.runtime import console
 
-Figures = Mapping[str, Figure]
+Metrics = Mapping[str, Estimate]
 
 
-def details(generations: Generations, figures: Figures, pass_k: Sequence[int]) -> str:
-    """One data set's table: figure, value, 95 % interval."""
+def details(generations: Generations, metrics: Metrics, pass_k: Sequence[int]) -> str:
+    """One data set's table: estimate, value, 95 % interval."""
     depends = generations.header["depends"]
     samples = depends["eval.samples"]
-    rows = [_with_interval(f"Mean@{samples}", figures["mean_at_n"])]
+    rows = [_with_interval(f"Mean@{samples}", metrics["mean_at_n"])]
     for k in pass_k:
-        rows.append(_with_interval(f"Pass@{k}", figures[f"pass_at_{k}"]))
-        rows.append(_with_interval(f"best@{k} (bootstrap, as the paper's tables)", figures[f"best_at_{k}"]))
-    if "maj_at_n" in figures:
-        rows.append(_with_interval(f"Maj@{samples}", figures["maj_at_n"]))
-    rows.append(_with_interval("truncated responses", figures["truncated"]))
-    rows.append(_with_interval(f"responses with {answer_name(depends['reward.kind'])}", figures["no_answer"]))
-    rows.append(_with_interval("tokens a response", figures["length_mean"]))
-    rows.append(_with_interval("tokens of the longest", figures["length_max"]))
+        rows.append(_with_interval(f"Pass@{k}", metrics[f"pass_at_{k}"]))
+        rows.append(_with_interval(f"best@{k} (bootstrap, as the paper's tables)", metrics[f"best_at_{k}"]))
+    if "maj_at_n" in metrics:
+        rows.append(_with_interval(f"Maj@{samples}", metrics["maj_at_n"]))
+    rows.append(_with_interval("truncated responses", metrics["truncated"]))
+    rows.append(_with_interval(f"responses with {answer_name(depends['reward.kind'])}", metrics["no_answer"]))
+    rows.append(_with_interval("tokens a response", metrics["length_mean"]))
+    rows.append(_with_interval("tokens of the longest", metrics["length_max"]))
     for name, value in (generations.cosines() or {}).items():
-        rows.append(_with_interval(f"cosine of mixed inputs to anchors, {_COSINE[name]}", Figure(value)))
+        rows.append(_with_interval(f"cosine of mixed inputs to anchors, {_COSINE[name]}", Estimate(value)))
     text = console.table(rows, (generations.label, "", "95 % interval"))
     return f"{text}\n{coverage(generations)}"
 
@@ -42,19 +42,19 @@ _COSINE = {"mean": "mean", "min": "least", "below_095": "share below 0.95"}
 
 
 def coverage(generations: Generations) -> str:
-    """How much of the set the figures stand for."""
+    """How much of the set the metrics stand for."""
     header, done = generations.header, len(generations.problems)
     of = "" if done == header["problems"] else f" of {header['problems']}, the rest is not evaluated yet"
     return f"{done} problems{of} ({header['too_long']} left out as too long), {generations.path}"
 
 
 def table_1(
-    sets: Sequence[tuple[Generations, Figures]], pass_k: Mapping[str, Sequence[int]] | None = None
+    sets: Sequence[tuple[Generations, Metrics]], pass_k: Mapping[str, Sequence[int]] | None = None
 ) -> str:
     """Data sets across, in percent: ours unbiased, ours by the paper's bootstrap, and the paper's own.
 
     The paper's rows stand there where backbone and sampling are the paper's; the one of the same method is
-    marked. Its figures for a data set that is not evaluated here are not shown.
+    marked. Its metrics for a data set that is not evaluated here are not shown.
     """
     names = [generations.header["set"] for generations, _ in sets]
     asked = {g.header["set"]: tuple((pass_k or {}).get(g.header["set"], g.pass_k)) for g, _ in sets}
@@ -62,12 +62,12 @@ def table_1(
     alike = len({(samples[name], asked[name]) for name in names}) == 1
     averaged = len(names) > 1 and alike
     columns = names + ["average"] * averaged
-    of_sets = [figures for _, figures in sets]
+    of_sets = [metrics for _, metrics in sets]
     every = of_sets + [estimates.average(of_sets)] * averaged
     kinds = [asked[name] for name in names] + [asked[names[0]]] * averaged
     ours = [(f"ours, step {sets[0][0].header['step']}", "pass_at"), ("ours, best@k (bootstrap)", "best_at")]
     rows = [
-        (label, *(_triple(figures, kind, ks) for figures, ks in zip(every, kinds, strict=True)))
+        (label, *(_triple(metrics, kind, ks) for metrics, ks in zip(every, kinds, strict=True)))
         for label, kind in ours
     ]
     rows += _paper_rows(sets, names, columns)
@@ -77,7 +77,7 @@ def table_1(
 
 
 def _paper_rows(
-    sets: Sequence[tuple[Generations, Figures]], names: Sequence[str], columns: Sequence[str]
+    sets: Sequence[tuple[Generations, Metrics]], names: Sequence[str], columns: Sequence[str]
 ) -> list[tuple[str, ...]]:
     headers = [generations.header for generations, _ in sets]
     backbone = paper.backbone(headers[0]["model"])
@@ -114,9 +114,9 @@ def _cell(cell: paper.Cell) -> str:
     return " / ".join("–" if value is None else f"{value:.2f}" for value in cell)
 
 
-def _triple(figures: Figures, kind: str, pass_k: Sequence[int]) -> str:
-    values = [figures["mean_at_n"], *(figures[f"{kind}_{k}"] for k in pass_k)]
-    return " / ".join(f"{100 * figure.value:.2f}" for figure in values)
+def _triple(metrics: Metrics, kind: str, pass_k: Sequence[int]) -> str:
+    values = [metrics["mean_at_n"], *(metrics[f"{kind}_{k}"] for k in pass_k)]
+    return " / ".join(f"{100 * estimate.value:.2f}" for estimate in values)
 
 
 def _legend(samples: int, pass_k: Sequence[int]) -> str:
@@ -128,6 +128,6 @@ def _head(name: str, samples: int, pass_k: Sequence[int], alike: bool) -> str:
     return title if alike else f"{title}: {_legend(samples, pass_k)}"
 
 
-def _with_interval(label: str, figure: Figure) -> tuple[str, float, str]:
-    interval = "" if figure.low is None else f"{figure.low:.4g} to {figure.high:.4g}"
-    return label, figure.value, interval
+def _with_interval(label: str, estimate: Estimate) -> tuple[str, float, str]:
+    interval = "" if estimate.low is None else f"{estimate.low:.4g} to {estimate.high:.4g}"
+    return label, estimate.value, interval

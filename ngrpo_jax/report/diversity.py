@@ -50,7 +50,7 @@ def table(paths: Sequence[Path]) -> str:
 def _figures(one: Generations) -> dict[str, float]:
     if not one.problems:
         raise UserError(f"{one.path} holds no finished problem yet")
-    votes = one.graded().answers_PN
+    votes = one.graded().answers_PG
     groups = []
     for rows, answers in zip(one.problems, votes, strict=True):
         some = rows[:MOST_SAMPLES]

@@ -1,1 +1,1 @@
-"""Numbers about graded responses: NumPy in, numbers out; no model, no files."""
+"""Statistics of graded responses: NumPy arrays in, numbers out."""

@@ -1,7 +1,7 @@
-"""How much the responses of one group differ: n-grams, distances, answers.
+"""How much the responses to one problem differ: distinct n-grams, edit distances, distinct answers.
 
-Owns these figures over sequences of tokens (ids or words). Must not know where they came from. NumPy and the
-standard library only.
+Owns these metrics of sequences of tokens (ids or words). Must not know where the sequences come from.
+T and U are the lengths of two responses.
 """
 
 from collections.abc import Hashable, Iterable, Sequence
@@ -13,7 +13,7 @@ Tokens = Sequence[Hashable]
 
 
 def distinct_ngrams(responses: Sequence[Tokens], n: int) -> float:
-    """Distinct-n (Li et al. 2016, arXiv 1510.03055): different n-grams over all n-grams of the group.
+    """Distinct-n (Li et al. 2016, arXiv 1510.03055): distinct n-grams divided by all n-grams of the group.
 
     1 where no n-gram occurs twice, near 0 where the responses repeat one another (or themselves); NaN where
     no response has n tokens.
@@ -30,49 +30,49 @@ def distinct_ngrams(responses: Sequence[Tokens], n: int) -> float:
 def edit_distance(a: Tokens, b: Tokens) -> int:
     """Levenshtein distance in tokens: insertions, deletions, substitutions. O(len(a)) vector operations."""
     codes: dict[Hashable, int] = {}
-    a_T, b_S = (
+    a_T, b_U = (
         np.array([codes.setdefault(t, len(codes)) for t in tokens], dtype=np.int64) for tokens in (a, b)
     )
-    offsets = np.arange(len(b_S) + 1)
+    offsets = np.arange(len(b_U) + 1)
     row = offsets.copy()
     for i, token in enumerate(a_T, start=1):
-        best = np.minimum(row[1:] + 1, row[:-1] + (b_S != token))  # deletion, substitution
+        best = np.minimum(row[1:] + 1, row[:-1] + (b_U != token))  # deletion, substitution
         candidates = np.concatenate([[i], best])
-        # Insertions run along the row: row[j] = min over h <= j of candidates[h] + (j - h).
+        # An insertion comes from the left neighbour: row[j] = min over h <= j of candidates[h] + (j - h).
         row = np.minimum.accumulate(candidates - offsets) + offsets
     return int(row[-1])
 
 
 def mean_pairwise_distance(responses: Sequence[Tokens], *, max_tokens: int = 2048) -> float:
-    """Mean over pairs of edit distance / length of the longer: 0 where all are the same, 1 where none share.
+    """Mean over pairs of edit distance / length of the longer: 0 for equal responses, 1 with no common token.
 
     Args:
-        responses: at least two; NaN with fewer.
-        max_tokens: longer responses are compared by their beginnings, for the cost grows with the square.
+        responses: at least two; with fewer the mean is NaN.
+        max_tokens: longer responses are compared by their first tokens, since the cost is quadratic.
     """
     heads = [tokens[:max_tokens] for tokens in responses]
-    pairs = [(a, b) for a, b in combinations(heads, 2)]
+    pairs = list(combinations(heads, 2))
     if not pairs:
         return float("nan")
     return float(np.mean([edit_distance(a, b) / max(len(a), len(b), 1) for a, b in pairs]))
 
 
 def distinct_answers(answers: Iterable[Hashable | None]) -> int:
-    """Number of different final answers; None is no answer and does not count."""
+    """Number of distinct final answers; None is no answer and does not count."""
     return len({answer for answer in answers if answer is not None})
 
 
 def group_diversity(
     responses: Sequence[Tokens], answers: Sequence[Hashable | None], *, max_tokens: int = 2048
 ) -> dict[str, float]:
-    """The figures of one group, by the names they are reported under; `max_tokens` as the distance takes it.
+    """The metrics of one group by name; `max_tokens` as `mean_pairwise_distance` takes it.
 
     Raises:
-        ValueError: as many answers as responses are needed.
+        ValueError: the numbers of answers and responses differ.
     """
     if len(responses) != len(answers):
         raise ValueError(f"a group of {len(responses)} responses got {len(answers)} answers")
-    figures = {f"distinct_{n}": distinct_ngrams(responses, n) for n in (1, 2, 4)}
-    figures["edit_distance"] = mean_pairwise_distance(responses, max_tokens=max_tokens)
-    figures["answers"] = float(distinct_answers(answers))
-    return figures
+    metrics = {f"distinct_{n}": distinct_ngrams(responses, n) for n in (1, 2, 4)}
+    metrics["edit_distance"] = mean_pairwise_distance(responses, max_tokens=max_tokens)
+    metrics["answers"] = float(distinct_answers(answers))
+    return metrics

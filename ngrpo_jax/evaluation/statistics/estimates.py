@@ -1,97 +1,84 @@
-"""All figures of one data set's graded responses, each with its uncertainty.
+"""The metrics of a data set's graded responses, each with its uncertainty.
 
-Owns which figures there are and their names. Must not know how responses were made, stored or graded: the
-same arrays give the same figures, to the bit, wherever they come from.
-
-N is samples of a problem, P problems.
+Owns which metrics there are and their names. Must not know how responses were made, stored or graded: equal
+arrays give equal metrics, bit for bit, whether they come from a model or from a file.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from ngrpo_jax.evaluation.statistics import passk
 
-CORRECT_ABOVE = 0.5  # a graded reward counts as correct above this
+CORRECT_ABOVE = 0.5  # a reward above this counts as correct
 
 
-class Graded(NamedTuple):
-    """P problems with n responses each.
+class GradedResponses(NamedTuple):
+    """The responses to P problems, G samples each, as numbers.
 
     Attributes:
-      rewards_PN: float, what the grader gave.
-      answers_PN: each response's final answer, equal ones equal and hashable; None where it has none.
-      lengths_PN: int, response tokens.
-      stopped_PN: bool, whether the response ended by itself rather than at its limit.
+      rewards_PG: float, by the grader.
+      answers_PG: final answers, equal ones equal and hashable; None where a response has none.
+      lengths_PG: int, response tokens.
+      stopped_PG: bool, False where a response was cut off at the limit of its length.
     """
 
-    rewards_PN: np.ndarray
-    answers_PN: Sequence[Sequence[Hashable | None]]
-    lengths_PN: np.ndarray
-    stopped_PN: np.ndarray
+    rewards_PG: np.ndarray
+    answers_PG: Sequence[Sequence[Hashable | None]]
+    lengths_PG: np.ndarray
+    stopped_PG: np.ndarray
 
     @property
-    def correct_PN(self) -> np.ndarray:
-        """bool: which responses are right."""
-        return np.asarray(self.rewards_PN) > CORRECT_ABOVE
+    def correct_PG(self) -> np.ndarray:
+        """bool: which responses are correct."""
+        return np.asarray(self.rewards_PG) > CORRECT_ABOVE
 
 
-class Figure(NamedTuple):
-    """A value, and its 95 % interval by bootstrap over problems where it is a mean over them."""
+class Estimate(NamedTuple):
+    """A value, and the 95 % interval by bootstrap over problems where the value is a mean over problems."""
 
     value: float
     low: float | None = None
     high: float | None = None
 
 
-def figures(graded: Graded, pass_k: Sequence[int]) -> dict[str, Figure]:
-    """An evaluation's figures by name: mean_at_n, pass_at_K and best_at_K for each K, maj_at_n, of the texts.
+def estimate_metrics(graded: GradedResponses, pass_k: Sequence[int]) -> dict[str, Estimate]:
+    """All metrics by name: mean_at_n, pass_at_K and best_at_K for each K of `pass_k`, maj_at_n, of the texts.
 
-    maj_at_n is left out where no response has an answer that could be voted for.
+    maj_at_n is left out where no response has a final answer.
 
     Raises:
         ValueError: a k above the number of samples.
     """
-    correct_PN = graded.correct_PN
-    found = {"mean_at_n": _over_problems(graded.rewards_PN, lambda grades: grades.mean(axis=1))}
+    correct_PG = graded.correct_PG
+    metrics = {"mean_at_n": _over_problems(np.mean(graded.rewards_PG, axis=1))}
     for k in sorted(set(pass_k)):
-        found[f"pass_at_{k}"] = _over_problems(correct_PN, _pass_at(k))
-        found[f"best_at_{k}"] = Figure(passk.best_at_k_bootstrap(correct_PN, k))
-    if any(answer is not None for answers in graded.answers_PN for answer in answers):
-        majority_P = passk.majority_by_problem(graded.answers_PN, correct_PN)
-        found["maj_at_n"] = _over_problems(majority_P[:, None], lambda values: values[:, 0])
-    none_PN = np.array([[answer is None for answer in answers] for answers in graded.answers_PN])
-    found["truncated"] = Figure(float(1.0 - np.mean(graded.stopped_PN)))
-    found["no_answer"] = Figure(float(none_PN.mean()))
-    found["length_mean"] = Figure(float(np.mean(graded.lengths_PN)))
-    found["length_max"] = Figure(float(np.max(graded.lengths_PN)))
-    return found
+        metrics[f"pass_at_{k}"] = _over_problems(passk.pass_at_k_by_problem(correct_PG, k))
+        metrics[f"best_at_{k}"] = Estimate(passk.best_at_k_bootstrap(correct_PG, k))
+    unanswered_PG = np.array([[answer is None for answer in answers] for answers in graded.answers_PG])
+    if not unanswered_PG.all():
+        metrics["maj_at_n"] = _over_problems(passk.majority_by_problem(graded.answers_PG, correct_PG))
+    metrics["truncated"] = Estimate(float(1.0 - np.mean(graded.stopped_PG)))
+    metrics["no_answer"] = Estimate(float(unanswered_PG.mean()))
+    metrics["length_mean"] = Estimate(float(np.mean(graded.lengths_PG)))
+    metrics["length_max"] = Estimate(float(np.max(graded.lengths_PG)))
+    return metrics
 
 
-def training_figures(graded: Graded, largest_k: int) -> dict[str, float]:
-    """What a training run records of an evaluation: plain numbers, one Pass@k; maj_at_n 0 without answers."""
-    found = {"maj_at_n": Figure(0.0), **figures(graded, (largest_k,))}
-    names = {
-        "mean_at_n": "mean_at_n",
-        f"pass_at_{largest_k}": "pass_at_k",
-        "maj_at_n": "maj_at_n",
-        "truncated": "truncated",
-        "length_mean": "length_mean",
-    }
-    return {name: found[key].value for key, name in names.items()}
+def training_metrics(graded: GradedResponses, largest_k: int) -> dict[str, float]:
+    """What a training run records of an evaluation: values alone, one Pass@k; maj_at_n 0 without answers."""
+    found = {"maj_at_n": Estimate(0.0), **estimate_metrics(graded, (largest_k,))}
+    found["pass_at_k"] = found[f"pass_at_{largest_k}"]
+    names = ("mean_at_n", "pass_at_k", "maj_at_n", "truncated", "length_mean")
+    return {name: found[name].value for name in names}
 
 
-def average(of_sets: Sequence[Mapping[str, Figure]]) -> dict[str, Figure]:
-    """The plain mean over data sets of the figures that all of them have, as the paper averages."""
-    shared = [name for name in of_sets[0] if all(name in one for one in of_sets)]
-    return {name: Figure(float(np.mean([one[name].value for one in of_sets]))) for name in shared}
+def average(of_sets: Sequence[Mapping[str, Estimate]]) -> dict[str, Estimate]:
+    """The mean over data sets, each counted once, of the metrics that all have, as the paper averages."""
+    shared = [name for name in of_sets[0] if all(name in metrics for metrics in of_sets)]
+    return {name: Estimate(float(np.mean([one[name].value for one in of_sets]))) for name in shared}
 
 
-def _pass_at(k: int) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda grades: passk.pass_at_k_by_problem(grades, k)
-
-
-def _over_problems(grades_PN: np.ndarray, by_problem: Callable[[np.ndarray], np.ndarray]) -> Figure:
-    value = float(np.mean(by_problem(np.asarray(grades_PN)), dtype=np.float64))
-    return Figure(value, *passk.bootstrap_interval(grades_PN, by_problem))
+def _over_problems(values_P: np.ndarray) -> Estimate:
+    return Estimate(float(np.mean(values_P, dtype=np.float64)), *passk.bootstrap_interval(values_P))

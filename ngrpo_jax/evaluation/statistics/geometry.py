@@ -1,9 +1,10 @@
 """Where mixed and noisy inputs lie among the embedding rows: Appendix E, Figure 1, and lists of neighbours.
 
-Owns this geometry in NumPy, for a few tokens at a time. Must not know tokenizers, models or files. The table
-that rollouts mix by is `algo.neighbors`; here the nearest rows of a few tokens are found directly.
+Owns this geometry, in NumPy and for a few tokens at a time. Must not know tokenizers, models or files. The
+neighbour table of rollouts is made by `algo.neighbors`; here the nearest rows of a few tokens are computed
+directly.
 
-N and S are points.
+A is anchors, X points.
 """
 
 from collections.abc import Sequence
@@ -11,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-NEAR = 0.95  # Appendix E counts the inputs whose cosine to their anchor lies below this
+NEAR = 0.95  # Appendix E counts the inputs whose cosine to their anchor is below this
 
 
 def cosine_metrics(cosines: np.ndarray) -> dict[str, float]:
-    """Appendix E of some mixed inputs' cosines to their anchors: mean, min and the share below 0.95."""
+    """Appendix E: mean, min and the share below 0.95 of mixed inputs' cosines to their anchors [X]."""
     cosines = np.asarray(cosines)
     return {
         "mean": float(cosines.mean()),
@@ -33,15 +34,15 @@ def nearest_rows(
     valid_V: np.ndarray | None = None,
     group_V: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The `count` other rows nearest to each anchor, nearest first, of equals the lower id first.
+    """The `count` other rows nearest to each anchor, nearest first; of equally near rows the lower id first.
 
     Args:
       metric: "cosine", "dot", "l2" or "l1".
       valid_V: which rows may be neighbours; default all.
-      group_V: rows of equal entries are no neighbours of one another; default none are so.
+      group_V: rows with equal entries are no neighbours of one another; default all entries differ.
 
     Returns:
-      (ids [A, count], scores [A, count]): cosine or product, or distance, as the metric says.
+      (ids [A, count], nearness [A, count]): the cosine, dot product or distance.
 
     Raises:
       ValueError: count above the number of other valid rows, or an unknown metric.
@@ -49,19 +50,19 @@ def nearest_rows(
     rows_VD = np.asarray(embedding_VD, np.float32)
     valid_V = np.ones(len(rows_VD), bool) if valid_V is None else np.asarray(valid_V, bool)
     group_V = np.arange(len(rows_VD)) if group_V is None else np.asarray(group_V)
-    ids, scores = [], []
+    ids_AC, found_AC = [], []
     for anchor in anchors:
         allowed_V = valid_V & (group_V != group_V[anchor])
         most = int(allowed_V.sum())
         if not 1 <= count <= most:
             raise ValueError(
-                f"{count} neighbours of token {anchor} were asked for; this vocabulary has 1 to {most} of it"
+                f"token {anchor} can have 1 to {most} neighbours in this vocabulary, not {count}"
             )
         nearness_V = np.where(allowed_V, _nearness(rows_VD, rows_VD[anchor], metric), -np.inf)
         best = np.argsort(-nearness_V, kind="stable")[:count]
-        ids.append(best)
-        scores.append(nearness_V[best] if metric in ("cosine", "dot") else -nearness_V[best])
-    return np.array(ids), np.array(scores)
+        ids_AC.append(best)
+        found_AC.append(nearness_V[best] if metric in ("cosine", "dot") else -nearness_V[best])
+    return np.array(ids_AC), np.array(found_AC)
 
 
 def _nearness(rows_VD: np.ndarray, row_D: np.ndarray, metric: str) -> np.ndarray:
@@ -79,49 +80,48 @@ def _nearness(rows_VD: np.ndarray, row_D: np.ndarray, metric: str) -> np.ndarray
 
 
 def noisy_points(row_D: np.ndarray, sigma: float, count: int, random: np.random.Generator) -> np.ndarray:
-    """`count` draws of a row under Gaussian noise of `sigma` times its root mean square, as STHT: [S, D]."""
+    """`count` samples of a row plus Gaussian noise of `sigma` times its root mean square, as STHT: [X, D]."""
     rms = np.sqrt(np.mean(np.square(row_D)))
     return row_D + sigma * rms * random.standard_normal((count, len(row_D)))
 
 
 def mixed_points(rows_CD: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
-    """`count` mixtures of an anchor and its neighbours, anchor first: [S, D].
+    """`count` mixtures of an anchor and its neighbours (`rows_CD`, anchor first): [X, D].
 
-    Weights are drawn evenly from all that (9) could give with the anchor the most likely of them: the
-    largest weight is the anchor's.
+    Weights are uniform over those that (9) can give: positive, of sum 1, the anchor's the largest.
     """
-    weights_SC = random.dirichlet(np.ones(len(rows_CD)), size=count)
-    largest_S = weights_SC.argmax(axis=1)
-    each_S = np.arange(count)
-    weights_SC[each_S, largest_S], weights_SC[:, 0] = weights_SC[:, 0].copy(), weights_SC.max(axis=1)
-    return weights_SC @ rows_CD
+    weights_XC = random.dirichlet(np.ones(len(rows_CD)), size=count)
+    largest_X = weights_XC.argmax(axis=1)
+    each_X = np.arange(count)
+    weights_XC[each_X, largest_X], weights_XC[:, 0] = weights_XC[:, 0].copy(), weights_XC.max(axis=1)
+    return weights_XC @ rows_CD
 
 
 class Projection(NamedTuple):
-    """A plane through a cloud of points: `mean_D`, two orthonormal `axes_2D`, the variance along each."""
+    """A plane through points: `mean_D`, two orthonormal `axes_2D`, the share of all variance along each."""
 
     mean_D: np.ndarray
     axes_2D: np.ndarray
     explained: tuple[float, float]
 
-    def __call__(self, points_ND: np.ndarray) -> np.ndarray:
-        """Coordinates of points in the plane: [N, 2]."""
-        return (points_ND - self.mean_D) @ self.axes_2D.T
+    def __call__(self, points_XD: np.ndarray) -> np.ndarray:
+        """Coordinates of points in the plane: [X, 2]."""
+        return (points_XD - self.mean_D) @ self.axes_2D.T
 
 
-def principal_plane(points_ND: np.ndarray) -> Projection:
-    """The plane of largest variance (PCA by singular values); `explained` are shares of all variance.
+def principal_plane(points_XD: np.ndarray) -> Projection:
+    """The plane of largest variance: PCA by singular values.
 
-    Each axis points to where its largest entry is positive, so that the same points give the same picture.
+    The largest entry of each axis is positive, so that the same points give the same picture.
 
     Raises:
       ValueError: fewer than three points.
     """
-    points_ND = np.asarray(points_ND, np.float64)
-    if len(points_ND) < 3:
-        raise ValueError(f"a plane through {len(points_ND)} points is not determined; give three or more")
-    mean_D = points_ND.mean(axis=0)
-    _, singular, axes = np.linalg.svd(points_ND - mean_D, full_matrices=False)
+    points_XD = np.asarray(points_XD, np.float64)
+    if len(points_XD) < 3:
+        raise ValueError(f"a plane through {len(points_XD)} points is not determined; give three or more")
+    mean_D = points_XD.mean(axis=0)
+    _, singular, axes = np.linalg.svd(points_XD - mean_D, full_matrices=False)
     axes_2D = axes[:2]
     largest = np.take_along_axis(axes_2D, np.abs(axes_2D).argmax(axis=1)[:, None], axis=1)
     axes_2D = axes_2D * np.where(largest < 0, -1.0, 1.0)
@@ -129,10 +129,10 @@ def principal_plane(points_ND: np.ndarray) -> Projection:
     return Projection(mean_D, axes_2D, (float(shares[0]), float(shares[1])))
 
 
-def nearest_cosine(points_SD: np.ndarray, rows_VD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(ids [S], cosines [S]): the row that each point is nearest to by angle."""
-    units_SD = points_SD / np.linalg.norm(points_SD, axis=1, keepdims=True)
+def nearest_cosine(points_XD: np.ndarray, rows_VD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(ids [X], cosines [X]): the row nearest to each point by cosine."""
+    units_XD = points_XD / np.linalg.norm(points_XD, axis=1, keepdims=True)
     norms_V = np.linalg.norm(rows_VD, axis=1)
-    cosines_SV = units_SD @ (rows_VD / np.where(norms_V > 0, norms_V, 1.0)[:, None]).T
-    ids_S = cosines_SV.argmax(axis=1)
-    return ids_S, cosines_SV[np.arange(len(ids_S)), ids_S]
+    cosines_XV = units_XD @ (rows_VD / np.where(norms_V > 0, norms_V, 1.0)[:, None]).T
+    ids_X = cosines_XV.argmax(axis=1)
+    return ids_X, cosines_XV[np.arange(len(ids_X)), ids_X]

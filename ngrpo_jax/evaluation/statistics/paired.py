@@ -1,6 +1,7 @@
-"""Two systems on the same problems: who solves what, and whether the difference could be chance.
+"""Two systems on the same problems: which of them solves which problem, and whether chance explains it.
 
-Owns the paired table and McNemar's test, in NumPy. Must not know where the verdicts come from.
+Owns the paired table, McNemar's test and the interval of a paired difference. Must not know where the
+verdicts come from.
 """
 
 import math
@@ -8,12 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Below this many discordant pairs the test is exact; above, the normal law is as good and needs no sum.
+from ngrpo_jax.evaluation.statistics.passk import bootstrap_interval
+
+# Below this many discordant pairs the test is exact; above, the normal approximation is as good.
 EXACT_BELOW = 1000
 
 
 class Paired(NamedTuple):
-    """How many problems both solve, only A, only B, and neither."""
+    """How many problems both systems solve, only A, only B, and neither."""
 
     both: int
     only_a: int
@@ -39,15 +42,15 @@ def paired_table(solved_a_P: np.ndarray, solved_b_P: np.ndarray) -> Paired:
     """
     a, b = np.asarray(solved_a_P, bool), np.asarray(solved_b_P, bool)
     if a.ndim != 1 or a.shape != b.shape:
-        raise ValueError(f"paired verdicts have shapes {a.shape} and {b.shape}; both are one flag a problem")
+        raise ValueError(f"paired verdicts have shapes {a.shape} and {b.shape}; both must be [problems]")
     return Paired(int((a & b).sum()), int((a & ~b).sum()), int((~a & b).sum()), int((~a & ~b).sum()))
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Two-sided p that discordant pairs fall to A and B alike (McNemar, Psychometrika 12, 1947).
+    """Two-sided p of the hypothesis that a discordant pair is as likely A's as B's.
 
-    Exact binomial below `EXACT_BELOW` discordant pairs; beyond, chi-square with one degree of freedom and
-    Edwards' continuity correction. Without any discordant pair there is nothing to test: 1.
+    McNemar (Psychometrika 12, 1947): exact binomial below `EXACT_BELOW` discordant pairs; from there on
+    chi-square with one degree of freedom and Edwards' continuity correction. 1 without discordant pairs.
     """
     discordant = only_a + only_b
     if discordant == 0:
@@ -59,21 +62,7 @@ def mcnemar(only_a: int, only_b: int) -> float:
     return math.erfc(math.sqrt(square / 2))
 
 
-def difference_interval(
-    values_a_P: np.ndarray,
-    values_b_P: np.ndarray,
-    *,
-    level: float = 0.95,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """Mean of B - A over problems, and its percentile bootstrap interval: problems stay paired.
-
-    Returns:
-        (difference, low, high)
-    """
+def difference_interval(values_a_P: np.ndarray, values_b_P: np.ndarray) -> tuple[float, float, float]:
+    """(mean of B - A over problems, low, high): its 95 % bootstrap interval, with problems kept paired."""
     gaps_P = np.asarray(values_b_P, float) - np.asarray(values_a_P, float)
-    random = np.random.default_rng(seed)
-    means = [gaps_P[random.integers(len(gaps_P), size=len(gaps_P))].mean() for _ in range(resamples)]
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(gaps_P.mean()), float(low), float(high)
+    return float(gaps_P.mean()), *bootstrap_interval(gaps_P)

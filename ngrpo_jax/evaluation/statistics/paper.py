@@ -1,13 +1,13 @@
-"""What the paper reports (arXiv 2606.10768, Tables 1 to 5 and the text), to be held beside our own figures.
+"""What the paper reports (arXiv 2606.10768, Tables 1 to 5 and the text), for comparison with our results.
 
-Owns these numbers alone, in percent, as printed there. Its Pass@k is the bootstrap that this project calls
-best@k (docs/evaluation.md).
+Owns these numbers, in percent, as printed there, and the rule that finds the row of a run. The paper's Pass@k
+is the bootstrap that this project calls best@k (docs/evaluation.md).
 """
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-SETS = ("aime25", "amc23", "math500")  # of the average in Table 1
+SETS = ("aime25", "amc23", "math500")  # the average in Table 1 is over these
 TITLES = {
     "aime24": "AIME24",
     "aime25": "AIME25",
@@ -21,7 +21,7 @@ SAMPLES, TEMPERATURE, TOP_P, MAX_NEW_TOKENS = 32, 0.6, 0.95, 8192
 
 
 class Cell(NamedTuple):
-    """Mean@32, Pass@16 and Pass@32 in percent; None where the paper does not say."""
+    """Mean@32, Pass@16 and Pass@32 in percent; None where the paper reports none."""
 
     mean: float | None
     pass_16: float | None
@@ -93,11 +93,11 @@ TABLE: Mapping[str, Mapping[str, Mapping[str, Cell]]] = {
 
 
 def backbone(model: str) -> str | None:
-    """The paper's backbone that a model's path names, or None."""
+    """The paper's backbone whose name a model's path contains, or None."""
     return next((name for name in TABLE if name.lower() in model.lower()), None)
 
 
-# How every mixture of neighbours in the paper is made, whatever its rate and metric.
+# The mixing settings that all neighbour mixtures of the paper share; rate and metric vary.
 NEIGHBOR: Mapping[str, Any] = {
     "k": 3,
     "table": "embedding",
@@ -111,19 +111,19 @@ NEIGHBOR: Mapping[str, Any] = {
 def method(
     *, trained: bool, strategy: str, rate: float, metric: str, algorithm: str, mixes: bool, **neighbor: Any
 ) -> str | None:
-    """The paper's name of what a checkpoint and its evaluation are, None where the paper has none.
+    """The paper's name of the method by which a checkpoint was trained and evaluated, or None.
 
     Args:
-      trained: whether the checkpoint is of a training run, rather than the starting model.
-      strategy, rate, metric, algorithm: of that training.
-      mixes: whether the evaluation itself mixed.
-      neighbor: settings of `NEIGHBOR`; mixtures that are made otherwise have no name in the paper.
+      trained: False for the starting model.
+      strategy, rate, metric, algorithm: settings of the training.
+      mixes: whether the evaluation mixed.
+      neighbor: settings of `NEIGHBOR`; neighbour mixtures with other values have no name in the paper.
     """
     departs = any(neighbor[name] != NEIGHBOR[name] for name in neighbor)
     if departs and strategy == "neighbor" and (mixes or (trained and rate > 0)):
         return None
     if mixes:
-        # Which checkpoint Table 5 mixes at inference is not said: its row stands beside any that does.
+        # Table 5 does not say which checkpoint it mixes at inference: its row matches every one.
         soft = "Soft Thinking" if not trained else None
         return {"neighbor": "mixing at inference", "soft": soft}.get(strategy)
     if not trained:
@@ -142,6 +142,6 @@ def method(
 def comparable(
     *, samples: int, temperature: float, top_p: float, top_k: int, max_new_tokens: int, reward: str
 ) -> bool:
-    """Whether an evaluation was made as the paper's are."""
+    """Whether an evaluation has the sampling and grading of the paper's."""
     wanted = (SAMPLES, TEMPERATURE, TOP_P, 0, MAX_NEW_TOKENS)
     return (samples, temperature, top_p, top_k, max_new_tokens) == wanted and reward in ("math", "choice")

@@ -1,12 +1,10 @@
-"""Accuracy figures of repeated sampling: Mean@n, Pass@k, best@k, majority, and their uncertainty.
+"""Accuracy of repeated sampling: Mean@n, Pass@k, best@k, majority voting, and bootstrap intervals.
 
-Owns the estimators alone, in NumPy. `correct_PN` is bool or 0/1, one row a problem, one column a sample. Must
-not know how responses were made or graded.
-
-N is samples of a problem, P problems.
+Owns the estimators, in NumPy. Must not know how responses were made or graded. `correct_PN` is bool or 0/1.
+N is the samples of a problem: the signatures that programs outside this repository call have that letter.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
@@ -31,33 +29,33 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def mean_at_n(correct_PN: np.ndarray) -> float:
-    """Mean@n: the share of correct samples; a graded reward gives the mean reward."""
-    return float(_grades(correct_PN).mean())
+    """Mean@n: the share of correct samples; of rewards between 0 and 1, their mean."""
+    return float(_non_empty(correct_PN).mean())
 
 
 def pass_at_k_by_problem(correct_PN: np.ndarray, k: int) -> np.ndarray:
     """Pass@k of each problem, float64 [P]."""
-    matrix = _matrix(correct_PN)
-    return np.array([pass_at_k(matrix.shape[1], int(c), k) for c in matrix.sum(axis=1)])
+    flags_PN = _boolean(correct_PN)
+    return np.array([pass_at_k(flags_PN.shape[1], int(c), k) for c in flags_PN.sum(axis=1)])
 
 
 def best_at_k_bootstrap(correct_PN: np.ndarray, k: int, *, resamples: int = 1000, seed: int = 0) -> float:
     """best@k (bootstrap): the estimator behind the paper's tables, kept to compare with them.
 
     For each problem k samples are drawn with replacement, `resamples` times; the share of draws that hold a
-    correct one, averaged over problems. Such draws repeat samples, so it reads below pass@k: its expectation
-    is 1 - (1 - c/n)^k.
+    correct one is averaged over problems. Such draws repeat samples, so that best@k is below pass@k: its
+    expectation is 1 - (1 - c/n)^k.
 
     Raises:
         ValueError: k outside 1..n, or resamples below 1.
     """
-    matrix = _matrix(correct_PN)
-    if not 1 <= k <= matrix.shape[1]:
-        raise ValueError(f"best@k needs 1 <= k <= n, but k is {k} and n is {matrix.shape[1]}")
+    flags_PN = _boolean(correct_PN)
+    if not 1 <= k <= flags_PN.shape[1]:
+        raise ValueError(f"best@k needs 1 <= k <= n, but k is {k} and n is {flags_PN.shape[1]}")
     if resamples < 1:
         raise ValueError(f"resamples is {resamples}; at least one is needed")
     random = np.random.default_rng(seed)
-    shares = [row[random.integers(len(row), size=(resamples, k))].any(axis=1).mean() for row in matrix]
+    shares = [row[random.integers(len(row), size=(resamples, k))].any(axis=1).mean() for row in flags_PN]
     return float(np.mean(shares))
 
 
@@ -66,7 +64,7 @@ def majority_by_problem(
 ) -> np.ndarray:
     """maj@n of each problem: whether its most frequent answer is correct, bool [P].
 
-    None is no answer and has no vote; of equally frequent answers the one that came first stands.
+    None is no answer and has no vote; of equally frequent answers the first is taken.
 
     Args:
         answers_PN: the final answers, equal ones equal and hashable.
@@ -75,38 +73,29 @@ def majority_by_problem(
     Raises:
         ValueError: the two do not have the same shape.
     """
-    matrix = _matrix(correct_PN)
-    if len(answers_PN) != len(matrix) or any(len(row) != matrix.shape[1] for row in answers_PN):
-        raise ValueError(f"maj@n needs as many answers as grades, {matrix.shape[0]} × {matrix.shape[1]}")
-    return np.array(
-        [_majority_correct(answers, row) for answers, row in zip(answers_PN, matrix, strict=True)]
-    )
+    flags_PN = _boolean(correct_PN)
+    if len(answers_PN) != len(flags_PN) or any(len(row) != flags_PN.shape[1] for row in answers_PN):
+        raise ValueError(f"maj@n needs as many answers as grades, {flags_PN.shape[0]} × {flags_PN.shape[1]}")
+    pairs = zip(answers_PN, flags_PN, strict=True)
+    return np.array([_majority_correct(answers, flags) for answers, flags in pairs])
 
 
 def bootstrap_interval(
-    correct_PN: np.ndarray,
-    statistic: Callable[[np.ndarray], np.ndarray],
-    *,
-    level: float = 0.95,
-    resamples: int = 1000,
-    seed: int = 0,
+    values_P: np.ndarray, *, level: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of a figure that is a mean over problems.
+    """Percentile bootstrap interval (low, high) of the mean of one value a problem.
 
-    Problems are drawn with replacement, for they are what a benchmark is a sample of.
-
-    Args:
-        statistic: the figure of each problem, correct_PN -> float [P], such as `np.mean` over axis 1 or
-            `pass_at_k_by_problem` with k.
+    Problems are drawn with replacement, since a benchmark is a sample of problems.
 
     Raises:
-        ValueError: level outside (0, 1), or resamples below 1.
+        ValueError: no value, level outside (0, 1), or resamples below 1.
     """
-    if not 0 < level < 1 or resamples < 1:
+    values_P = np.asarray(values_P, dtype=np.float64)
+    if not values_P.size or not 0 < level < 1 or resamples < 1:
         raise ValueError(
-            f"level is {level} and resamples {resamples}; give a level in (0, 1) and resamples >= 1"
+            f"an interval needs values (got {values_P.size}), a level in (0, 1) (got {level}), and one "
+            f"resample or more (got {resamples})"
         )
-    values_P = np.asarray(statistic(_grades(correct_PN)), dtype=np.float64)
     random = np.random.default_rng(seed)
     # One draw at a time: [resamples, P] indices would be needless memory for large benchmarks.
     means = [values_P[random.integers(len(values_P), size=len(values_P))].mean() for _ in range(resamples)]
@@ -121,11 +110,11 @@ def _majority_correct(answers: Sequence[Hashable | None], correct_N: np.ndarray)
             votes.setdefault(answer, []).append(index)
     if not votes:
         return False
-    winner = max(votes.values(), key=len)  # the first of equals: dicts keep the order of arrival
+    winner = max(votes.values(), key=len)  # the first of equals: a dict keeps the order of insertion
     return bool(correct_N[winner[0]])
 
 
-def _grades(correct_PN: np.ndarray) -> np.ndarray:
+def _non_empty(correct_PN: np.ndarray) -> np.ndarray:
     grades = np.asarray(correct_PN)
     if grades.ndim != 2 or not grades.size:
         raise ValueError(
@@ -134,8 +123,8 @@ def _grades(correct_PN: np.ndarray) -> np.ndarray:
     return grades
 
 
-def _matrix(correct_PN: np.ndarray) -> np.ndarray:
-    grades = _grades(correct_PN)
+def _boolean(correct_PN: np.ndarray) -> np.ndarray:
+    grades = _non_empty(correct_PN)
     if not np.isin(grades, (0, 1)).all():
         raise ValueError("grades are neither booleans nor 0 and 1; only those have a pass@k")
     return grades.astype(bool)
