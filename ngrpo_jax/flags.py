@@ -6,6 +6,7 @@ an exception becomes an exit status and, where the user can mend it, one sentenc
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import difflib
 import importlib.util
@@ -15,7 +16,7 @@ import pathlib
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags as absl_flags
 from ml_collections import config_flags
@@ -90,6 +91,16 @@ def _print_error(error: BaseException) -> None:
         traceback.print_exception(error)
     if known:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse without abbreviations, whose complaint is a UserError: one sentence with status 2."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog=prog, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help says what there is.")
 
 
 def parse_flags(argv: Sequence[str], **extra: str | bool | None) -> tuple[Any, dict[str, Any]]:

@@ -11,9 +11,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from ngrpo_jax.errors import UserError
+from ngrpo_jax.flags import ArgumentParser
 from ngrpo_jax.report.page import render
 from ngrpo_jax.report.workdir import read
 
@@ -50,7 +50,7 @@ def write_page(path: Path, page: str) -> None:
 
 
 def _page(arguments: list[str]) -> None:
-    parser = _Parser(prog="python -m ngrpo_jax.report", description=__doc__, allow_abbrev=False)
+    parser = ArgumentParser("python -m ngrpo_jax.report", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--workdir", required=True, help="folder of the run")
     workdir = parser.parse_args(arguments).workdir
@@ -75,16 +75,9 @@ def _pca(arguments: list[str]) -> None:
 def _diversity(arguments: list[str]) -> None:
     from ngrpo_jax.report import diversity
 
-    parser = _Parser(prog="python -m ngrpo_jax.report diversity", allow_abbrev=False)
+    parser = ArgumentParser("python -m ngrpo_jax.report diversity")
     parser.add_argument("paths", nargs="+", type=Path)
     print(diversity.table(parser.parse_args(arguments).paths))
-
-
-class _Parser(argparse.ArgumentParser):
-    """Argparse whose complaints are one sentence, like every other of the commands'."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; {self.prog} --help says what there is")
 
 
 if __name__ == "__main__":

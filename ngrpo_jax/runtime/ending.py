@@ -16,8 +16,6 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
 from . import watcher
 
 Json = Any
@@ -127,6 +125,8 @@ def watched() -> bool:
 
 def is_communication_error(error: BaseException) -> bool:
     """Whether an error is what a lost connection to another process looks like."""
+    import jax  # here alone: a command that needs no device starts without it
+
     text = str(error).lower()
     words = (
         "gloo",
