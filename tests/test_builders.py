@@ -1,4 +1,4 @@
-"""Our TFDS data sets: from every kind of file, from a stand-in of the hub, and what is refused."""
+"""TFDS data sets: from every kind of file, from a stand-in of the hub, and what is refused."""
 
 import collections
 import csv
@@ -97,9 +97,9 @@ def test_every_set_is_built_from_a_local_file_and_read_back(name, file, split, r
     assert len(found) == len(rows) and len({problem.id for problem in found}) == len(rows)
     if name != "gpqa_diamond":
         assert [(p.problem, p.answer) for p in found] == [(r["problem"], r["answer"]) for r in rows]
-    told = capsys.readouterr().out
-    assert f"{split}: {len(rows)} problems of {len(rows)} rows of {file}" in told
-    assert ("the public source has 40315 rows" in told) == (name == "deepscaler")
+    printed = capsys.readouterr().out
+    assert f"{split}: {len(rows)} problems of {len(rows)} rows of {file}" in printed
+    assert ("the public source has 40315 rows" in printed) == (name == "deepscaler")
     assert read(name, tmp_path, split) == found and not capsys.readouterr().out
 
 
@@ -160,8 +160,8 @@ def test_a_training_set_leaves_out_what_is_empty_or_repeated_and_counts_it(tmp_p
     assert (
         "5 problems of 8 rows of deepscaler.json, 1 repeated and 2 empty left out" in capsys.readouterr().out
     )
-    facts = builders.build("deepscaler", data_dir=tmp_path / "tfds").info.metadata["splits"]["train"]
-    assert (facts["nulls_dropped"], facts["duplicates_dropped"], facts["problems"]) == (2, 1, 5)
+    counts = builders.build("deepscaler", data_dir=tmp_path / "tfds").info.metadata["splits"]["train"]
+    assert (counts["nulls_dropped"], counts["duplicates_dropped"], counts["problems"]) == (2, 1, 5)
 
 
 def test_source_and_licence_are_recorded(tmp_path):
@@ -169,13 +169,14 @@ def test_source_and_licence_are_recorded(tmp_path):
     read("aime24", tmp_path)
     info = builders.build("aime24", data_dir=tmp_path / "tfds").info
     assert info.metadata["source"] == "own file" and info.metadata["licence"] == "CC0"
-    facts = info.metadata["splits"]["test"]
+    recorded = info.metadata["splits"]["test"]
     content = (tmp_path / "own/aime24.jsonl").read_bytes()
-    assert facts["sha256"] == hashlib.sha256(content).hexdigest() and facts["file"] == "aime24.jsonl"
+    assert recorded["sha256"] == hashlib.sha256(content).hexdigest()
+    assert recorded["file"] == "aime24.jsonl"
     assert info.homepage == "https://huggingface.co/datasets/math-ai/aime24"
 
 
-# The same for everybody
+# Reproducible builds
 
 
 def files_of(folder):
@@ -313,7 +314,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def publish(hub, name, rows_of_split, tmp_path):
-    """Puts files where the catalogue says that a set's public ones lie."""
+    """Puts files into the stand-in hub, at the paths of the catalogue."""
     entry = next(iter(catalogue.configs(name).values()))
     for split, rows in rows_of_split.items():
         path = entry.splits[split].path
@@ -350,15 +351,13 @@ def test_a_public_file_of_another_length_is_refused(hub, tmp_path):
     assert not (tmp_path / "tfds/aime25/main/1.0.0").exists()
 
 
-def test_what_the_hub_does_not_give_is_named(hub, tmp_path):
-    with pytest.raises(
-        UserError, match=r"gpqa_diamond stands behind a gate: accept its conditions at https://h"
-    ):
+def test_a_file_that_the_hub_does_not_give_is_named(hub, tmp_path):
+    with pytest.raises(UserError, match=r"gpqa_diamond is gated: accept its conditions at https://h"):
         fetched("gpqa_diamond", tmp_path, "test")
     with pytest.raises(UserError, match=r"aime24 cannot be downloaded from https://.*own file by manual_dir"):
         fetched("aime24", tmp_path, "test")
     with pytest.raises(
-        ValueError, match=r"deepscaler/subset has no public home; give your own file by manual_"
+        ValueError, match=r"deepscaler/subset has no public repository; give your own file by manual_"
     ):
         fetched("deepscaler/subset", tmp_path, "train")
 
@@ -376,7 +375,7 @@ def test_what_the_hub_does_not_give_is_named(hub, tmp_path):
         ([{"answer": "1", "text": "p"}], "row 1: no field 'problem' (or question, prompt)"),
         ([{"problem": "p", "answer": None}], "row 1: field 'answer' is NoneType, not text"),
         ([{"problem": " ", "answer": "1"}], "row 1: field 'problem' is empty"),
-        ([{"id": 7, "problem": p, "answer": "1"} for p in "pq"], "row 2: the id '7' stands in row 1 too"),
+        ([{"id": 7, "problem": p, "answer": "1"} for p in "pq"], "row 2: row 1 has the id '7' too"),
         (["p"], "row 1: not an object"),
         ([{"problem": ["p"], "answer": "1"}], "row 1: field 'problem' is list, not text"),
     ],
@@ -442,8 +441,8 @@ def test_a_choice_without_a_letter_is_refused(tmp_path):
         ("gsm8k", "unknown data source 'gsm8k'; write arithmetic, jsonl:PATH"),
         ("gsm8k", "(the nearest data set is tfds:gsm8k)"),
         ("tfds:math50", "no TFDS data set 'math50': neither prepared"),
-        ("tfds:math50", "the nearest known one is math500"),
-        ("tfds:gpqa", "the nearest known one is gpqa_diamond"),
+        ("tfds:math50", "the nearest known name is math500"),
+        ("tfds:gpqa", "the nearest known name is gpqa_diamond"),
         ("tfds:deepscaler/part", "has no configuration 'part'; it has main, subset"),
         ("tfds:math500:2.0.0?manual_dir={}/own", "math500 is at version 1.0.0, not 2.0.0"),
         ("tfds:math500?manual_dir={}/own&seed=1", "seed=1 is not understood"),

@@ -86,7 +86,7 @@ def test_size_takes_the_first(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", ROWS)
     assert load(source, size=1) == PROBLEMS[:1]
     assert load(source, size=9) == PROBLEMS
-    with pytest.raises(ValueError, match="0 problems were asked for"):
+    with pytest.raises(ValueError, match="the number of problems is 0"):
         load(source, size=0)
 
 
@@ -161,7 +161,7 @@ def test_tfds_mistakes_say_what_to_do(prepared, tmp_path):
         ('{"problem": "\\ud800", "answer": "2"}', "row 2: field 'problem' holds half a character"),
         (
             '{"problem": "p", "answer": "2", "id": "row-1"}',
-            "row 2: the id 'row-1' stands in an earlier row too",
+            "row 2: an earlier row has the id 'row-1' too",
         ),
         ('["p", "2"]', "row 2: not an object with the fields problem and answer"),
         ('{"problem": "p", ', "row 2: not JSON ("),
@@ -198,22 +198,21 @@ def test_an_empty_data_set_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("source", "error", "message"),
+    ("source", "message"),
     [
-        ("jsonl:nowhere.jsonl", UserError, "there is no file nowhere.jsonl"),
-        ("gsm8k", ValueError, "unknown data source 'gsm8k'; write arithmetic, jsonl:PATH"),
-        ("jsonl:", ValueError, "unknown data source 'jsonl:'"),
-        ("https://example.org/a", ValueError, "unknown data source"),
+        ("jsonl:nowhere.jsonl", "there is no file nowhere.jsonl"),
+        ("gsm8k", "unknown data source 'gsm8k'; write arithmetic, jsonl:PATH"),
+        ("jsonl:", "unknown data source 'jsonl:'"),
+        ("https://example.org/a", "unknown data source"),
         (
             "jsonl:a.jsonl?question=q",
-            ValueError,
-            "question=q is not understood; after the question mark stand",
+            "question=q is not understood; after the question mark write",
         ),
-        ("no_such_module:f", ValueError, "the data source 'no_such_module:f' cannot be imported"),
+        ("no_such_module:f", "the data source 'no_such_module:f' cannot be imported"),
     ],
 )
-def test_a_source_that_is_none_is_named(source, error, message):
-    with pytest.raises(error, match=re.escape(message)):
+def test_a_source_that_is_none_is_named(source, message):
+    with pytest.raises(UserError, match=re.escape(message)):
         load(source)
 
 

@@ -1,10 +1,11 @@
-"""Hugging Face directories: what is loaded, what is saved, and what is refused with the culprit's name."""
+"""Hugging Face directories: loading, saving, and refusals that name what is wrong."""
 
 import dataclasses
 import json
 import os
 import pathlib
 import shutil
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +87,27 @@ def test_eos_ids_are_the_union_of_both_files(copy_of):
     assert hf.read_config(folder).eos_token_ids == ()
 
 
+@pytest.mark.parametrize("layout", [dict, decoder.unstack_layers])
+def test_a_save_needs_one_leaf_on_the_host_at_a_time_in_an_order_known_beforehand(layout, tmp_path):
+    config, params = hf.load(GOLDEN / "llama")
+    params = layout(params)
+    given, alive = [], []
+
+    def to_host(leaf):
+        assert not [array for array in alive if array() is not None], "an earlier leaf is still held"
+        given.append(leaf)
+        copy = np.array(leaf)
+        alive.append(weakref.ref(copy))
+        return copy
+
+    hf.save(tmp_path / "model", config, params, max_shard_bytes=1, to_host=to_host)
+    expected = list(hf.leaves(config, params))
+    assert len(expected) == len(jax.tree.leaves(params))
+    assert [id(leaf) for leaf in given] == [id(leaf) for leaf in expected]
+    hf.save(tmp_path / "plain", config, params)
+    assert_same(hf.load(tmp_path / "model")[1], hf.load(tmp_path / "plain")[1])
+
+
 @pytest.mark.parametrize("stored", ["float16", "bfloat16"])
 def test_half_precision_files_load_as_any_type(stored, copy_of):
     folder = copy_of("qwen2_untied")
@@ -103,9 +125,9 @@ def test_weights_are_saved_in_their_own_type_or_the_one_asked_for(tmp_path):
     hf.save(tmp_path / "own", config, params)
     assert json.loads((tmp_path / "own" / "config.json").read_text())["dtype"] == "bfloat16"
     assert_same(hf.load(tmp_path / "own", dtype="bfloat16")[1], params)
-    hf.save(tmp_path / "asked", config, params, dtype="float32")
-    assert json.loads((tmp_path / "asked" / "config.json").read_text())["torch_dtype"] == "float32"
-    stored = safetensors.numpy.load_file(tmp_path / "asked" / "model.safetensors")
+    hf.save(tmp_path / "cast", config, params, dtype="float32")
+    assert json.loads((tmp_path / "cast" / "config.json").read_text())["torch_dtype"] == "float32"
+    stored = safetensors.numpy.load_file(tmp_path / "cast" / "model.safetensors")
     assert {array.dtype.name for array in stored.values()} == {"float32"}
 
 
@@ -127,12 +149,12 @@ def test_large_weights_are_cut_into_shards_with_an_index(tmp_path):
 
 
 def test_leaves_are_placed_one_by_one():
-    seen = []
+    placed = []
     config, params = hf.read(
-        GOLDEN / "llama", dtype="float32", place=lambda path, leaf: seen.append((path, type(leaf))) or leaf
+        GOLDEN / "llama", dtype="float32", place=lambda path, leaf: placed.append((path, type(leaf))) or leaf
     )
-    assert seen[0] == (("embed", "embedding"), np.ndarray)
-    assert sorted(path for path, _ in seen) == sorted(tensor.path for tensor in hf_format.tensors(config))
+    assert placed[0] == (("embed", "embedding"), np.ndarray)
+    assert sorted(path for path, _ in placed) == sorted(tensor.path for tensor in hf_format.tensors(config))
     assert_same(jax.tree.map(jnp.asarray, params), hf.load(GOLDEN / "llama")[1])
 
 
@@ -186,8 +208,8 @@ def test_every_tensor_that_does_not_fit_is_named(copy_of):
         "missing model.layers.1.self_attn.k_proj.bias",
         "unknown model.layers.2.mlp.up_proj.weight",
         "unknown score.weight",
-        "model.norm.weight has shape [47] where config.json asks for [48]",
-        "model.layers.0.mlp.down_proj.weight has shape [80, 48] where config.json asks for [48, 80]",
+        "model.norm.weight has shape [47] where config.json gives [48]",
+        "model.layers.0.mlp.down_proj.weight has shape [80, 48] where config.json gives [48, 80]",
         "model.layers.0.input_layernorm.weight has type I8",
     ):
         assert part in sentence
@@ -227,7 +249,7 @@ def test_every_tensor_that_does_not_fit_is_named(copy_of):
         ("llama", {"num_key_value_heads": 4}, "must be a multiple of num_kv_heads"),
     ],
 )
-def test_what_config_json_asks_for_and_is_not_built_is_refused(name, changes, culprit, copy_of):
+def test_a_feature_in_config_json_that_is_not_built_is_refused(name, changes, culprit, copy_of):
     folder = copy_of(name)
     edit_config(folder, **changes)
     with pytest.raises(ValueError) as error:
@@ -278,7 +300,7 @@ def test_missing_and_broken_shards_are_named(tmp_path):
     shutil.copy(tmp_path / "kept", first)
     second.unlink()
     third.unlink()
-    with pytest.raises(UserError, match=rf"half-downloaded.*{second.name}, {third.name}"):
+    with pytest.raises(UserError, match=rf"half-downloaded: .*{second.name}, {third.name}"):
         hf.load(folder)
     (folder / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match=r"index.json has no weight_map"):
@@ -365,19 +387,19 @@ def test_a_directory_is_located_as_itself_and_a_hub_name_by_its_snapshot(tmp_pat
     assert hf.locate(tmp_path) == tmp_path
     with pytest.raises(ValueError, match="local directory, which has no revision 'v1'"):
         hf.locate(tmp_path, revision="v1")
-    asked = {}
+    request = {}
 
     def snapshot_download(name, **options):
-        asked.update(options, name=name)
+        request.update(options, name=name)
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert hf.locate("someone/model", revision="v1") == tmp_path
-    assert (asked["name"], asked["revision"]) == ("someone/model", "v1")
-    assert {"config.json", "model*.safetensors", "tokenizer.json"} <= set(asked["allow_patterns"])
+    assert (request["name"], request["revision"]) == ("someone/model", "v1")
+    assert {"config.json", "model*.safetensors", "tokenizer.json"} <= set(request["allow_patterns"])
     hf.locate("someone/model", weights=False)
-    assert {"config.json", "tokenizer.json"} <= set(asked["allow_patterns"])
-    assert not any("safetensors" in pattern for pattern in asked["allow_patterns"])
+    assert {"config.json", "tokenizer.json"} <= set(request["allow_patterns"])
+    assert not any("safetensors" in pattern for pattern in request["allow_patterns"])
 
 
 @pytest.mark.parametrize("name", ["someone/no-such-model", "/no/such/directory", "./checkpoints/last"])

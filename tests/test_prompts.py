@@ -1,4 +1,4 @@
-"""Prompts, `</think>` and display, on tokenizers that differ in all that matters."""
+"""Prompts, `</think>` and display, on tokenizers of different kinds."""
 
 import json
 import pathlib
@@ -250,7 +250,7 @@ def test_marked_text_never_splits_a_character(byte_level):
         assert prompts.marked_text(byte_level, ids, pattern).replace("⟦", "").replace("⟧", "") == text
 
 
-def test_matching_rows_sees_the_text_with_its_leading_space(byte_level):
+def test_matching_rows_match_the_text_with_its_leading_space(byte_level):
     rows = len(byte_level) + 5
     spaced = prompts.matching_rows(byte_level, r"^ x$", rows)
     assert spaced.shape == (rows,) and spaced.dtype == bool

@@ -1,14 +1,14 @@
-"""Hugging Face directories: a model is loaded from one, saved as one, and found by hub name.
+"""Hugging Face directories: loads a model from one, saves a model as one, finds one by its hub name.
 
-Owns directories as wholes. What their files say is in the tables of hf_format.py, how weights are read and
-written in hf_weights.py. Reads safetensors alone and needs no torch.
+Owns the directory as a whole. The tables of hf_format.py describe config.json and the tensors; hf_weights.py
+reads and writes the weights. Supports safetensors alone, and must not need torch.
 """
 
 import contextlib
 import os
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ TOKENIZER_FILES = (
     "tokenizer.model",
 )
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
-_RECEIPT = ".ngrpo_export.json"  # names the files that `save` wrote: it replaces those and no others
+_RECEIPT = ".ngrpo_export.json"  # lists the files of `save`: a later save replaces only those
 
 
 def load(path: str | os.PathLike, *, dtype: str = "float32") -> tuple[ModelConfig, Params]:
@@ -38,15 +38,15 @@ def load(path: str | os.PathLike, *, dtype: str = "float32") -> tuple[ModelConfi
 
     Args:
       path: directory with config.json and the weights (`locate` gives one for a hub name).
-      dtype: type of the parameters, whatever the file's, and `ModelConfig.dtype`.
+      dtype: type of the parameters, whatever the file's type, and `ModelConfig.dtype`.
 
     Returns:
       (config, parameters in the stacked layout, on the default device).
 
     Raises:
-      FileNotFoundError: no directory, no config.json, no weights, or shards that the index names are missing.
-      ValueError: an architecture or feature that is not built; a broken file; missing, unknown or misshapen
-        tensors, all named in one sentence; a tied model whose own output matrix differs from its embedding.
+      UserError: no directory, no config.json, no weights, or a shard that the index names is missing; an
+        architecture or feature that is not built; a broken file; missing, unknown or misshapen tensors, all
+        named in one sentence; a tied model whose output matrix in the file differs from its embedding.
     """
     return read(path, dtype=dtype, place=lambda _, leaf: jnp.asarray(leaf))
 
@@ -54,9 +54,9 @@ def load(path: str | os.PathLike, *, dtype: str = "float32") -> tuple[ModelConfi
 def read(
     path: str | os.PathLike, *, dtype: str, place: Callable[[tuple[str, ...], np.ndarray], Any]
 ) -> tuple[ModelConfig, Params]:
-    """`load`, with every stacked leaf put where `place(tree path, host array)` says as soon as it is read.
+    """`load`, but each stacked leaf becomes `place(tree path, host array)` as soon as it is read.
 
-    Host memory holds one leaf at a time beyond what `place` keeps.
+    Host memory holds one leaf at a time, and what `place` keeps.
     """
     _check_dtype(dtype)
     directory = pathlib.Path(path)
@@ -74,7 +74,7 @@ def read(
 
 
 def check(path: str | os.PathLike, *, dtype: str = "float32") -> ModelConfig:
-    """The refusals of `load`, from the headers of the files: no weight is read. Returns the config."""
+    """The config, after every check of `load`; reads only the headers of the weight files."""
     _check_dtype(dtype)
     directory = pathlib.Path(path)
     config = read_config(directory, dtype=dtype)
@@ -91,23 +91,27 @@ def save(
     tokenizer_from: str | os.PathLike | None = None,
     dtype: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
+    to_host: Callable[[Any], np.ndarray] = np.asarray,
 ) -> None:
     """Writes a directory that `load` and transformers read: config.json, safetensors, the tokenizer's files.
 
-    It appears whole or not at all: everything is written beside `path` and renamed at the end. A directory
-    that an earlier `save` wrote is replaced; any other that is not empty is refused.
+    The directory appears whole or not at all: everything is written beside `path` and renamed at the end. A
+    directory that an earlier `save` wrote is replaced; any other directory that is not empty is refused.
 
     Args:
       path: the directory to make.
-      config: its `dtype` is not written: that of the weights is.
+      config: its `dtype` is not written; config.json gets the type of the weights.
       params: in either layout; a tied head is written once, as the embedding.
       tokenizer_from: directory whose tokenizer files and generation_config.json are copied.
       dtype: type of the weights written; by default each keeps its own.
       max_shard_bytes: weights beyond this size are cut into several files with an index.
+      to_host: turns a leaf of `params` into a host array. It is called once for each leaf, in the order of
+        `leaves`, and the array is dropped before the next call, so that a gather here needs host memory for
+        one leaf alone.
 
     Raises:
-      ValueError: parameters that do not fit `config`, a directory that may not be replaced, or no tokenizer
-        in `tokenizer_from`; nothing is written then.
+      UserError: a directory that may not be replaced, or no tokenizer in `tokenizer_from`.
+      ValueError: parameters that do not fit `config`. Nothing is written in either case.
     """
     if dtype is not None:
         _check_dtype(dtype)
@@ -121,7 +125,8 @@ def save(
     try:
         saved_dtype = dtype or str(params["embed"]["embedding"].dtype)
         hf_weights.write_json(partial / _CONFIG, hf_format.config_to_json(config, saved_dtype))
-        hf_weights.write_files(partial, config, params, dtype, max_shard_bytes)
+        tensors = hf_weights.stored(config, params, dtype, to_host)
+        hf_weights.write_files(partial, tensors, hf_weights.sizes(config, params, dtype), max_shard_bytes)
         for file in copied:
             shutil.copyfile(file, partial / file.name)
         written = sorted(file.name for file in partial.iterdir())
@@ -139,11 +144,10 @@ def locate(
 ) -> pathlib.Path:
     """The local directory of a model: `name_or_dir` itself, or a snapshot of that name from the hub.
 
-    Without `weights` only the small files are fetched, which say whether the model is one to fetch whole.
+    Without `weights` only the small files are downloaded, which suffice for `read_config` and the tokenizer.
 
     Raises:
-      FileNotFoundError: neither a directory nor a model that the hub gives out.
-      ValueError: a revision of a local directory.
+      UserError: neither a directory nor a model that the hub gives out; or a revision of a local directory.
     """
     directory = pathlib.Path(name_or_dir)
     if directory.is_dir():
@@ -152,7 +156,7 @@ def locate(
                 f"{name_or_dir} is a local directory, which has no revision {revision!r}: leave it out"
             )
         return directory
-    import huggingface_hub  # here alone: it is slow to import, and a directory needs none of it
+    import huggingface_hub  # not at the top: it is slow to import, and a local directory needs none of it
     from huggingface_hub import errors
 
     patterns = [*TOKENIZER_FILES, _CONFIG, _GENERATION]
@@ -191,11 +195,20 @@ def read_config(path: str | os.PathLike, *, dtype: str = "float32") -> ModelConf
 def _check_dtype(dtype: str) -> None:
     known = hf_weights.DTYPES.values()
     if dtype not in known:
-        raise ValueError(f"dtype must be one of {', '.join(known)}, not {dtype!r}")
+        raise UserError(f"dtype must be one of {', '.join(known)}, not {dtype!r}")
+
+
+def leaves(config: ModelConfig, params: Params) -> Iterator[Any]:
+    """The leaves of `params` in the order in which `save` gives them to its `to_host`.
+
+    A gather over several processes runs in all of them: those that do not save go through the same leaves.
+    """
+    for tensor in hf_format.tensors(config):
+        yield from hf_weights.leaves(tensor, params)
 
 
 def check_replaceable(path: str | os.PathLike) -> None:
-    """ValueError unless `path` is absent, empty, or holds nothing but what an earlier `save` put there."""
+    """UserError unless `path` is absent, empty, or holds only files that an earlier `save` wrote there."""
     target = pathlib.Path(path)
     if not target.exists():
         return

@@ -1,6 +1,6 @@
 """The Hugging Face checkpoint format as tables: keys of config.json, names and shapes of tensors.
 
-Pure: takes and gives dictionaries. Files are the business of hf.py.
+Pure functions from dictionaries to dictionaries; hf.py reads and writes the files.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ _SIZES = {
     "num_heads": "num_attention_heads",
     "max_positions": "max_position_embeddings",
 }
-# What config.json leaves out has the value that transformers' configuration classes give it.
+# Values of transformers' configuration classes for keys that config.json leaves out.
 _DEFAULT_NORM_EPS = 1e-6
 _DEFAULT_ROPE_THETA = 10000.0
 _DEFAULT_QWEN3_HEAD_DIM = 128
@@ -30,7 +30,7 @@ class Tensor(NamedTuple):
 
     path: tuple[str, ...]
     name: str  # with "{layer}" where every layer has one
-    shape: tuple[int, ...]  # ours, of one layer
+    shape: tuple[int, ...]  # of one layer, in the parameter tree
     hf_shape: tuple[int, ...]
 
     @property
@@ -39,7 +39,7 @@ class Tensor(NamedTuple):
 
     @property
     def transposed(self) -> bool:
-        """Kernels are input first here and output first there."""
+        """Kernels are [in, out] in the parameter tree and [out, in] in the checkpoint."""
         return self.path[-1] == "kernel"
 
     def names(self, config: ModelConfig) -> list[str]:
@@ -50,7 +50,7 @@ class Tensor(NamedTuple):
 
 
 def tensors(config: ModelConfig) -> list[Tensor]:
-    """Every leaf of `config`'s parameters; a tied head is none."""
+    """Every leaf of `config`'s parameters; a tied head is not one."""
     D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
     N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
     attention, mlp = "model.layers.{layer}.self_attn.", "model.layers.{layer}.mlp."
@@ -90,7 +90,7 @@ def config_from_json(raw: Mapping[str, Any], generation: Mapping[str, Any], dtyp
     """ModelConfig of a parsed config.json and (possibly empty) generation_config.json.
 
     Raises:
-      ValueError: for an unknown architecture, a missing or ill-typed key, or a feature that is not built.
+      UserError: for an unknown architecture, a missing or ill-typed key, or a feature that is not built.
     """
     architecture = _architecture(raw)
     refusals = _refusals(raw, architecture)
@@ -127,8 +127,8 @@ def config_from_json(raw: Mapping[str, Any], generation: Mapping[str, Any], dtyp
 def config_to_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """config.json of a checkpoint whose weights are `dtype`, with the keys of transformers 4 and of 5.
 
-    The two differ in `torch_dtype`/`dtype` and in `rope_theta` + `rope_scaling`/`rope_parameters`; each
-    ignores the other's or agrees with them.
+    Version 4 reads `torch_dtype`, `rope_theta` and `rope_scaling`, version 5 `dtype` and `rope_parameters`;
+    neither is disturbed by the other's keys.
     """
     scaling = None
     if config.rope_scaling is not None:
@@ -167,7 +167,7 @@ def _architecture(raw: Mapping[str, Any]) -> str:
 
 
 def _refusals(raw: Mapping[str, Any], architecture: str) -> list[str]:
-    """What this checkpoint asks for and the decoder does not do, one clause each."""
+    """Features of this checkpoint that the decoder does not have, one clause each."""
     refusals = []
     if raw.get("hidden_act", "silu") != "silu":
         refusals.append(f"hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
@@ -192,7 +192,7 @@ def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
         section = raw.get(key) or {}
         if not isinstance(section, Mapping) or any(isinstance(value, Mapping) for value in section.values()):
             raise UserError(f"{key} must be one flat table for all layers")
-        # The oldest name of the kind is "type"; of two sections, rope_scaling decides, as in transformers.
+        # The oldest name of the kind is "type". Of two sections rope_scaling decides, as in transformers.
         kind = section.get("rope_type") or section.get("type")
         given |= section if kind is None else {**section, "rope_type": kind}
     partial = given.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
@@ -216,7 +216,7 @@ def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
 
 
 def _eos_token_ids(*sources: Mapping[str, Any]) -> tuple[int, ...]:
-    """The union of `eos_token_id` over the files, in order of appearance: none of them alone is complete."""
+    """The union of `eos_token_id` over the files, in order of appearance: no file alone is complete."""
     found: dict[int, None] = {}
     for source in sources:
         ids = source.get("eos_token_id")

@@ -1,6 +1,6 @@
-"""Weights of Hugging Face directories: safetensors files, one or sharded with an index, read and written.
+"""Weights of Hugging Face directories: reads and writes safetensors files, one or several with an index.
 
-Works through the table of tensors in hf_format.py; knows no architecture. Arrays on this side are NumPy's.
+Works through the table of tensors in hf_format.py and must not know architectures. Arrays are NumPy's.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -33,30 +33,30 @@ Files = dict[str, Any]  # tensor name -> the open safetensors file that holds it
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON file that holds a table, or a ValueError that names the file."""
+    """The object that a JSON file holds; UserError, naming the file, where it holds none."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): fetch it again") from error
     if not isinstance(raw, dict):
-        raise UserError(f"{path} must hold a JSON table: fetch it again")
+        raise UserError(f"{path} must hold a JSON object: fetch it again")
     return raw
 
 
 def write_json(path: pathlib.Path, raw: dict[str, Any]) -> None:
-    """Writes a table as JSON that people can read."""
+    """Writes indented JSON."""
     path.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
 def open_files(directory: pathlib.Path, stack: contextlib.ExitStack) -> Files:
-    """Every tensor of a directory by name, with the file that holds it, which closes with `stack`."""
+    """Every tensor of a directory by name, with the open file that holds it; `stack` closes the files."""
     files: Files = {}
     for path in _weight_paths(directory):
         try:
             file = stack.enter_context(safetensors.safe_open(path, framework="np"))
         except safetensors.SafetensorError as error:
             raise UserError(f"{path} is broken or half-downloaded ({error}): fetch it again") from error
-        for name in file.keys():  # noqa: SIM118 (no mapping: it cannot be iterated over)
+        for name in file.keys():  # noqa: SIM118 (the file object is no mapping)
             if name in files:
                 raise UserError(f"{path} holds {name}, which another file of {directory} holds too")
             files[name] = file
@@ -64,13 +64,13 @@ def open_files(directory: pathlib.Path, stack: contextlib.ExitStack) -> Files:
 
 
 def check(config: ModelConfig, files: Files, directory: pathlib.Path) -> None:
-    """ValueError that names every tensor that is missing, unknown, misshapen or of an unknown type."""
+    """UserError that names every tensor that is missing, unknown, misshapen or of an unknown type."""
     wanted = {name: t.hf_shape for t in hf_format.tensors(config) for name in t.names(config)}
     optional = {_HEAD: wanted[_EMBEDDING]} if config.tie_embeddings else {}
     problems = [f"missing {name}" for name in wanted if name not in files]
     for name, file in files.items():
         expected = wanted.get(name) or optional.get(name)
-        if name.endswith("rotary_emb.inv_freq"):  # follows from config.json; older checkpoints store it
+        if name.endswith("rotary_emb.inv_freq"):  # stored by older checkpoints, but computed from config.json
             continue
         if expected is None:
             problems.append(f"unknown {name}")
@@ -78,7 +78,7 @@ def check(config: ModelConfig, files: Files, directory: pathlib.Path) -> None:
         view = file.get_slice(name)
         shape, dtype = tuple(view.get_shape()), view.get_dtype()
         if shape != expected:
-            problems.append(f"{name} has shape {list(shape)} where config.json asks for {list(expected)}")
+            problems.append(f"{name} has shape {list(shape)} where config.json gives {list(expected)}")
         if dtype not in DTYPES:
             problems.append(f"{name} has type {dtype}, which is none of {', '.join(DTYPES)}")
     if problems:
@@ -88,7 +88,7 @@ def check(config: ModelConfig, files: Files, directory: pathlib.Path) -> None:
 
 
 def read_leaf(tensor: hf_format.Tensor, config: ModelConfig, files: Files, dtype: str) -> np.ndarray:
-    """One stacked leaf of the parameter tree, [L, ...] or, outside of the layers, [...]."""
+    """One leaf of the stacked parameter tree: [L, ...] within the layers, [...] outside of them."""
     names = tensor.names(config)
     out = np.empty((len(names), *tensor.shape), jnp.dtype(dtype))
     for part, name in zip(out, names, strict=True):
@@ -120,38 +120,43 @@ def check_params(config: ModelConfig, params: dict[str, Any]) -> None:
         if name in given and given[name] != shape
     ]
     if problems:
-        raise UserError(f"parameters do not fit the model's configuration: {'; '.join(problems)}")
+        raise ValueError(f"parameters do not fit the model's configuration: {'; '.join(problems)}")
+
+
+def sizes(config: ModelConfig, params: dict[str, Any], dtype: str | None) -> dict[str, int]:
+    """Bytes of every tensor by its Hugging Face name, in the order of `stored`."""
+    found: dict[str, int] = {}
+    for tensor in hf_format.tensors(config):
+        itemsize = jnp.dtype(dtype or leaves(tensor, params)[0].dtype).itemsize
+        found |= dict.fromkeys(tensor.names(config), math.prod(tensor.hf_shape) * itemsize)
+    return found
 
 
 def write_files(
-    directory: pathlib.Path, config: ModelConfig, params: dict[str, Any], dtype: str | None, limit: int
+    directory: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]], sizes: dict[str, int], limit: int
 ) -> None:
     """Writes every tensor, in one file where they fit into `limit` bytes, else in several with an index.
 
-    Host memory holds one file's tensors and one leaf at a time. `dtype` None keeps each leaf's own.
+    Host memory holds one file's tensors at a time, and what `tensors` keeps.
     """
-    sizes: dict[str, int] = {}
-    for tensor in hf_format.tensors(config):
-        itemsize = jnp.dtype(dtype or _leaves(tensor, params)[0].dtype).itemsize
-        sizes |= dict.fromkeys(tensor.names(config), math.prod(tensor.hf_shape) * itemsize)
     shards = _cut(sizes, limit)
-    stored = _stored(config, params, dtype)
     weight_map: dict[str, str] = {}
     for i, names in enumerate(shards):
         file = SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        held = dict(itertools.islice(stored, len(names)))
-        # transformers 4 refuses files that do not say which framework's layout they have.
+        held = dict(itertools.islice(tensors, len(names)))
+        # transformers 4 refuses files without the name of a framework.
         safetensors.numpy.save_file(held, directory / file, metadata={"format": "pt"})
-        # safetensors makes files for their owner alone; these are as readable as those beside them.
+        # safetensors makes files that only their owner can read; these get the directory's permissions.
         (directory / file).chmod(directory.stat().st_mode & 0o666)
         weight_map |= dict.fromkeys(names, file)
+        del held  # before the next leaf is made
     if len(shards) > 1:
         metadata = {"total_size": sum(sizes.values())}
         write_json(directory / INDEX, {"metadata": metadata, "weight_map": weight_map})
 
 
 def _weight_paths(directory: pathlib.Path) -> list[pathlib.Path]:
-    """The files that hold the weights: the single one, or all that the index names."""
+    """The files that hold the weights: the single one, or all that the index lists."""
     if (directory / SINGLE).is_file():
         return [directory / SINGLE]
     if not (directory / INDEX).is_file():
@@ -162,12 +167,12 @@ def _weight_paths(directory: pathlib.Path) -> list[pathlib.Path]:
     names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
-        raise UserError(f"{directory} is half-downloaded, {INDEX} names {', '.join(missing)}: fetch them")
+        raise UserError(f"{directory} is half-downloaded: {INDEX} lists {', '.join(missing)}; fetch them")
     return [directory / name for name in names]
 
 
 def _check_tied(files: Files, directory: pathlib.Path) -> None:
-    """A tied model's own output matrix must be the embedding; compared in blocks, as both are large."""
+    """UserError where a tied model has an output matrix other than its embedding; compares block by block."""
     first, second = files[_EMBEDDING].get_slice(_EMBEDDING), files[_HEAD].get_slice(_HEAD)
     rows = first.get_shape()[0]
     for start in range(0, rows, _COMPARED_ROWS):
@@ -175,7 +180,7 @@ def _check_tied(files: Files, directory: pathlib.Path) -> None:
         if not np.array_equal(first[block], second[block]):
             raise UserError(
                 f"{_HEAD} in {directory} differs from {_EMBEDDING} although config.json ties them: "
-                "set tie_word_embeddings to false there, or take the tensor out"
+                "set tie_word_embeddings to false there, or remove the tensor"
             )
 
 
@@ -192,26 +197,33 @@ def _cut(sizes: dict[str, int], limit: int) -> list[list[str]]:
     return groups
 
 
-def _stored(
-    config: ModelConfig, params: dict[str, Any], dtype: str | None
+def stored(
+    config: ModelConfig, params: dict[str, Any], dtype: str | None, to_host: Callable[[Any], np.ndarray]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor under its Hugging Face name, in the order of the table, one leaf at a time on the host."""
+    """Every tensor under its Hugging Face name, in the order of the table, one leaf at a time on the host.
+
+    `dtype` None keeps each leaf's own.
+    """
     for tensor in hf_format.tensors(config):
-        leaves = _leaves(tensor, params)
-        stacked = tensor.per_layer and not isinstance(params["layers"], tuple)
-        parts = np.asarray(leaves[0]) if stacked else map(np.asarray, leaves)
-        for name, part in zip(tensor.names(config), parts, strict=True):
-            part = part.astype(jnp.dtype(dtype or part.dtype), copy=False)
-            if tensor.transposed:
-                part = part.reshape(tensor.hf_shape[::-1]).T
-            # safetensors writes the buffer as it lies, whatever the strides.
-            yield name, np.ascontiguousarray(part.reshape(tensor.hf_shape))
+        names = iter(tensor.names(config))
+        for array in leaves(tensor, params):
+            # A generator's variables end with it: no part of this leaf is held while the next one is made.
+            yield from ((next(names), part) for part in _parts(tensor, to_host(array), dtype))
 
 
-def _leaves(tensor: hf_format.Tensor, params: dict[str, Any]) -> list[jax.Array]:
-    """The arrays that hold `tensor`: one per layer in the unstacked layout, else one."""
+def _parts(tensor: hf_format.Tensor, leaf: np.ndarray, dtype: str | None) -> Iterator[np.ndarray]:
+    """The checkpoint's arrays of one leaf: one a layer where it is stacked, else one."""
+    for part in leaf.reshape(-1, *tensor.shape):
+        part = part.astype(jnp.dtype(dtype or part.dtype), copy=False)
+        if tensor.transposed:
+            part = part.reshape(tensor.hf_shape[::-1]).T
+        # safetensors writes the buffer without regard to strides.
+        yield np.ascontiguousarray(part.reshape(tensor.hf_shape))
+
+
+def leaves(tensor: hf_format.Tensor, params: dict[str, Any]) -> list[Any]:
+    """The arrays that hold `tensor`: one a layer in the unstacked layout, else one."""
     trees, path = [params], tensor.path
     if tensor.per_layer and isinstance(params["layers"], tuple):
         trees, path = list(params["layers"]), path[1:]
-    leaves: list[Any] = [functools.reduce(lambda branch, part: branch[part], path, tree) for tree in trees]
-    return leaves
+    return [functools.reduce(lambda branch, part: branch[part], path, tree) for tree in trees]

@@ -1,7 +1,7 @@
 """The arithmetic task: generated problems, their worked solutions, and a small tokenizer for them.
 
-Owns everything that lets a model of a few million parameters learn to reason without a download. It
-knows nothing of models or training; `datasets` turns its rows into problems like those of any source.
+With it a model of a few million parameters learns to reason without a download. Must not know models or
+training; `datasets` turns its rows into problems as it does for every source.
 """
 
 import dataclasses
@@ -44,9 +44,9 @@ class Spec:
 
 
 def parse_spec(text: str) -> Spec:
-    """What follows `arithmetic:` in a source, such as "terms=2-4,digits=2,ops=+-", as a `Spec`.
+    """The `Spec` of the part after `arithmetic:` in a source, such as "terms=2-4,digits=2,ops=+-".
 
-    Raises ValueError, naming the part at fault and the grammar.
+    Raises UserError, naming the wrong part and the grammar.
     """
     values = {"terms": "3", "digits": "2", "ops": "+-"}
     for part in filter(None, text.split(",")):
@@ -69,10 +69,10 @@ def parse_spec(text: str) -> Spec:
 def generate(spec: Spec, *, split: str, seed: int, size: int | None = None) -> list[dict[str, str]]:
     """Rows {id, problem, answer}, all different, in an order that `seed` alone decides.
 
-    Whether a problem is held out is a hash of its text (one in eight is), so "train" and "test" never
-    share a problem, whatever their seeds. A smaller `size` is a prefix of a larger one; without it,
-    `DEFAULT_SIZE`, or all there are. Raises ValueError for an unknown split and for more problems than
-    the family has.
+    A hash of its text decides whether a problem is in the test split (one in eight is), so that "train" and
+    "test" never share a problem, whatever their seeds. A smaller `size` gives a prefix of a larger one; the
+    default is `DEFAULT_SIZE`, or the whole family where it is smaller. Raises UserError for an unknown split
+    and for a `size` that exceeds the family.
     """
     if split not in SPLITS:
         raise UserError(f"data source 'arithmetic' has the splits {' and '.join(SPLITS)}, not {split!r}")
@@ -88,15 +88,15 @@ def generate(spec: Spec, *, split: str, seed: int, size: int | None = None) -> l
     if len(texts) < wanted and (size is not None or not texts):
         raise UserError(
             f"data source 'arithmetic' has only {len(texts)} different {split} problems with {spec.digits} "
-            f"digits and up to {spec.max_terms} terms, not {wanted}; ask for fewer, or more terms or digits"
+            f"digits and up to {spec.max_terms} terms, not {wanted}; take fewer, or raise terms or digits"
         )
     return [{"id": f"arithmetic:{t}", "problem": t, "answer": str(steps(t)[-1][1])} for t in texts]
 
 
 def steps(problem: str) -> list[tuple[str, int]]:
-    """The running calculation of "37+48-15=": [("37+48", 85), ("85-15", 70)].
+    """The steps of calculating "37+48-15=": [("37+48", 85), ("85-15", 70)].
 
-    Products first, then from left to right. Raises ValueError for text that is no such problem.
+    Products first, then from left to right. Raises ValueError for text that is not such a problem.
     """
     if not re.fullmatch(r"\d+([-+*]\d+)+=", problem):
         raise UserError(f"{problem!r} is not an arithmetic problem such as '37+48-15='")
@@ -120,7 +120,7 @@ def worked_solution(problem: str) -> str:
 
 
 def worked_response(problem: str) -> str:
-    """The worked solution without the `<think>` line that the prompt of `make_tokenizer` already holds."""
+    """The worked solution without its `<think>` line, which the chat template of `make_tokenizer` writes."""
     return worked_solution(problem).removeprefix(THINK_OPENING)
 
 
@@ -129,7 +129,7 @@ def _held_out(text: str) -> bool:
 
 
 def _shuffled(spec: Spec, rng: random.Random) -> list[str]:
-    """Every problem of a small family, in random order: so that even the last of them is found."""
+    """Every problem of a small family in random order: drawing at random would hardly find the last ones."""
     numbers = [str(n) for n in range(10**spec.digits)]
     texts = []
     for terms in range(spec.min_terms, spec.max_terms + 1):
@@ -150,7 +150,7 @@ def _drawn(spec: Spec, rng: random.Random, attempts: int) -> Iterator[str]:
 
 _SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>")
 _WHOLE = ("<think>", "</think>", "\\boxed{")
-# As in the R1-distill models: the generation prompt opens the thinking, the response only closes it.
+# As in the R1-distill models: the prompt ends in `<think>`, and the response has only `</think>`.
 _TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ '<user>' + message['content'] }}"

@@ -1,6 +1,6 @@
-"""When two problems are the same one: duplicates within a set, overlap between sets.
+"""Duplicate problems within a set, and problems that two sets share.
 
-Pure functions over texts. It knows nothing of where they come from.
+Pure functions over texts. Must not know data sources.
 """
 
 import re
@@ -14,31 +14,25 @@ _FRACTION = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
 def normal_form(problem: str) -> str:
     r"""One spelling for problems that differ only in typesetting: space, case, `$`, `\(`, `\dfrac`, width.
 
-    What it makes equal is the same problem to a reader; a rewording is another text and is not found.
+    Problems of one normal form are the same problem to a reader. A rewording has another normal form.
     """
     problem = _FRACTION.sub(r"\\frac", unicodedata.normalize("NFKC", problem))
     return _TYPESETTING.sub("", problem).rstrip(".?!").casefold()
 
 
 def repeated(problems: Sequence[str]) -> list[int]:
-    """Indices of the problems that stand earlier in the sequence too, the same but for white space."""
-    seen: set[str] = set()
-    again = []
-    for i, problem in enumerate(problems):
-        words = " ".join(problem.split())
-        if words in seen:
-            again.append(i)
-        seen.add(words)
-    return again
+    """Indices of the problems that an earlier one equals, white space aside."""
+    first: dict[str, int] = {}
+    return [i for i, problem in enumerate(problems) if first.setdefault(" ".join(problem.split()), i) != i]
 
 
 def shared(problems: Sequence[str], others: Iterable[str]) -> list[tuple[int, int]]:
-    """(index, index among the others) of every problem that is one of the others, however it is typeset.
+    """(index, index among the others) of every problem that has the normal form of one of the others.
 
     Wider than `repeated`: a test problem in other typesetting still gives its answer away.
     """
-    place: dict[str, int] = {}
+    first: dict[str, int] = {}
     for j, other in enumerate(others):
-        place.setdefault(normal_form(other), j)
+        first.setdefault(normal_form(other), j)
     forms = map(normal_form, problems)
-    return [(i, place[form]) for i, form in enumerate(forms) if form in place]
+    return [(i, first[form]) for i, form in enumerate(forms) if form in first]

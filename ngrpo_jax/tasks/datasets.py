@@ -1,6 +1,6 @@
-"""Problems, and the endless stream of them that training draws from.
+"""Problems, and the endless stream of them for training.
 
-Owns what a problem is and the order in which problems come. It knows nothing of prompts or tokens.
+Owns what a problem is and the order of problems. Must not know prompts or tokens.
 """
 
 import dataclasses
@@ -31,21 +31,21 @@ class TrainingProblems:
     """The problems of a training set, and how many rows were left out of it."""
 
     problems: list[Problem]
-    nulls: int  # without a problem or an answer
-    duplicates: int  # a problem that an earlier row has, but for white space
+    nulls: int  # rows without a problem or an answer
+    duplicates: int  # rows whose problem is that of an earlier row, white space aside
 
 
 def load_problems(source: str, *, split: str, seed: int, size: int | None = None) -> list[Problem]:
-    """Every problem of a source (its grammar stands in `sources`), in the source's own order.
+    """Every problem of a source (`sources` has the grammar), in the source's order.
 
     Args:
       source: "arithmetic:...", "jsonl:PATH", "json:PATH", "csv:PATH", "parquet:PATH", "tfds:NAME" or
         "package.module:function".
-      split: for the sources that have splits; a file is read whole.
-      seed: for the sources that are generated.
-      size: at most so many problems, the first ones; "arithmetic" makes just so many.
+      split: used by sources that have splits; a file is read whole.
+      seed: used by generated sources.
+      size: keeps the first `size` problems; "arithmetic" generates that many.
     Each row needs a text `problem` and an `answer` (text or a number); `id` is optional, by default the
-    row's number. Raises ValueError or OSError, naming the file, the row (from 1) and the field at fault.
+    row's number. Raises UserError, naming the file, the row (from 1) and the field.
     """
     _check_size(source, size)
     found = _problems(source, split, seed, size, tolerant=False)
@@ -55,7 +55,7 @@ def load_problems(source: str, *, split: str, seed: int, size: int | None = None
 def load_training(
     source: str, *, split: str = "train", seed: int, size: int | None = None
 ) -> TrainingProblems:
-    """As `load_problems`, but rows without a problem or answer, and repeated problems, are left out."""
+    """`load_problems` without the rows that lack a problem or an answer, and without repeated problems."""
     _check_size(source, size)
     found = list(_problems(source, split, seed, size, tolerant=True))
     problems = [problem for problem in found if problem]
@@ -68,13 +68,13 @@ def load_training(
 
 def _check_size(source: str, size: int | None) -> None:
     if size is not None and size < 1:
-        raise UserError(f"data source {source!r}: {size} problems were asked for; ask for at least 1")
+        raise UserError(f"data source {source!r}: the number of problems is {size}; it must be at least 1")
 
 
 def _problems(
     source: str, split: str, seed: int, size: int | None, *, tolerant: bool
 ) -> Iterator[Problem | None]:
-    """A problem for each row; where tolerant, None for one without a problem or answer."""
+    """A problem for each row; where tolerant, None for a row without a problem or an answer."""
     rows = read_rows(source, split=split, seed=seed, size=size)
     ids: set[str] = set()
     empty = True
@@ -84,9 +84,7 @@ def _problems(
         problem = _problem(place, f"row-{number}", row, rows.names, tolerant)
         if problem is not None:
             if problem.id in ids:
-                raise UserError(
-                    f"{place}: the id {problem.id!r} stands in an earlier row too; ids must differ"
-                )
+                raise UserError(f"{place}: an earlier row has the id {problem.id!r} too; ids must differ")
             ids.add(problem.id)
         yield problem
     if empty:
@@ -133,7 +131,7 @@ class ProblemStream(Iterator[list[Problem]]):
         if not problems:
             raise ValueError("a stream of problems needs at least one problem")
         if batch < 1 or not 0 <= host < hosts:
-            raise UserError(
+            raise ValueError(
                 f"a stream needs a batch of at least 1 and 0 <= host < hosts, not {batch}, {host}, {hosts}"
             )
         self._problems = list(problems)
@@ -160,13 +158,13 @@ class ProblemStream(Iterator[list[Problem]]):
         a batch of today's size.
         """
         if state["data"] != self._fingerprint:
-            raise UserError(
+            raise ValueError(
                 "the problems or their seed have changed since the checkpoint was written; resume with the "
                 "same, or start in a new workdir"
             )
         position, rest = divmod(state["taken"], self._stride)
         if rest:
-            raise UserError(
+            raise ValueError(
                 f"the checkpoint was written after {state['taken']} problems, no whole number of batches of "
                 f"{self._stride}; resume with the batch size that it was trained with"
             )

@@ -1,7 +1,7 @@
 """Data files to numbered rows: JSONL, JSON, CSV, Parquet.
 
-Owns the formats, and nothing of what a row must hold. Every reader gives (number, row), numbers from 1, and
-raises ValueError with one sentence that names the file and, where there is one, the row.
+Owns the formats; must not know which fields a row needs. Every reader gives (number, row), numbers from 1,
+and raises UserError with one sentence that names the file and, where there is one, the row.
 """
 
 import csv
@@ -19,13 +19,13 @@ Numbered = Iterator[tuple[int, Row]]
 
 
 def read(path: pathlib.Path, kind: str | None = None) -> Numbered:
-    """The rows of a file of that kind, a key of `READERS`; by default what its suffix says.
+    """The rows of a file; `kind` is a key of `READERS`, by default the file's suffix.
 
-    Raises FileNotFoundError without the file, and ValueError for a suffix that stands for no format.
+    Raises UserError where there is no such file, and for a suffix that is no format.
     """
     kind = kind or path.suffix.removeprefix(".").lower()
     if kind not in READERS:
-        raise UserError(f"{path} is no data file by its suffix; give one of .{', .'.join(READERS)}")
+        raise UserError(f"{path} is no data file by its suffix; its suffix must be .{', .'.join(READERS)}")
     if not path.exists():
         raise UserError(f"there is no file {path}")
     return READERS[kind](path)
@@ -39,7 +39,7 @@ def _jsonl(path: pathlib.Path) -> Numbered:
 
 
 def _json(path: pathlib.Path) -> Numbered:
-    """An array of objects. Many a .json holds JSON lines instead: those are read as such."""
+    """An array of objects; a file that holds JSON lines in spite of its suffix is read as JSONL."""
     content = _bytes(path)
     if not content.lstrip().startswith(b"["):
         return _jsonl(path)

@@ -1,4 +1,4 @@
-"""A user's own code by import path: "package.module:function"."""
+"""Functions of the user's, imported by a path "package.module:function"."""
 
 import importlib
 from collections.abc import Callable
@@ -8,10 +8,11 @@ from ngrpo_jax.errors import UserError
 
 
 def import_function(path: str, purpose: str) -> Callable[..., Any]:
-    """The callable that `path`, as "package.module:function", names.
+    """The callable at `path`, which is written "package.module:function".
 
-    `purpose` opens the error's sentence, such as "the reward". Raises ValueError where the path is
-    malformed, the module cannot be imported, or it has no such callable.
+    Args:
+      purpose: begins the sentence of an error, such as "the reward".
+    Raises UserError where the path is malformed, the module cannot be imported, or it has no such callable.
     """
     module_name, colon, name = path.partition(":")
     if not (module_name and colon and name):

@@ -1,7 +1,6 @@
 r"""Text to token ids and back: the tokenizer, prompt texts, chat templates, `</think>`, what may be mixed.
 
-Owns every question that only a tokenizer can answer. It knows nothing of models: ids leave it as plain
-Python integers and NumPy arrays.
+Owns everything that needs a tokenizer. Must not know models: ids are Python integers and NumPy arrays.
 """
 
 import itertools
@@ -24,7 +23,7 @@ CHOICE_SENTENCE = (
 KINDS = ("math", "choice", "plain")
 PLAIN = "plain"
 
-Tokenizer = Any  # transformers.PreTrainedTokenizerFast, whose import costs seconds and is therefore put off
+Tokenizer = Any  # transformers.PreTrainedTokenizerFast, imported late because that takes seconds
 
 
 class HasProblem(Protocol):
@@ -35,25 +34,25 @@ class HasProblem(Protocol):
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer that `directory/tokenizer.json` describes; nothing is looked for elsewhere.
+    """The tokenizer of `directory/tokenizer.json`, from local files alone.
 
-    Always as `PreTrainedTokenizerFast`: `AutoTokenizer` chooses a class by config.json's model type, and
-    that class puts its own pre-tokenizer in the place of the file's. Raises FileNotFoundError where there
-    is no tokenizer.json and ValueError where its files cannot be read.
+    Always a `PreTrainedTokenizerFast`: `AutoTokenizer` chooses a class by config.json's model type, and that
+    class replaces the file's pre-tokenizer by its own. Raises UserError where there is no tokenizer.json, or
+    where the files cannot be read.
     """
     folder = pathlib.Path(directory)
     if not (folder / "tokenizer.json").is_file():
         raise UserError(
             f"no tokenizer in {folder}: tokenizer.json is missing; copy the model's tokenizer files there"
         )
-    # transformers warns at import that there is no PyTorch; here that is as it should be.
+    # transformers warns at import that PyTorch is missing, which this project does not need.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import PreTrainedTokenizerFast
 
     try:
         config_file = folder / "tokenizer_config.json"
         config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-        # Only the classes named in old files heed this setting by themselves.
+        # PreTrainedTokenizerFast does not read this setting from the file.
         bos: dict[str, Any] = {"add_bos_token": True} if config.get("add_bos_token") else {}
         return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, **bos)
     except Exception as error:  # the Rust tokenizer raises bare Exceptions
@@ -63,7 +62,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
 
 
 def user_text(problem: str, kind: str = "math") -> str:
-    """The user's turn for a problem, in the paper's words; kind "plain" is the problem's text alone."""
+    """The user turn for a problem, in the paper's words; kind "plain" is the problem's text alone."""
     if kind == "math":
         return f"{problem} {MATH_SENTENCE}"
     if kind == "choice":
@@ -74,14 +73,14 @@ def user_text(problem: str, kind: str = "math") -> str:
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, chat_template: str | None = None) -> list[int]:
-    """Token ids of one user turn, ready for the model to answer (no system turn of ours).
+    """Token ids of a prompt: one user turn and the beginning of the assistant turn, without a system turn.
 
     Args:
-      text: the user's turn, see `user_text`.
-      chat_template: None = the tokenizer's own; "plain" = the text alone, after BOS if the tokenizer puts
-        one before texts; otherwise the path of a Jinja file.
-    Raises ValueError for a tokenizer without a template, and for a template that does not render;
-    FileNotFoundError for a Jinja file that is not there.
+      text: the user turn, see `user_text`.
+      chat_template: None = the tokenizer's own; "plain" = the text alone, after BOS if the tokenizer adds one
+        to texts; otherwise the path of a Jinja file.
+    Raises UserError for a tokenizer without a template, for a template that does not render, and for a Jinja
+    file that does not exist.
     """
     return _encode(tokenizer, [text], chat_template)[0]
 
@@ -95,7 +94,7 @@ def encode_problems(
 ) -> tuple[list[Any], list[list[int]], int]:
     """Encode every problem and drop those of more than `limit` tokens.
 
-    Returns (problems kept, their prompts' ids, how many were dropped). Raises ValueError where none is left.
+    Returns (problems kept, their prompts' ids, number dropped). Raises UserError where none is left.
     """
     prompts = _encode(tokenizer, [user_text(p.problem, kind) for p in problems], chat_template)
     kept = [(problem, ids) for problem, ids in zip(problems, prompts, strict=True) if len(ids) <= limit]
@@ -115,7 +114,7 @@ def _encode(tokenizer: Tokenizer, texts: list[str], chat_template: str | None) -
     else:
         template = _read_template(tokenizer, chat_template)
         rendered = [_render(tokenizer, text, template) for text in texts]
-    # The rendered text holds BOS already: no special tokens on top.
+    # The rendered text has BOS already: no further special tokens.
     return tokenizer(rendered, add_special_tokens=False)["input_ids"] if rendered else []
 
 
@@ -147,17 +146,18 @@ def _render(tokenizer: Tokenizer, text: str, template: str | None) -> str:
         ) from error
 
 
-# What may stand beside the text in a response. Neighbouring characters can share a token with its ends.
+# Characters that may precede and follow the text in a response; they can share a token with its ends.
 _BEFORE = ("", " ", "\n", "a", "1", *".)]}>$*!?:\"'`")
 _AFTER = ("", " ", "\n", "\n\n", "a", "1", *"\\$*<([.,:\"'")
 
 
 def until_ids(tokenizer: Tokenizer, text: str = "</think>") -> tuple[int | tuple[int, ...], ...]:
-    """Every run of tokens that means `text` has just been written: an id where one token does, else a tuple.
+    """Every run of tokens that completes `text`: an id where one token covers it, else a tuple of ids.
 
     A tokenizer without a token for `text` cuts it differently beside different characters ("</", "think",
-    ">" but "</", "think", ">\\n"): all shortest covering runs are found by encoding it between the usual
-    neighbours, in the tokenizer's own cut. Shorter runs first. Raises ValueError where it cannot be written.
+    ">" but "</", "think", ">\\n"). The runs are found by encoding `text` between the usual neighbouring
+    characters and taking the shortest run that covers it. Shorter runs first. Raises UserError where the
+    tokenizer cannot write `text`.
     """
     contexts = list(itertools.product(_BEFORE, _AFTER))
     encodings = tokenizer.backend_tokenizer.encode_batch(
@@ -176,18 +176,18 @@ def until_ids(tokenizer: Tokenizer, text: str = "</think>") -> tuple[int | tuple
 
 
 def usable_rows(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
-    """bool [V]: the rows that may be neighbours of others.
+    """bool [V]: the rows of the embedding that may be neighbours of others.
 
-    False for rows that no token uses, for special tokens, and for every token added beside the learned
-    vocabulary: R1-distill's `<think>` and turn markers are such, without being flagged as special. Raises
-    ValueError where the tokenizer has ids beyond the model's `vocab_size` rows.
+    False for rows that no token uses, for special tokens, and for every token added to the learned vocabulary
+    (R1-distill's `<think>` and turn markers are added tokens that are not flagged as special). Raises
+    UserError where the tokenizer has ids beyond the model's `vocab_size` rows.
     """
     vocabulary = tokenizer.get_vocab()
     largest = max(vocabulary.values())
     if largest >= vocab_size:
         raise UserError(
             f"the tokenizer of {tokenizer.name_or_path} has ids up to {largest}, but the model only "
-            f"{vocab_size} rows; give the model the tokenizer it was made with"
+            f"{vocab_size} rows; use the tokenizer that the model was trained with"
         )
     valid_V = np.zeros(vocab_size, bool)
     valid_V[list(vocabulary.values())] = True
@@ -198,8 +198,8 @@ def usable_rows(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
 def matching_rows(tokenizer: Tokenizer, pattern: str, rows: int) -> np.ndarray:
     r"""bool [V], V = `rows`: the tokens in whose text the regular expression `pattern` is found anywhere.
 
-    The text is what the token adds to a running text, its leading space included: `^ ?\d+$` is numbers. Rows
-    that no token uses never match. ValueError for a pattern that is malformed, or matches nothing.
+    A token's text is what it adds to a preceding text, leading space included: `^ ?\d+$` matches numbers.
+    Rows that no token uses never match. Raises UserError for a pattern that is malformed or matches no token.
     """
     try:
         found = re.compile(pattern)
@@ -211,7 +211,7 @@ def matching_rows(tokenizer: Tokenizer, pattern: str, rows: int) -> np.ndarray:
     if not matching_V.any():
         raise UserError(
             f"mixing.keep_out {pattern!r} matches no token of {tokenizer.name_or_path}; correct it, or set "
-            "it to None to keep none out"
+            "it to None"
         )
     return matching_V
 
@@ -219,8 +219,7 @@ def matching_rows(tokenizer: Tokenizer, pattern: str, rows: int) -> np.ndarray:
 def spelling_groups(tokenizer: Tokenizer, rows: int) -> np.ndarray:
     """int32 [V], V = `rows`: equal for tokens whose texts differ in case or one leading space alone.
 
-    Tokens that are only part of a character have no spelling to compare; each of them is a group of its own,
-    like each row that no token uses.
+    A token that is a part of a character, and a row that no token uses, is a group of its own.
     """
     groups_V = np.arange(rows, dtype=np.int32)
     first: dict[str, int] = {}
@@ -231,7 +230,7 @@ def spelling_groups(tokenizer: Tokenizer, rows: int) -> np.ndarray:
 
 
 def _token_texts(tokenizer: Tokenizer) -> dict[int, str]:
-    """What each token adds to a text that it follows: alone, some tokenizers would drop its first space."""
+    """The text that each token adds to a preceding one; alone, some tokenizers drop its leading space."""
     ids = sorted(tokenizer.get_vocab().values())
     before = tokenizer.encode("a", add_special_tokens=False)
     decode_batch = tokenizer.backend_tokenizer.decode_batch
@@ -241,7 +240,7 @@ def _token_texts(tokenizer: Tokenizer) -> dict[int, str]:
 
 
 def stop_ids(tokenizer: Tokenizer, eos_token_ids: Sequence[int]) -> tuple[int, ...]:
-    """The ids that end a response: the model's `eos_token_ids` and the tokenizer's own EOS, ascending."""
+    """The ids that end a response: the model's `eos_token_ids` and the tokenizer's EOS, ascending."""
     own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     return tuple(sorted({*eos_token_ids, *own}))
 
@@ -257,9 +256,9 @@ def response_text(tokenizer: Tokenizer, tokens: Sequence[int] | np.ndarray) -> s
 def mixed_spans(
     tokenizer: Tokenizer, tokens: Sequence[int] | np.ndarray, mixed: Sequence[bool] | np.ndarray
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The text of `tokens`, special ones included, and where its mixed tokens stand: (start, end) characters.
+    """The text of `tokens`, special ones included, and the (start, end) characters of its mixed tokens.
 
-    A span never splits a character: tokens that share one are marked together, if any of them is mixed.
+    A span never splits a character: tokens that share a character are mixed if any of them is.
     """
     pieces = _display_pieces(tokenizer, [int(t) for t in tokens], [bool(m) for m in mixed])
     text, spans = "", []
@@ -277,7 +276,7 @@ def marked_text(
     mixed: Sequence[bool] | np.ndarray,
     marks: tuple[str, str] = ("⟦", "⟧"),
 ) -> str:
-    """The text of `tokens` with each span of mixed ones between `marks`."""
+    """The text of `tokens` with each span of mixed tokens between `marks`."""
     text, spans = mixed_spans(tokenizer, tokens, mixed)
     for start, end in reversed(spans):
         text = f"{text[:start]}{marks[0]}{text[start:end]}{marks[1]}{text[end:]}"
@@ -285,9 +284,10 @@ def marked_text(
 
 
 def _display_pieces(tokenizer: Tokenizer, tokens: list[int], mixed: list[bool]) -> list[tuple[str, bool]]:
-    """(text, any mixed?) of each token, or of several that only together are whole characters.
+    """(text, any mixed?) of each token, or of several that are whole characters only together.
 
-    A piece's text is what it adds after its forerunner: alone, some tokenizers would drop its first space.
+    The text of a piece is what it adds to the piece before it; alone, some tokenizers would drop its leading
+    space.
     """
 
     def decode(ids: list[int]) -> str:

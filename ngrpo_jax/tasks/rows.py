@@ -1,7 +1,7 @@
-"""What a row's fields hold, as text.
+"""The fields of a row as text.
 
-Owns what counts as text, as a number and as nothing at all. It knows neither file formats nor what a
-problem is: `files` and TFDS give rows, `datasets` and `builders` ask for their fields.
+Owns what counts as text, as a number and as an empty field. Must not know file formats or what a problem is:
+`files` and TFDS give rows, `datasets` and `builders` read their fields.
 """
 
 import math
@@ -15,7 +15,7 @@ Row = Mapping[str, Any]
 
 
 def find(row: Row, names: Sequence[str]) -> str | None:
-    """The row's own spelling of the first of `names` that it has, whatever its case and punctuation."""
+    """The row's spelling of the first of `names` that it has; case and punctuation do not count."""
     spelt = {plain_name(name): name for name in reversed(list(row))}
     return next((spelt[plain_name(name)] for name in names if plain_name(name) in spelt), None)
 
@@ -31,7 +31,7 @@ def field_list(row: Row) -> str:
 
 
 def is_null(value: Any) -> bool:
-    """Whether a field holds nothing: None, NaN, or text of spaces alone."""
+    """Whether a field is empty: None, NaN, or text of spaces alone."""
     value = _scalar(value)
     if isinstance(value, float):
         return math.isnan(value)
@@ -39,9 +39,9 @@ def is_null(value: Any) -> bool:
 
 
 def text(place: str, name: str, value: Any, *, numbers: bool = False) -> str:
-    """A field's text; TFDS gives bytes, and with `numbers` a number is its own text.
+    """A field's text. TFDS gives bytes, which are decoded; with `numbers`, a number becomes its decimal text.
 
-    Raises ValueError, naming the place and the field, for anything else and for empty text.
+    Raises UserError, naming the place and the field, for any other type and for empty text.
     """
     value = _scalar(value)
     if isinstance(value, bytes):

@@ -1,17 +1,17 @@
-r"""Where rows come from: a source string to numbered rows, each a dict.
+r"""A data source, given as a string, to numbered rows, each a dict.
 
-Owns the grammar of sources and reads prepared TFDS sets; formats belong to `files`, our own data sets to
-`builders`, and what a problem must have to `datasets`.
+Owns the grammar of sources and reads prepared TFDS sets. `files` owns the formats, `builders` the data sets
+of this project, `datasets` the fields that a problem needs.
 
     arithmetic[:terms=3,digits=2,ops=+-]      generated, see `arithmetic`; splits train and test
     jsonl:PATH[?problem=FIELD&answer=FIELD&id=FIELD]
-    json:PATH, csv:PATH, parquet:PATH         the same; of parquet a folder of files, too
-    tfds:NAME[/CONFIG][?data_dir=DIR&manual_dir=DIR]      one of `builders`, prepared where it is not yet
-    tfds:NAME[/CONFIG][:VERSION][?...]        any other TFDS set, prepared as array_record
-    package.module:function                   called with split= and seed=, gives dicts
+    json:PATH, csv:PATH, parquet:PATH         the same; PATH of parquet may be a folder of files
+    tfds:NAME[/CONFIG][?data_dir=DIR&manual_dir=DIR]      one of `builders`; prepared if it is not yet
+    tfds:NAME[/CONFIG][:VERSION][?...]        any other TFDS set; it must be prepared as array_record
+    package.module:function                   called with split= and seed=; gives dicts
 
-The part after "?" names the fields that hold the problem, its answer and its id, where they are called
-otherwise; files are read whole whatever the split.
+After "?", `problem=`, `answer=` and `id=` name the fields of the file where they have other names. A file is
+read whole whatever the split.
 """
 
 import dataclasses
@@ -34,7 +34,12 @@ _KINDS = ("arithmetic", *files.READERS, "tfds")
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """`numbered` gives (number, row), numbers from 1, once; `names` says what `FIELDS` are called in it."""
+    """Rows of a source.
+
+    origin: the file or set, for the sentence of an error.
+    numbered: (number, row), numbers from 1; can be read once.
+    names: the name in this source of each of `FIELDS`.
+    """
 
     origin: str
     numbered: Iterator[tuple[int, Row]]
@@ -42,10 +47,9 @@ class Rows:
 
 
 def read_rows(source: str, *, split: str, seed: int, size: int | None) -> Rows:
-    """The rows of `source`, read as they are asked for.
+    """The rows of `source`, read lazily; `size` is the number of rows of a generated source.
 
-    `size` only tells a generated source how many to make. Raises ValueError or OSError, at once or while
-    the rows are read, in one sentence that names the source and the place.
+    Raises UserError, at once or while the rows are read, in one sentence that names the source and the place.
     """
     kind, _, rest = source.partition(":")
     body, _, query = rest.partition("?")
@@ -76,7 +80,7 @@ def read_rows(source: str, *, split: str, seed: int, size: int | None) -> Rows:
 
 
 def _nearest(name: str) -> str | None:
-    """The data set of ours that a wrong name was most likely meant to be: gpqa_diamond for gpqa."""
+    """The data set of `builders` whose name is nearest to a wrong name: gpqa_diamond for gpqa."""
     matches = difflib.get_close_matches(name.lower(), builders.NAMES, n=1, cutoff=0.45)
     return matches[0] if matches else None
 
@@ -84,12 +88,12 @@ def _nearest(name: str) -> str | None:
 def _field_names(
     source: str, query: str, extra: tuple[str, ...] = ()
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """({field: name}, other options) of what follows the question mark of a source."""
+    """({field: name}, other options) from the part of a source after the question mark."""
     options = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
     for key, value in options.items():
         if key not in (*FIELDS, *extra) or not value:
             raise UserError(
-                f"data source {source!r}: {key}={value} is not understood; after the question mark stand "
+                f"data source {source!r}: {key}={value} is not understood; after the question mark write "
                 f"{', '.join(f'{name}=...' for name in (*FIELDS, *extra))}, joined by &"
             )
     return {field: options.pop(field, field) for field in FIELDS}, options
@@ -118,7 +122,7 @@ def _tfds_rows(
 
 
 def _prepared(name: str, data_dir: str | None) -> Any:
-    """The builder of a set that is not ours; ValueError where it is unknown or not prepared."""
+    """The builder of a set that is not in `builders`; UserError where it is unknown or not prepared."""
     import tensorflow_datasets as tfds
 
     where = data_dir or "the default folder (TFDS_DATA_DIR, or ~/tensorflow_datasets)"
@@ -128,7 +132,7 @@ def _prepared(name: str, data_dir: str | None) -> Any:
         near = _nearest(name)
         raise UserError(
             f"no TFDS data set {name!r}: neither prepared in {where} nor known to tensorflow_datasets; "
-            + (f"the nearest known one is {near}" if near else "check its name and data_dir")
+            + (f"the nearest known name is {near}" if near else "check its name and data_dir")
         ) from error
     if not builder.is_prepared():
         raise UserError(f"the TFDS data set {name!r} is not prepared in {where}; {_remedy(name, data_dir)}")

@@ -1,6 +1,6 @@
-"""The data sets of the paper and GSM8K: where each comes from, its row count, what its fields are called.
+"""The data sets of the paper and GSM8K: the repository of each, its row count, the names of its fields.
 
-Plain data; every public file is pinned to a commit, so that it stays what its row count was taken from.
+Plain data. Every public file is pinned to a commit, so that its row count stays right.
 """
 
 import dataclasses
@@ -33,8 +33,9 @@ class PublicFile:
 class DataSet:
     """One configuration of a data set.
 
-    `fields`: for each of ours the names that it may have in a file, the first one that is there counts; case
-    and punctuation of a name do not matter. `repository` is None where only the user has the file.
+    fields: for each field of a problem the names that a file may give it. The first name that the file has is
+        used; case and punctuation do not count.
+    repository: None where there is no public file.
     """
 
     name: str
@@ -45,7 +46,7 @@ class DataSet:
     licence: str
     kind: str = MATH
     config: str = "main"
-    training: bool = False  # rows without a problem or answer, and repeated problems, are left out
+    training: bool = False  # leaves out rows without a problem or answer, and repeated problems
     fields: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: _FIELDS)
 
     @property
@@ -67,7 +68,7 @@ CATALOGUE = (
     DataSet(
         name="deepscaler",
         config="subset",
-        title="A part of DeepScaleR-Preview, of the user's choice",
+        title="A part of DeepScaleR-Preview, chosen by the user",
         repository=None,
         revision=None,
         splits={"train": PublicFile("", 0)},
@@ -121,9 +122,9 @@ CATALOGUE = (
         name="gpqa_diamond",
         title="GPQA Diamond: graduate-level science questions with four choices (Rein et al.)",
         repository="Idavidrein/gpqa",
-        revision=None,  # behind a gate: no commit of it could be checked
+        revision=None,  # gated: no commit of it could be checked
         splits={"test": PublicFile("gpqa_diamond.csv", 198)},
-        licence="CC-BY-4.0; the authors ask that no question be shown in plain text on the net",
+        licence="CC-BY-4.0; its authors request that no question be shown in plain text on the net",
         kind=CHOICE,
         fields=_CHOICE_FIELDS,
     ),

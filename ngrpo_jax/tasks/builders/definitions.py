@@ -1,7 +1,7 @@
 """The data sets of the catalogue as TFDS builders, written as array_record and read without TensorFlow.
 
-Imported only where a set is wanted: TFDS takes half a second. None is registered under its name with TFDS,
-which has a gsm8k of its own and fails to list any once two have one name; `builders.build` finds them.
+Imported by `builders.build` alone, because the import of TFDS takes half a second. The builders are not
+registered with TFDS, which has a gsm8k of its own and fails to list its sets when two have the same name.
 """
 
 import contextlib
@@ -23,26 +23,26 @@ _TEXT = tfds.features.Text()
 
 
 class ProblemBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """A set of problems from its public home, or from the user's file in `DownloadConfig.manual_dir`."""
+    """A set of problems from its public repository, or from the file in `DownloadConfig.manual_dir`."""
 
     VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: ClassVar = {"1.0.0": "First one."}
-    code_path = None  # no checksum files beside the code; looking for them takes a package that TFDS forgets
+    RELEASE_NOTES: ClassVar = {"1.0.0": "First version."}
+    code_path = None  # no checksum files; to look for them, TFDS needs a package that it does not install
 
     def __init__(self, *, file_format: str = "array_record", **kwargs: Any):
         self._own: pathlib.Path | None = None
-        self.built_here = False  # rather than found prepared
+        self.built_here = False  # True after this process has prepared the set
         super().__init__(file_format=file_format, **kwargs)
 
     @property
     def entry(self) -> catalogue.DataSet:
-        """What the catalogue says of this set in this configuration."""
+        """The entry of the catalogue for this configuration."""
         return catalogue.configs(self.name)[self.builder_config.name]
 
     def download_and_prepare(self, *, download_config: Any = None, **kwargs: Any) -> None:
-        """As TFDS does it, but one process at a time for a set; what others have prepared is taken as it is.
+        """As in TFDS, but with a lock for each set; a set that another process has prepared is used as it is.
 
-        Raises ValueError where the set was prepared from another file than that of `manual_dir`.
+        Raises UserError where the set was prepared from another file than that of `manual_dir`.
         """
         given = download_config.manual_dir if download_config else None
         self._own = None if given is None else pathlib.Path(given).expanduser()
@@ -55,7 +55,7 @@ class ProblemBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  
                 self.built_here = True
 
     def _log_download_bytes(self) -> None:
-        """Nothing: TFDS would announce unknown sizes; `builders.build` tells what was built."""
+        """Prints nothing: the sizes are unknown to TFDS. `builders.build` prints a summary."""
 
     _log_download_done = _log_download_bytes
 
@@ -73,7 +73,7 @@ class ProblemBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        # Everything is read and checked here: what an example's generator raises, TFDS would wrap.
+        # Everything is read and checked here: TFDS wraps what the generator of examples raises.
         entry = self.entry
         own = self._own is not None
         if self._own is not None:
@@ -88,7 +88,7 @@ class ProblemBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  
             source="own file" if own else f"huggingface.co/datasets/{entry.repository}@{entry.revision}",
             licence="; ".join(named) if own and named else entry.licence,
             kind=entry.kind,
-            splits={split: rows.facts() for split, rows in read.items()},
+            splits={split: rows.metadata() for split, rows in read.items()},
         )
         return {split: self._generate_examples(rows.examples) for split, rows in read.items()}
 
@@ -98,7 +98,7 @@ class ProblemBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  
     def _check_origin(self) -> None:
         if self._own is None:
             return
-        made = {split: facts["sha256"] for split, facts in self.info.metadata["splits"].items()}
+        made = {split: recorded["sha256"] for split, recorded in self.info.metadata["splits"].items()}
         for split, path in reading.own_files(self.entry, self._own).items():
             if hashlib.sha256(path.read_bytes()).hexdigest() != made.get(split):
                 raise UserError(
@@ -109,7 +109,7 @@ class ProblemBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  
 
 @contextlib.contextmanager
 def _alone(directory: pathlib.Path) -> Iterator[None]:
-    """One process at a time for `directory`; the kernel lets the next one in even when one is killed."""
+    """Holds a file lock for `directory`, which the kernel releases even where the process is killed."""
     *_, name, config, version = directory.parts
     root = directory.parents[2]
     root.mkdir(parents=True, exist_ok=True)

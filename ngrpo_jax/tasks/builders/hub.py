@@ -1,4 +1,4 @@
-"""One public file from the Hugging Face hub, whose client brings mirrors, logins, resuming and a cache."""
+"""A public file from the Hugging Face hub; its client has mirrors, logins, resumed downloads and a cache."""
 
 import pathlib
 
@@ -8,14 +8,14 @@ from .catalogue import DataSet
 
 
 def fetch(entry: DataSet, split: str) -> pathlib.Path:
-    """The local copy of a split's public file, downloaded where it is not in the hub's cache yet.
+    """The local copy of a split's public file, downloaded where the hub's cache does not have it yet.
 
-    Raises ValueError for a set without a public home, FileNotFoundError where the hub does not give the file.
+    Raises UserError for a set without a public repository, and where the hub does not give the file.
     """
     own = f"give your own file by manual_dir (tfds:{entry.full_name}?manual_dir=DIR)"
     if entry.repository is None:
-        raise UserError(f"the data set {entry.full_name} has no public home; {own}")
-    import huggingface_hub  # here alone: its import is slow, and a prepared set needs none of it
+        raise UserError(f"the data set {entry.full_name} has no public repository; {own}")
+    import huggingface_hub  # not at the top: its import is slow, and a prepared set needs none of it
     from huggingface_hub import errors
 
     path = entry.splits[split].path
@@ -28,8 +28,8 @@ def fetch(entry: DataSet, split: str) -> pathlib.Path:
         )
     except errors.GatedRepoError as error:
         raise UserError(
-            f"the data set {entry.full_name} stands behind a gate: accept its conditions at {page} and log "
-            f"in with `hf auth login`, or {own}"
+            f"the data set {entry.full_name} is gated: accept its conditions at {page} and log in with "
+            f"`hf auth login`, or {own}"
         ) from error
     except (errors.HfHubHTTPError, OSError) as error:
         if is_storage_failure(error):

@@ -1,7 +1,7 @@
-"""A data set's file, the public one or the user's own, to checked rows {id, problem, answer}.
+"""A data set's file, public or of the user's, to checked rows {id, problem, answer}.
 
-Owns the checks of a set as a whole: fields, ids, row counts, what is left out of a training set. It knows
-neither the network nor TFDS.
+Owns the checks of a set as a whole: fields, ids, row counts, rows left out of a training set. Must not know
+the network or TFDS.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ _FORMATS = tuple(files.READERS)
 
 @dataclasses.dataclass(frozen=True)
 class SplitRows:
-    """The rows of a split, and what became of those of its file."""
+    """The rows of a split, and counts of the rows of its file."""
 
     examples: list[dict[str, str]]
     file: str
@@ -28,10 +28,10 @@ class SplitRows:
     read: int
     nulls: int
     duplicates: int
-    licences: tuple[str, ...]  # those that the rows name themselves
+    licences: tuple[str, ...]  # named by the rows themselves
 
-    def facts(self) -> dict[str, str | int]:
-        """What the set's metadata records of the file; no path, so that equal files give equal bytes."""
+    def metadata(self) -> dict[str, str | int]:
+        """The file's part of the set's metadata; it has no path, so that equal files give equal bytes."""
         return {
             "file": self.file,
             "sha256": self.sha256,
@@ -45,7 +45,7 @@ class SplitRows:
 def own_files(entry: DataSet, folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """The user's file for each split: by name, or the only data file of the folder; `folder` may be a file.
 
-    Raises ValueError where there is none or more than one for a split, FileNotFoundError without the folder.
+    Raises UserError where there is no folder, no file, or more than one file for a split.
     """
     main = next(iter(entry.splits))
     if folder.is_file():
@@ -76,7 +76,7 @@ def own_files(entry: DataSet, folder: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def _stems(entry: DataSet, split: str) -> tuple[str, ...]:
-    """What a file of the split may be called, without its suffix."""
+    """The names that a file of the split may have, without the suffix."""
     base = entry.name if entry.config == "main" else f"{entry.name}_{entry.config}"
     public = pathlib.PurePath(entry.splits[split].path).stem.lower()
     alone = (base,) if split == next(iter(entry.splits)) else ()
@@ -84,9 +84,9 @@ def _stems(entry: DataSet, split: str) -> tuple[str, ...]:
 
 
 def read_split(entry: DataSet, split: str, path: pathlib.Path, *, public: bool) -> SplitRows:
-    """The rows of a file, checked; `public`: it must have the public file's row count.
+    """The rows of a file, checked; a `public` one must have the row count of the catalogue.
 
-    Raises ValueError or OSError with one sentence that names the file, the row and the field at fault.
+    Raises UserError with one sentence that names the file, the row and the field.
     """
     read = _choice_rows if entry.kind == CHOICE else _math_rows
     found, nulls = read(entry, path)
@@ -107,7 +107,7 @@ def read_split(entry: DataSet, split: str, path: pathlib.Path, *, public: bool) 
 
 
 def _math_rows(entry: DataSet, path: pathlib.Path) -> tuple[list[dict[str, str]], int]:
-    """(rows, how many were left out for having no problem or no answer)."""
+    """(rows, number of rows left out because they have no problem or no answer)."""
     found: list[dict[str, str]] = []
     nulls, ids = 0, _Ids(entry, path)
     for number, row in files.read(path):
@@ -122,7 +122,7 @@ def _math_rows(entry: DataSet, path: pathlib.Path) -> tuple[list[dict[str, str]]
 
 
 def _choice_rows(entry: DataSet, path: pathlib.Path) -> tuple[list[dict[str, str]], int]:
-    """Rows with four options apart are laid out; a file in our own form, answer = letter, stays as it is."""
+    """(rows, 0). Options in columns are put into the text; rows whose answer is a letter stay as they are."""
     found: list[dict[str, str]] = []
     options: list[dict[str, str]] = []
     ids = _Ids(entry, path)
@@ -148,14 +148,14 @@ def _choice_rows(entry: DataSet, path: pathlib.Path) -> tuple[list[dict[str, str
 
 
 class _Ids:
-    """The ids of a file, each seen once."""
+    """The ids of a file, which must differ."""
 
     def __init__(self, entry: DataSet, path: pathlib.Path):
         self._entry, self._path = entry, path
         self._rows: dict[str, int] = {}
 
     def take(self, number: int, row: rows.Row) -> str:
-        """The row's id, by default the set's name and the row's number; ValueError for one that is taken."""
+        """The row's id, by default the set's name and the row's number; UserError for a repeated id."""
         name = rows.find(row, self._entry.fields["id"])
         if name is None or rows.is_null(row[name]):
             taken = f"{self._entry.name}-{number:05d}"
@@ -164,7 +164,7 @@ class _Ids:
         earlier = self._rows.setdefault(taken, number)
         if earlier != number:
             raise UserError(
-                f"{self._path}, row {number}: the id {taken!r} stands in row {earlier} too; ids must differ"
+                f"{self._path}, row {number}: row {earlier} has the id {taken!r} too; ids must differ"
             )
         return taken
 
@@ -172,7 +172,7 @@ class _Ids:
 def _fields(
     entry: DataSet, path: pathlib.Path, number: int, row: rows.Row, wanted: tuple[str, ...]
 ) -> dict[str, str]:
-    """The row's own name of each wanted field; ValueError for one that is not there."""
+    """The row's name of each wanted field; UserError for a field that is missing."""
     if not isinstance(row, dict):
         raise UserError(f"{path}, row {number}: not an object with the fields problem and answer")
     names = {field: rows.find(row, entry.fields[field]) for field in wanted}
@@ -200,7 +200,7 @@ def _licence(row: rows.Row) -> str:
 
 
 def _answer(text: str, field: str) -> str:
-    r"""The answer itself: GSM8K puts it after `####`, AIME24 into the box of its solution."""
+    r"""The answer within a field: after `####` in GSM8K, in the box of the solution in AIME24."""
     if "####" in text:
         return text.rpartition("####")[2].strip().replace(",", "")
     if rows.plain_name(field) == "solution":
