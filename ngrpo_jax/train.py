@@ -34,8 +34,8 @@ def main(argv: Sequence[str]) -> None:
     if options["preflight"]:
         raise SystemExit(checklist.run(config, workdir))
     settings = resolve(config)
-    here = distributed.initialize()
-    fit.check_hosts(settings, here.count)
+    process = distributed.initialize()
+    fit.check_hosts(settings, process.count)
     distributed.check_shared(workdir)
     finished = summary.already_finished(settings, workdir)
     if any(distributed.allgather("finished", finished)):  # shared storage may show it to some before others
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
             run, state = prepare(settings, workdir, parts, devices, params, checkpoints)
             del params  # donated
             workdir.mkdir(parents=True, exist_ok=True)
-            if here.primary:
+            if process.primary:
                 files.write_json(workdir / "config.json", config.to_dict())
             with flags.report_fatal():
                 train(run, state, grader, checkpoints, begun)

@@ -34,10 +34,10 @@ def evaluate_set(
     policy: Policy, held_out: ProblemSet, settings: Settings, grader: Grader, *, label: str
 ) -> dict[str, float]:
     """A model's metrics on `data.eval` (docs/evaluation.md); each host writes a share of the problems."""
-    name, samples, here = set_name(settings.data.eval), settings.eval.samples, distributed.process()
-    share = here.share(len(held_out.problems))
+    name, samples, process = set_name(settings.data.eval), settings.eval.samples, distributed.process()
+    share = process.share(len(held_out.problems))
     with console.Progress(
-        label, len(share) * samples, "sequences", keep=False, enabled=here.primary
+        label, len(share) * samples, "sequences", keep=False, enabled=process.primary
     ) as progress:
         answered = answer_problems(policy, held_out, share, settings, grader, name=name, progress=progress)
     return estimates.training_metrics(answered.graded(settings.reward.kind), settings.eval.largest_k)

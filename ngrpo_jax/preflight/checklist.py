@@ -116,13 +116,13 @@ def _of_all_processes(checks: Checklist) -> list[tuple[str, str, str]]:
 
 
 def _processes(_: Any) -> tuple[Any, str]:
-    here = distributed.initialize()
-    return here, f"{here.count}" if here.several else "this one alone"
+    process = distributed.initialize()
+    return process, f"{process.count}" if process.several else "this one alone"
 
 
-def _hosts(settings: Settings, here: distributed.Process) -> tuple[Any, str]:
-    fit.check_hosts(settings, here.count)
-    return here, f"{settings.rollout.prompts // here.count} prompts a step on each"
+def _hosts(settings: Settings, process: distributed.Process) -> tuple[Any, str]:
+    fit.check_hosts(settings, process.count)
+    return process, f"{settings.rollout.prompts // process.count} prompts a step on each"
 
 
 def _workdir(workdir: pathlib.Path) -> tuple[Any, str]:

@@ -29,7 +29,7 @@ from ngrpo_jax.tasks.rewards import Grader
 
 def train(run: Run, state: RunState, grader: Grader, checkpoints: Checkpoints, begun: float) -> None:
     """Steps until `train.steps`, then evaluates, exports and sums up."""
-    settings, here = run.settings, distributed.process()
+    settings, process = run.settings, distributed.process()
     resume = state.step or None
     summary.announce(run, state)
     compile_rollouts(run, state)
@@ -40,8 +40,10 @@ def train(run: Run, state: RunState, grader: Grader, checkpoints: Checkpoints, b
     began_at, clock = state.step, time.monotonic()
     after: dict[str, float] = {}
     with (
-        metrics.MetricsWriter(run.workdir, resume_step=resume, primary=here.primary) as writer,
-        metrics.JsonLines(run.workdir / "samples.jsonl", resume_step=resume, primary=here.primary) as samples,
+        metrics.MetricsWriter(run.workdir, resume_step=resume, primary=process.primary) as writer,
+        metrics.JsonLines(
+            run.workdir / "samples.jsonl", resume_step=resume, primary=process.primary
+        ) as samples,
         ending.Signals() as signals,
     ):
         while state.step < settings.train.steps:
@@ -59,7 +61,7 @@ def train(run: Run, state: RunState, grader: Grader, checkpoints: Checkpoints, b
             if last or scheduled or state.step % settings.checkpoint.every == 0 or stop:
                 save(state, settings, checkpoints, row if scheduled else None)
             pace = (time.monotonic() - clock) / (state.step - began_at)
-            if here.primary:
+            if process.primary:
                 print(summary.step_line(state.step, row, settings.train.steps, pace), flush=True)
             if stop and not last:
                 raise Preempted(stop, state.step)

@@ -61,10 +61,10 @@ def compose(
         capacity.check_workdir(workdir, 0 if begun else memory.checkpoint_bytes(config, kept=2))
         training = load_set(settings, tokenizer, "train")
         held_out = load_set(settings, tokenizer, "test")
-        here = distributed.process()
+        process = distributed.process()
         if made:
             directory = locate_model(settings, workdir)
-        elif here.primary:
+        elif process.primary:
             warm_start(settings, config, tokenizer, training.problems, training.prompts, folder, directory)
         distributed.allgather("the starting model is there", None)
     return ModelSpec(str(directory), config, tokenizer_info), training, held_out
@@ -90,13 +90,13 @@ def prepare(
         # A copy, even where the dtype is the same: the learner donates its own parameters at every step.
         copy = jax.tree.map(lambda leaf: jnp.array(leaf, model_spec.config.dtype, copy=True), params)
         reference = programs.reference.store(copy)
-    here = distributed.process()
+    process = distributed.process()
     stream = ProblemStream(
         training.problems,
-        batch=settings.rollout.prompts // here.count,
+        batch=settings.rollout.prompts // process.count,
         seed=settings.seed,
-        host=here.index,
-        hosts=here.count,
+        host=process.index,
+        hosts=process.count,
     )
     prompt_of = {p.id: ids for p, ids in zip(training.problems, training.prompts, strict=True)}
     run = Run(settings, workdir, model_spec, training, held_out, devices, programs, reference, prompt_of)

@@ -40,8 +40,8 @@ def already_finished(settings: Settings, workdir: pathlib.Path) -> bool:
 
 def announce(run: Run, state: RunState) -> None:
     """What this run is, before it starts; said by the first process."""
-    here = distributed.process()
-    if not here.primary:
+    process = distributed.process()
+    if not process.primary:
         return
     settings, model_spec = run.settings, run.model_spec
     mixing = settings.mixing
@@ -58,7 +58,7 @@ def announce(run: Run, state: RunState) -> None:
         f"each step  {settings.rollout.prompts} prompts × {settings.rollout.group} responses, "
         f"{settings.rollout.prompts // settings.train.mini_batch_prompts} optimiser steps, "
         f"on {run.mesh.size} {jax.devices()[0].platform} device(s)"
-        + (f" of {here.count} processes" if here.several else "")
+        + (f" of {process.count} processes" if process.several else "")
     )
     needed, phase = memory.peak(fit.training_memory(settings, model_spec.config))
     print(

@@ -102,16 +102,16 @@ def initialize() -> Process:
         _join("this worker of the TPU")
     else:
         return process()
-    here = process()
-    expected = given.count if given is not None else slurm_tasks(os.environ) or here.count
-    if here.count != expected:
+    this = process()
+    expected = given.count if given is not None else slurm_tasks(os.environ) or this.count
+    if this.count != expected:
         raise UserError(
             f"{expected} processes were started, but the {jax.default_backend()} devices are those of "
-            f"{here.count}; is JAX_PLATFORMS the same for all, and are their devices visible?"
+            f"{this.count}; is JAX_PLATFORMS the same for all, and are their devices visible?"
         )
-    if here.several:
-        ending.start_watcher(here.index, given.coordinator if given is not None else None, allgather)
-    return here
+    if this.several:
+        ending.start_watcher(this.index, given.coordinator if given is not None else None, allgather)
+    return this
 
 
 def explicit(environment: Mapping[str, str]) -> Explicit | None:
@@ -185,8 +185,8 @@ def allgather(name: str, value: Json) -> list[Json]:
     Args:
         name: of the exchange; the same on every process, or they have lost step.
     """
-    here = process()
-    if not here.several:
+    this = process()
+    if not this.several:
         return [value]
     own = json.dumps({"name": name, "value": value}).encode()
     frames = _all_gather(own, _FRAME)
@@ -197,7 +197,7 @@ def allgather(name: str, value: Json) -> list[Json]:
     for index, message in enumerate(messages):
         if message["name"] != name:
             raise RuntimeError(
-                f"process {here.index} is at {name!r} and process {index} at {message['name']!r}: "
+                f"process {this.index} is at {name!r} and process {index} at {message['name']!r}: "
                 "they have lost step with each other"
             )
     return [message["value"] for message in messages]
@@ -228,13 +228,13 @@ def check_shared(workdir: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: on every process, naming those that cannot; nothing is left behind.
     """
-    here = process()
-    if not here.several:
+    this = process()
+    if not this.several:
         return
     directory = pathlib.Path(workdir)
     token = allgather("token of the workdir", secrets.token_hex(8))[0]
-    names = [f".host-{token}-{index}" for index in range(here.count)]
-    own = directory / names[here.index]
+    names = [f".host-{token}-{index}" for index in range(this.count)]
+    own = directory / names[this.index]
     problem = ""
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -246,7 +246,7 @@ def check_shared(workdir: str | os.PathLike[str]) -> None:
     unseen = allgather("reading the workdir", missing)
     own.unlink(missing_ok=True)
     allgather("leaving the workdir", None)
-    if here.primary and directory.is_dir() and not any(directory.iterdir()):
+    if this.primary and directory.is_dir() and not any(directory.iterdir()):
         directory.rmdir()
     for index, problem in enumerate(unwritten):
         if problem:

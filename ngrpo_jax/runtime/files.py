@@ -1,21 +1,91 @@
-"""Files that are replaced whole: whoever reads one, at any time, finds the old text or the new, never half.
+"""Files on disk: replaced whole, and read as JSON lines.
 
-Must not know what is in them.
+Owns how text gets to storage and back. Must not know what a file is about, and must not import JAX, so that
+every room can use it.
 """
 
+from __future__ import annotations
+
+import dataclasses
 import json
 import os
-from pathlib import Path
+import pathlib
+from collections.abc import Iterator
 from typing import Any
 
+from ngrpo_jax.errors import UserError, storage
 
-def write_text(path: Path, text: str) -> None:
-    """Puts `text` (UTF-8) in the place of what `path` held, if anything; an interruption leaves the old."""
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One line of a JSONL file.
+
+    number: its place in the file, from 1; blank lines count.
+    value: what its JSON holds.
+    end: bytes of the file up to the end of this line, its newline included.
+    """
+
+    number: int
+    value: Any
+    end: int
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Replaces the file `path` by `text` (UTF-8): a reader finds the old text or the new, never a part.
+
+    Raises:
+        UserError, StorageError: as `errors.storage`; the old file is left as it was.
+    """
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with storage(path, "written"):
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: pathlib.Path, value: Any) -> None:
     """`write_text` of an indented JSON document."""
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_jsonl(path: pathlib.Path, *, unfinished: bool = False) -> Iterator[Line]:
+    """The lines of a JSONL file in order; blank lines are passed over.
+
+    Args:
+        unfinished: leaves out a last line that has no newline or is not JSON: a process that is killed while it
+            appends to the file leaves one.
+
+    Raises:
+        UserError: there is no such file, or a line is not JSON; the sentence names the file and the line.
+        StorageError: the file cannot be read.
+    """
+    with storage(path):
+        content = path.read_bytes()
+    # Not splitlines(): that also cuts at U+2028 and other characters that JSON allows within a string.
+    lines = content.removeprefix(_BYTE_ORDER_MARK).split(b"\n")
+    if unfinished:
+        lines.pop()
+    end = len(_BYTE_ORDER_MARK) if content.startswith(_BYTE_ORDER_MARK) else 0
+    for number, line in enumerate(lines, start=1):
+        end += len(line) + 1
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            if unfinished and number == len(lines):
+                return
+            raise UserError(
+                f"{path} line {number} is {_fault(error)}; correct or remove that line."
+            ) from error
+        yield Line(number, value, min(end, len(content)))
+
+
+def _fault(error: Exception) -> str:
+    """What is wrong with a line that cannot be read as JSON."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 text ({error.reason})"
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON ({error.msg} at column {error.colno})"
+    return "JSON nested too deeply" if isinstance(error, RecursionError) else f"not JSON ({error})"

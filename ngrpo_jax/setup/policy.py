@@ -117,8 +117,8 @@ def sequence_numbers(prompts: int, samples: int) -> np.ndarray:
     Hosts take turns prompt by prompt, as in ProblemStream; so a sequence has the key that it would have in a
     run of one process.
     """
-    here = distributed.process()
-    prompts_P = here.index + here.count * np.arange(prompts)
+    process = distributed.process()
+    prompts_P = process.index + process.count * np.arange(prompts)
     return (prompts_P[:, None] * samples + np.arange(samples)).reshape(-1)
 
 
@@ -154,10 +154,10 @@ def write_responses(
       progress: a line that these responses are part of; None for one of their own.
       done_before: sequences that this line already counts.
     """
-    count, here = len(prompt_ids) * draws.samples, distributed.process()
+    count, process = len(prompt_ids) * draws.samples, distributed.process()
     own_line = None
     if progress is None:
-        own_line = console.Progress(label, count, "sequences", keep=False, enabled=here.primary)
+        own_line = console.Progress(label, count, "sequences", keep=False, enabled=process.primary)
     if keys_B is None:
         keys_B = sequence_keys(settings.seed, stream, sequence_numbers(len(prompt_ids), draws.samples))
     with own_line or contextlib.nullcontext(progress) as line:
