@@ -199,26 +199,26 @@ def keep(given: argparse.Namespace, rate: float) -> None:
     else:
         rows_VD = jnp.asarray(make_rows(given))
         eligible, walk = eligible_rows(rows_VD.shape[0], REFRESH_K), _random_walk(rows_VD, rate)
-    upkeep = refresh.Upkeep(REFRESH_K)
+    config = refresh.TableConfig(REFRESH_K)
     before_VD = next(walk)
-    nothing = refresh.nothing(before_VD.shape[0], upkeep)
-    state, _ = refresh.refresh(nothing, before_VD, eligible, upkeep)
-    state = _kept(state, before_VD, before_VD, eligible, upkeep)[0]  # compiles
+    nothing = refresh.empty_state(before_VD.shape[0], config)
+    state, _ = refresh.refresh(nothing, before_VD, eligible, config)
+    state = _refreshed(state, before_VD, before_VD, eligible, config)[0]  # compiles
     lines = []
     for update in range(1, given.updates + 1):
         after_VD = jax.block_until_ready(next(walk))
         start = time.perf_counter()
-        state, effort = _kept(state, before_VD, after_VD, eligible, upkeep)
+        state, stats = _refreshed(state, before_VD, after_VD, eligible, config)
         seconds = time.perf_counter() - start
         start = time.perf_counter()
         fresh = jax.block_until_ready(neighbor_table(after_VD, REFRESH_K, valid_V=eligible.valid_V))
         built = time.perf_counter() - start
-        table = np.asarray(refresh.table(state, upkeep))
+        table = np.asarray(refresh.table(state, config))
         other = _unequal(np.asarray(after_VD), table, np.asarray(fresh))
-        lines.append((seconds, built, int(effort.rescored), int(effort.searched), other))
+        lines.append((seconds, built, int(stats.rescored), int(stats.searched), other))
         print(
-            f"rate {rate:g}, update {update}: {seconds:.2f} s of {built:.1f}, rescored {effort.rescored}, "
-            f"searched {effort.searched}, unequal rows {other}",
+            f"rate {rate:g}, update {update}: {seconds:.2f} s of {built:.1f}, rescored {stats.rescored}, "
+            f"searched {stats.searched}, unequal rows {other}",
             file=sys.stderr,
             flush=True,
         )
@@ -241,9 +241,9 @@ def keep(given: argparse.Namespace, rate: float) -> None:
     )
 
 
-def _kept(state, before_VD, after_VD, eligible, upkeep):
-    state = refresh.follow(state, before_VD, after_VD, eligible, upkeep)
-    return jax.block_until_ready(refresh.refresh(state, after_VD, eligible, upkeep))
+def _refreshed(state, before_VD, after_VD, eligible, config):
+    state = refresh.add_drift(state, before_VD, after_VD, eligible, config)
+    return jax.block_until_ready(refresh.refresh(state, after_VD, eligible, config))
 
 
 def _unequal(rows: np.ndarray, ours: np.ndarray, fresh: np.ndarray) -> int:

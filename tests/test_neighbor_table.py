@@ -16,7 +16,7 @@ from ngrpo_jax.algo.mixture import Mixing
 from ngrpo_jax.algo.neighbors import neighbor_table, refresh
 from ngrpo_jax.algo.neighbors.eligibility import eligible_rows
 from ngrpo_jax.run import loop
-from ngrpo_jax.run.neighbor_table import after_update, before_update, serve, table_upkeep
+from ngrpo_jax.run.neighbor_table import after_update, before_update, serve, table_config
 from ngrpo_jax.run.state import RunState, save
 from ngrpo_jax.runtime import mesh
 
@@ -42,7 +42,7 @@ def test_a_resumed_run_has_the_same_table_and_bounds_bit_by_bit(tmp_path, monkey
         _run(train, workdir, **changes, **spelled)
     assert "resumed from step 2" in capsys.readouterr().out
     train_state, age = saved[whole, 2]
-    assert age == 2 and 0 < train_state.kept.moved_V.max() < np.inf
+    assert age == 2 and 0 < train_state.bounds.drift_V.max() < np.inf
     for step, expected_age in ((4, 1), (5, 2)):
         (ours, our_age), (theirs, their_age) = saved[resumed, step], saved[whole, step]
         assert our_age == their_age == expected_age
@@ -83,8 +83,8 @@ def test_a_run_keeps_the_table_of_the_matrix_that_its_settings_name(model_spec, 
     run, state = _fake_run(config, params, model_spec=model_spec, devices=devices)
     moved = lambda tree: jax.tree.map(lambda x: x + 1e-3 * jnp.sin(1e3 * x), tree)  # noqa: E731
     update, costs = jax.jit(moved, donate_argnums=0, out_shardings=placed), []
-    upkeep = table_upkeep(run.model_spec, devices)
-    programs = [refresh._program(work, upkeep) for work in (refresh._refresh, refresh._follow)]
+    config = table_config(run.model_spec, devices)
+    programs = [refresh._program(work, config) for work in (refresh._refresh, refresh._add_drift)]
     before = [program._cache_size() for program in programs]
     for _ in range(3):
         served = serve(run, state)

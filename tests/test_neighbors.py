@@ -113,7 +113,7 @@ def _table_with_uneven_products(monkeypatch, error, rows, k, metric):
     scores = nearness.tile_scores
     monkeypatch.setattr(nearness, "tile_scores", lambda *given: scores(*given) + error[None, :])
     eligible = eligible_rows(len(rows), k)
-    wanted = dict(count=k + 3, sure=k - 1, metric=metric, tile=64, mesh=None)
+    wanted = dict(count=k + 3, neighbors=k - 1, metric=metric, tile=64, mesh=None)
     return nb.as_table(nb.nearest(jnp.asarray(rows), eligible, **wanted).ids_RC, k)
 
 
@@ -177,7 +177,7 @@ def test_k_one_is_the_row_itself():
 @pytest.mark.parametrize("metric", ["cosine", "l1"])
 def test_memory_grows_with_the_tile_and_not_with_the_square(metric):
     size, width, tile = 4096, 40, 128
-    build = nb._compiled(count=6, sure=2, metric=metric, tile=tile, mesh=None)
+    build = nb._compiled(count=6, neighbors=2, metric=metric, tile=tile, mesh=None)
     compiled = build.lower(jnp.zeros((size, width)), eligible_rows(size, 3)).compile()
     scratch = compiled.memory_analysis().temp_size_in_bytes
     assert scratch < 4 * (8 * size * width + 4 * size * tile + 16 * tile * tile)
@@ -195,7 +195,7 @@ def test_nominees_and_the_bound_on_the_rest_hold_every_row(tile, groups, size, s
     group = np.arange(size) if spellings is None else np.arange(size) % spellings
     mask = Eligible(jnp.asarray(valid), None if spellings is None else jnp.asarray(group))
     mask = jax.tree.map(lambda x: jnp.pad(x, (0, tiling.rows - size)), mask)
-    parts = tiles.nominate(padded, mask, jnp.int32(0), tiling.blocks, 5, "dot", tiling)
+    parts = tiles.find_candidates(padded, mask, jnp.int32(0), tiling.blocks, 5, "dot", tiling)
     found = jax.tree.map(np.asarray, tiles.merge(list(parts), tiling))
     scores = rows @ rows.T
     for i in range(size):
@@ -203,8 +203,8 @@ def test_nominees_and_the_bound_on_the_rest_hold_every_row(tile, groups, size, s
         assert len(set(ids)) == 5 and valid[ids].all() and (group[ids] != group[i]).all()
         allowed = valid & (group != group[i])
         rest = np.setdiff1d(np.flatnonzero(allowed), ids)
-        assert scores[i, rest].max() <= found.rest_R[i] + 1e-5
-        assert found.rest_R[i] <= scores[i, allowed].max() + 1e-3
+        assert scores[i, rest].max() <= found.rest_bound_R[i] + 1e-5
+        assert found.rest_bound_R[i] <= scores[i, allowed].max() + 1e-3
 
 
 def test_a_few_rows_searched_among_many_columns():

@@ -38,8 +38,8 @@ def _groups():
     return (2 * random.integers(0, 40, SIZE) + np.arange(SIZE) % 2).astype(np.int32)
 
 
-def _build(rows, eligible, upkeep):
-    return rf.refresh(rf.nothing(len(rows), upkeep), rows, eligible, upkeep)[0]
+def _build(rows, eligible, config):
+    return rf.refresh(rf.empty_state(len(rows), config), rows, eligible, config)[0]
 
 
 def _closeness(rows, metric):
@@ -65,31 +65,31 @@ def _assert_exact(table, rows, eligible, metric):
 
 
 def _walk(metric, step, updates=12, mesh=None, tile=48, eligible=None):
-    """Follows a random walk: yields (state, effort, rows) after every refresh."""
-    upkeep = rf.Upkeep(K, metric, mesh, tile=tile)
+    """Follows a random walk: yields (state, stats, rows) after every refresh."""
+    config = rf.TableConfig(K, metric, mesh, tile=tile)
     random, rows, eligible = np.random.default_rng(1), _rows(), eligible or _eligible()
-    state = _build(rows, eligible, upkeep)
+    state = _build(rows, eligible, config)
     for _ in range(updates):
         moved = rows + np.float32(step) * random.normal(size=rows.shape).astype(np.float32)
-        state = rf.follow(state, rows, moved, eligible, upkeep)
+        state = rf.add_drift(state, rows, moved, eligible, config)
         rows = moved
-        state, effort = rf.refresh(state, rows, eligible, upkeep)
-        yield state, effort, rows
+        state, stats = rf.refresh(state, rows, eligible, config)
+        yield state, stats, rows
 
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("step, spelled", [(1e-5, False), (1e-3, False), (3e-2, False), (1e-3, True)])
 def test_the_maintained_table_is_a_fresh_one_after_every_update(metric, step, spelled):
-    upkeep, eligible = rf.Upkeep(K, metric), _eligible(spelled)
+    config, eligible = rf.TableConfig(K, metric), _eligible(spelled)
     for state, _, rows in _walk(metric, step, eligible=eligible):
-        _assert_exact(rf.table(state, upkeep), rows, eligible, metric)
+        _assert_exact(rf.table(state, config), rows, eligible, metric)
 
 
 def test_groups_matter_to_these_rows():
     """Without them, many rows have other neighbours."""
-    upkeep = rf.Upkeep(K)
+    config = rf.TableConfig(K)
     apart, whole = (
-        np.asarray(rf.table(_build(_rows(), _eligible(spelled), upkeep), upkeep)) for spelled in (True, False)
+        np.asarray(rf.table(_build(_rows(), _eligible(spelled), config), config)) for spelled in (True, False)
     )
     assert (apart[:, 1] != whole[:, 1]).mean() > 0.2
 
@@ -99,132 +99,132 @@ def test_groups_matter_to_these_rows():
 def test_small_steps_cost_little_and_large_ones_a_full_build(metric, spelled):
     """With groups too: bounds over rows that are not eligible would fail wherever such a one is near."""
     eligible = _eligible(spelled)
-    efforts = [effort for _, effort, _ in _walk(metric, 1e-6, eligible=eligible)]
-    upkeep = rf.Upkeep(K, metric, tile=48)
-    assert np.median([upkeep.cost(e, SIZE) for e in efforts]) < 0.2
-    assert np.median([int(e.rescored) for e in efforts]) < SIZE / 10
-    assert np.median([int(e.searched) for e in efforts]) < SIZE / 20
-    assert not any(bool(e.full) for e in efforts)
-    large = [effort for _, effort, _ in _walk(metric, 1.0, updates=3, eligible=eligible)]
-    assert all(bool(e.full) and upkeep.cost(e, SIZE) >= 1 for e in large)
+    all_stats = [stats for _, stats, _ in _walk(metric, 1e-6, eligible=eligible)]
+    config = rf.TableConfig(K, metric, tile=48)
+    assert np.median([config.cost(e, SIZE) for e in all_stats]) < 0.2
+    assert np.median([int(e.rescored) for e in all_stats]) < SIZE / 10
+    assert np.median([int(e.searched) for e in all_stats]) < SIZE / 20
+    assert not any(bool(e.full) for e in all_stats)
+    large = [stats for _, stats, _ in _walk(metric, 1.0, updates=3, eligible=eligible)]
+    assert all(bool(e.full) and config.cost(e, SIZE) >= 1 for e in large)
 
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("spelled", [False, True])
 def test_every_bound_holds(metric, spelled):
     """No closeness outside the candidates is above outside + moved; none has changed by more than moved."""
-    upkeep = rf.Upkeep(K, metric, spare=3, tile=48)
+    config = rf.TableConfig(K, metric, spare=3, tile=48)
     random, rows, valid, eligible = np.random.default_rng(4), _rows(), _valid(), _eligible(spelled)
     allowed = np.asarray(eligible.pairs(np.arange(SIZE)))
-    state = _build(rows, eligible, upkeep)
+    state = _build(rows, eligible, config)
     start = _closeness(rows, metric)
     for _ in range(6):
         steps = 10.0 ** random.uniform(-6, -2, size=(SIZE, 1))
         moved = (rows + steps * random.normal(size=rows.shape)).astype(np.float32)
-        state, rows = rf.follow(state, rows, moved, eligible, upkeep), moved
-        now, kept = _closeness(rows, metric), jax.tree.map(np.asarray, state.kept)
+        state, rows = rf.add_drift(state, rows, moved, eligible, config), moved
+        now, kept = _closeness(rows, metric), jax.tree.map(np.asarray, state.bounds)
         change = np.abs(now - start)[:, valid].max(1)
-        assert (change <= kept.moved_V).all()
-        assert np.median(kept.moved_V) <= 30 * np.median(change)  # a bound that says something
+        assert (change <= kept.drift_V).all()
+        assert np.median(kept.drift_V) <= 30 * np.median(change)  # a bound that says something
         for i in range(SIZE):
             others = np.setdiff1d(np.flatnonzero(allowed[i]), kept.ids_VC[i])
-            assert now[i, others].max() <= kept.outside_V[i] + kept.moved_V[i]
+            assert now[i, others].max() <= kept.rest_bound_V[i] + kept.drift_V[i]
 
 
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 def test_a_row_that_grows_out_of_nowhere_is_found(metric):
     """A zero row, which turns farther than any other can, comes next to one that did not know it."""
-    upkeep, eligible, rows = rf.Upkeep(K, metric), _eligible(), _rows()
+    config, eligible, rows = rf.TableConfig(K, metric), _eligible(), _rows()
     rows[33] = 0
-    state = _build(rows, eligible, upkeep)
+    state = _build(rows, eligible, config)
     moved = rows.copy()
     moved[33] = 3 * rows[100]
-    state = rf.follow(state, rows, moved, eligible, upkeep)
-    state, effort = rf.refresh(state, moved, eligible, upkeep)
-    _assert_exact(rf.table(state, upkeep), moved, eligible, metric)
-    assert 33 in np.asarray(rf.table(state, upkeep))[100] and int(effort.searched) > 0
+    state = rf.add_drift(state, rows, moved, eligible, config)
+    state, stats = rf.refresh(state, moved, eligible, config)
+    _assert_exact(rf.table(state, config), moved, eligible, metric)
+    assert 33 in np.asarray(rf.table(state, config))[100] and int(stats.searched) > 0
 
 
 @pytest.mark.parametrize("metric", ["l1", "l2"])
 @pytest.mark.parametrize("spare", [1, 3])
 def test_a_gap_that_two_steps_close_is_seen(metric, spare):
     """On a line: the neighbours of row 0 at 1 and 1.1 change places, 0.026 a step each; the rest is far."""
-    upkeep = rf.Upkeep(2, metric, spare=spare)
+    config = rf.TableConfig(2, metric, spare=spare)
     rows = np.array([[0.0], [1.0], [1.1], [30.0], [40.0], [60.0]], np.float32)
     eligible = eligible_rows(6, 2)
-    state = _build(rows, eligible, upkeep)
-    assert rf.table(state, upkeep)[0, 1] == 1
+    state = _build(rows, eligible, config)
+    assert rf.table(state, config)[0, 1] == 1
     step = np.array([[0], [0.026], [-0.026], [0], [0], [0]], np.float32)
     for nearest in (1, 2):
-        state = rf.follow(state, rows, rows + step, eligible, upkeep)
+        state = rf.add_drift(state, rows, rows + step, eligible, config)
         rows = rows + step
-        state, effort = rf.refresh(state, rows, eligible, upkeep)
-        assert rf.table(state, upkeep)[0, 1] == nearest
-        assert (int(effort.rescored) > 0) == (nearest == 2)  # the first step is less than half of the gap
+        state, stats = rf.refresh(state, rows, eligible, config)
+        assert rf.table(state, config)[0, 1] == nearest
+        assert (int(stats.rescored) > 0) == (nearest == 2)  # the first step is less than half of the gap
 
 
 def test_a_matrix_that_was_not_followed_is_built_anew():
-    upkeep, eligible = rf.Upkeep(K), _eligible()
-    state = _build(_rows(), eligible, upkeep)
+    config, eligible = rf.TableConfig(K), _eligible()
+    state = _build(_rows(), eligible, config)
     other = _rows(seed=5)
-    new, effort = rf.refresh(state, other, eligible, upkeep)
-    assert bool(effort.full) and upkeep.cost(effort, SIZE) == 1.0
-    _assert_exact(rf.table(new, upkeep), other, eligible, "cosine")
+    new, stats = rf.refresh(state, other, eligible, config)
+    assert bool(stats.full) and config.cost(stats, SIZE) == 1.0
+    _assert_exact(rf.table(new, config), other, eligible, "cosine")
     later = other + np.float32(1e-6)
-    gap = rf.follow(state, other, later, eligible, upkeep)  # started from another matrix
-    assert np.isinf(np.asarray(gap.kept.moved_V)).all()
-    found, effort = rf.refresh(gap, later, eligible, upkeep)
-    assert bool(effort.full)
-    _assert_exact(rf.table(found, upkeep), later, eligible, "cosine")
+    gap = rf.add_drift(state, other, later, eligible, config)  # started from another matrix
+    assert np.isinf(np.asarray(gap.bounds.drift_V)).all()
+    found, stats = rf.refresh(gap, later, eligible, config)
+    assert bool(stats.full)
+    _assert_exact(rf.table(found, config), later, eligible, "cosine")
 
 
 def test_nothing_is_done_where_nothing_moved():
-    upkeep, eligible, rows = rf.Upkeep(K), _eligible(), _rows()
-    state = rf.follow(_build(rows, eligible, upkeep), rows, rows, eligible, upkeep)
-    again, effort = rf.refresh(state, rows, eligible, upkeep)
-    np.testing.assert_array_equal(again.kept.ids_VC, state.kept.ids_VC)
-    assert int(effort.rescored) < 20 and int(effort.searched) <= int(effort.rescored)
+    config, eligible, rows = rf.TableConfig(K), _eligible(), _rows()
+    state = rf.add_drift(_build(rows, eligible, config), rows, rows, eligible, config)
+    again, stats = rf.refresh(state, rows, eligible, config)
+    np.testing.assert_array_equal(again.bounds.ids_VC, state.bounds.ids_VC)
+    assert int(stats.rescored) < 20 and int(stats.searched) <= int(stats.rescored)
 
 
 @pytest.mark.parametrize("metric", ["cosine", "l1"])
 def test_a_mesh_follows_to_the_same_table(metric):
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    upkeep, eligible = rf.Upkeep(K, metric), _eligible(spelled=True)
+    config, eligible = rf.TableConfig(K, metric), _eligible(spelled=True)
     alone = _walk(metric, 1e-3, updates=3, eligible=eligible)
     split = _walk(metric, 1e-3, updates=3, mesh=mesh, tile=16, eligible=eligible)
     for (a, work_a, rows), (b, work_b, _) in zip(alone, split, strict=True):
-        np.testing.assert_array_equal(rf.table(a, upkeep), rf.table(b, upkeep))
-        _assert_exact(rf.table(b, upkeep), rows, eligible, metric)
+        np.testing.assert_array_equal(rf.table(a, config), rf.table(b, config))
+        _assert_exact(rf.table(b, config), rows, eligible, metric)
         assert abs(int(work_a.rescored) - int(work_b.rescored)) < SIZE / 4
 
 
 def test_any_sharding_has_the_same_mark():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = _rows()
-    marks = {int(jax.jit(rf._mark)(rows))}
+    marks = {int(jax.jit(rf._fingerprint)(rows))}
     for spec in (("x",), (), (None,)):
         placed = jax.device_put(rows, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)))
-        marks.add(int(jax.jit(rf._mark)(placed)))
+        marks.add(int(jax.jit(rf._fingerprint)(placed)))
     swapped = rows.copy()
     swapped[[1, 2]] = swapped[[2, 1]]
-    assert len(marks) == 1 and int(jax.jit(rf._mark)(swapped)) not in marks
+    assert len(marks) == 1 and int(jax.jit(rf._fingerprint)(swapped)) not in marks
 
 
 def test_shapes_are_those_of_a_state():
     for k, size in ((3, SIZE), (1, 30), (3, 8)):
-        upkeep = rf.Upkeep(k)
-        state = _build(_rows(size=SIZE)[:size], eligible_rows(size, k), upkeep)
+        config = rf.TableConfig(k)
+        state = _build(_rows(size=SIZE)[:size], eligible_rows(size, k), config)
         described = jax.tree.map(lambda x: (x.shape, x.dtype), state)
-        assert described == jax.tree.map(lambda x: (x.shape, x.dtype), upkeep.shapes(size))
-        np.testing.assert_array_equal(rf.table(state, upkeep), neighbor_table(_rows()[:size], k))
+        assert described == jax.tree.map(lambda x: (x.shape, x.dtype), config.shapes(size))
+        np.testing.assert_array_equal(rf.table(state, config), neighbor_table(_rows()[:size], k))
 
 
 def test_fewer_valid_rows_than_candidates():
-    upkeep, eligible, rows = rf.Upkeep(K), eligible_rows(SIZE, K, np.arange(SIZE) < 4), _rows()
-    state = _build(rows, eligible, upkeep)
+    config, eligible, rows = rf.TableConfig(K), eligible_rows(SIZE, K, np.arange(SIZE) < 4), _rows()
+    state = _build(rows, eligible, config)
     for _ in range(3):
         moved = rows + np.float32(1e-2) * _rows(seed=8)
-        state = rf.follow(state, rows, moved, eligible, upkeep)
+        state = rf.add_drift(state, rows, moved, eligible, config)
         rows = moved
-        state, _ = rf.refresh(state, rows, eligible, upkeep)
-        _assert_exact(rf.table(state, upkeep), rows, eligible, "cosine")
+        state, _ = rf.refresh(state, rows, eligible, config)
+        _assert_exact(rf.table(state, config), rows, eligible, "cosine")

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 from ngrpo_jax.algo.neighbors import refresh
 from ngrpo_jax.model import decoder
 from ngrpo_jax.run.state import Run, RunState
-from ngrpo_jax.setup.policy import table_upkeep
+from ngrpo_jax.setup.policy import table_config
 
 
 class Serving(NamedTuple):
     """The table of one rollout."""
 
-    state: refresh.Maintained
+    state: refresh.TableState
     table_VC: jax.Array
     age: int  # rollouts that it has served, this one included
     figures: dict[str, float]  # what a refresh has cost; empty where there was none
@@ -31,22 +31,20 @@ def serve(run: Run, state: RunState) -> Serving | None:
     mixing = run.settings.mixing
     if not (mixing.active and run.model_spec.tokenizer_info.mixing.uses_table):
         return None
-    upkeep, table_state = table_upkeep(run.model_spec, run.mesh), state.table
+    config, table_state = table_config(run.model_spec, run.mesh), state.table
     if table_state is not None and state.table_age < mixing.refresh_every:
-        return Serving(table_state, refresh.table(table_state, upkeep), state.table_age + 1, {})
+        return Serving(table_state, refresh.table(table_state, config), state.table_age + 1, {})
     rows_VD = _rows(run, state.train_state.params)
     size = rows_VD.shape[0]
     if table_state is None:
-        table_state = refresh.nothing(size, upkeep)
-    table_state, effort = refresh.refresh(
-        table_state, rows_VD, run.model_spec.tokenizer_info.eligible, upkeep
-    )
+        table_state = refresh.empty_state(size, config)
+    table_state, stats = refresh.refresh(table_state, rows_VD, run.model_spec.tokenizer_info.eligible, config)
     figures = {
-        "table/cost": upkeep.cost(effort, size),
-        "table/rescored": int(effort.rescored) / size,
-        "table/searched": int(effort.searched) / size,
+        "table/cost": config.cost(stats, size),
+        "table/rescored": int(stats.rescored) / size,
+        "table/searched": int(stats.searched) / size,
     }
-    return Serving(table_state, refresh.table(table_state, upkeep), 1, figures)
+    return Serving(table_state, refresh.table(table_state, config), 1, figures)
 
 
 def before_update(run: Run, served: Serving | None, params: Any) -> jax.Array | None:
@@ -56,14 +54,14 @@ def before_update(run: Run, served: Serving | None, params: Any) -> jax.Array | 
 
 def after_update(
     run: Run, served: Serving | None, before_VD: jax.Array | None, params: Any
-) -> refresh.Maintained | None:
+) -> refresh.TableState | None:
     """The same table with bounds that take in what the update from `before_VD` to `params` has moved."""
     if served is None or before_VD is None:
         return None
-    upkeep = table_upkeep(run.model_spec, run.mesh)
+    config = table_config(run.model_spec, run.mesh)
     rows_VD = _rows(run, params)
     return jax.block_until_ready(
-        refresh.follow(served.state, before_VD, rows_VD, run.model_spec.tokenizer_info.eligible, upkeep)
+        refresh.add_drift(served.state, before_VD, rows_VD, run.model_spec.tokenizer_info.eligible, config)
     )
 
 

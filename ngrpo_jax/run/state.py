@@ -14,7 +14,7 @@ from ngrpo_jax.runtime import distributed, mesh
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.settings import Settings
 from ngrpo_jax.setup.model_spec import ModelSpec
-from ngrpo_jax.setup.policy import table_upkeep
+from ngrpo_jax.setup.policy import table_config
 from ngrpo_jax.setup.problems import ProblemSet
 from ngrpo_jax.setup.resume import check_resumable, lasting_settings
 from ngrpo_jax.tasks.datasets import ProblemStream
@@ -41,7 +41,7 @@ class RunState:
 
     step: int
     train_state: update.TrainState
-    table: refresh.Maintained | None  # its bounds hold for the parameters of `state`
+    table: refresh.TableState | None  # its bounds hold for the parameters of `state`
     table_age: int  # rollouts that the table has served
     stream: ProblemStream
     initial_evaluation: dict[str, float]  # held-out figures of the starting model
@@ -59,16 +59,23 @@ def restore(
     host = checkpoints.read_host(step)
     check_resumable(host, step, run.settings, run.workdir)
     wanted = {"train": mesh.shapes_on(abstract, shardings)}
-    if host["table_age"] is not None:
-        upkeep = table_upkeep(run.model_spec, run.mesh)
-        shapes = upkeep.shapes(run.model_spec.config.vocab_size)
+    table = host.get("table")
+    if table is not None:
+        config = table_config(run.model_spec, run.mesh)
+        shapes = config.shapes(run.model_spec.config.vocab_size)
         wanted["table"] = mesh.shapes_on(shapes, jax.tree.map(lambda _: mesh.replicated(run.mesh), shapes))
-    restored, host = checkpoints.restore(step, wanted)
+    # Older checkpoints hold a table in other arrays: it is passed over, and the next refresh builds it anew.
+    restored, host = checkpoints.restore(step, wanted, partial="table" not in host)
     stream.set_state(host["stream"])
     if distributed.process().primary:
         print(f"resumed from step {step} of {run.workdir}.")
     return RunState(
-        step, restored["train"], restored.get("table"), host["table_age"] or 0, stream, host["before"]
+        step,
+        restored["train"],
+        restored.get("table"),
+        0 if table is None else table["age"],
+        stream,
+        host["before"],
     )
 
 
@@ -80,7 +87,7 @@ def save(state: RunState, settings: Settings, checkpoints: Checkpoints, row: dic
     host = {
         "settings": lasting_settings(settings),
         "stream": state.stream.get_state(),
-        "table_age": None if state.table is None else state.table_age,
+        "table": None if state.table is None else {"age": state.table_age},
         "before": state.initial_evaluation,
     }
     scores = None if row is None else {name: row[name] for name in row if name.startswith("eval/")}

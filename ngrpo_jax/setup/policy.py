@@ -239,7 +239,7 @@ def _in_words(stats: engine.Stats) -> str:
     return f"{console.format_count(stats.tokens)} tokens, {rate}, {100 * stats.occupancy:.0f} % of slots busy"
 
 
-def table_upkeep(model_spec: ModelSpec, devices: jax.sharding.Mesh) -> refresh.Upkeep:
+def table_config(model_spec: ModelSpec, devices: jax.sharding.Mesh) -> refresh.TableConfig:
     """How the neighbour table of these settings is made and kept: on all devices."""
     mixing = model_spec.tokenizer_info.mixing
-    return refresh.Upkeep(mixing.k, mixing.metric, devices)
+    return refresh.TableConfig(mixing.k, mixing.metric, devices)

@@ -1,10 +1,10 @@
 """The neighbour table: for each row of an embedding matrix, its nearest other rows.
 
-Owns the exact search: for all rows from nothing (`nearest`), and for a few given ones (`redo`), divided
-over the devices of a mesh. Must not know: tokenizers (which rows may be neighbours arrives as masks),
+Owns the exact search: for all rows from nothing (`nearest`), and for a few given ones (`brute_force`),
+divided over the devices of a mesh. Must not know: tokenizers (which rows may be neighbours arrives as masks),
 mixtures, which of a model's matrices it is given, or that it may change.
 
-Exactness. A matrix product rounds differently from one tile to the next, so it only nominates. The nominees
+Exactness. A matrix product rounds differently from one tile to the next, so it only nominates. The candidates
 are scored again from their rows by one formula and ordered by (score, lower id). A row is done when the score
 of the last wanted one is above everything that was not nominated, by more than rounding can do; the few other
 rows are searched alone, against all rows. There, rows with the same bits share one nomination score, so that
@@ -34,7 +34,7 @@ from ngrpo_jax.algo.neighbors.nearness import METRICS
 SPARE = 17
 TILE = 2048  # rows of a tile: the products run at full speed and two tiles fit into a cache of 32 MiB
 _GROUP = 64  # neighbouring columns whose maximum stands for them in a search for a few rows
-_JUDGED = 2**19  # entries of the gathered nominees that are scored at once: two megabytes, within a cache
+_JUDGED = 2**19  # entries of the gathered candidates that are scored at once: two megabytes, within a cache
 AXIS = "rows"  # the one axis of the mesh that a search runs on
 
 
@@ -42,15 +42,15 @@ class Nearest(NamedTuple):
     """Of R rows: candidates, nearest first, of equals the lower id first.
 
     Where there are no more, the id is -1 and the score -inf. `scores_RC` are those of
-    `nearness.pair_scores`, `outside_R` bounds the closeness of all other eligible rows.
+    `nearness.pair_scores`, `rest_bound_R` bounds the closeness of all other eligible rows.
     """
 
     ids_RC: jax.Array
     scores_RC: jax.Array
-    outside_R: jax.Array
+    rest_bound_R: jax.Array
 
 
-class Field(NamedTuple):
+class SearchIndex(NamedTuple):
     """All rows that a search looks at, as `nearness.comparable_rows` gives them, whole on every device."""
 
     rows_VD: jax.Array
@@ -96,7 +96,7 @@ def neighbor_table(
     if k == 1:
         return jnp.arange(size, dtype=jnp.int32)[:, None]
     count = min(k - 1 + SPARE, size)
-    build = _compiled(count=count, sure=k - 1, metric=metric, tile=tile, mesh=mesh)
+    build = _compiled(count=count, neighbors=k - 1, metric=metric, tile=tile, mesh=mesh)
     return as_table(build(jnp.asarray(embedding_VD), eligible).ids_RC, k)
 
 
@@ -107,7 +107,7 @@ def as_table(ids_VC: jax.Array, k: int) -> jax.Array:
     return jnp.concatenate([own_V1, ids_VC[:, : k - 1]], axis=1)
 
 
-def by_tiles(size: int, count: int, tile: int) -> bool:
+def uses_tiles(size: int, count: int, tile: int) -> bool:
     """Whether all rows are searched by tiles, at half of the products; or each alone, being few."""
     return size >= 4 * tile and count <= tile // 4
 
@@ -144,8 +144,8 @@ def replicate(tree: Any, mesh: Mesh | None) -> Any:
 
 
 @functools.cache
-def _compiled(*, count: int, sure: int, metric: str, tile: int, mesh: Mesh | None) -> Callable:
-    given = functools.partial(nearest, count=count, sure=sure, metric=metric, tile=tile, mesh=mesh)
+def _compiled(*, count: int, neighbors: int, metric: str, tile: int, mesh: Mesh | None) -> Callable:
+    given = functools.partial(nearest, count=count, neighbors=neighbors, metric=metric, tile=tile, mesh=mesh)
     return jax.jit(given)
 
 
@@ -154,56 +154,56 @@ def nearest(
     eligible: Eligible,
     *,
     count: int,
-    sure: int,
+    neighbors: int,
     metric: str,
     tile: int,
     mesh: Mesh | None,
 ) -> Nearest:
-    """`count` candidates of every row, the first `sure` its nearest. Within a compiled program."""
+    """`count` candidates of every row, the first `neighbors` its nearest. Within a compiled program."""
     size = embedding_VD.shape[0]
     parts = 1 if mesh is None else mesh.size
-    if by_tiles(size, count, tile):
+    if uses_tiles(size, count, tile):
         tiling = tiles.make_tiling(size, tile, parts)
         build = functools.partial(_by_tiles, tiling=tiling)
     else:
         build = functools.partial(_one_by_one, chunk=-(-size // parts), batch=max(1, tile // 32))
-    build = functools.partial(build, count=count, sure=sure, metric=metric, parts=parts)
+    build = functools.partial(build, count=count, neighbors=neighbors, metric=metric, parts=parts)
     embedding_VD, eligible = replicate((embedding_VD, eligible), mesh)
     found = divided(build, mesh, whole=2, out=P(AXIS))(embedding_VD, eligible)
     return replicate(Nearest(*(x[:size] for x in found)), mesh)
 
 
-def make_field(
+def make_index(
     embedding_VD: jax.Array, eligible: Eligible, metric: str, first_V: jax.Array | None = None
-) -> Field:
+) -> SearchIndex:
     """What a search over these rows needs to know of them; `first_V` is found where it is not given."""
     if first_V is None:
         first_V = nearness.first_identical(embedding_VD.astype(jnp.float32))
     rows_VD = nearness.comparable_rows(embedding_VD, metric)
     length_V = nearness.lengths(rows_VD, metric)
     longest = jnp.max(jnp.where(eligible.valid_V, length_V, 0.0))
-    return Field(rows_VD, eligible, first_V, length_V, longest)
+    return SearchIndex(rows_VD, eligible, first_V, length_V, longest)
 
 
-def _one_by_one(part, embedding_VD, eligible, *, count, sure, metric, parts, chunk, batch) -> Nearest:
+def _one_by_one(part, embedding_VD, eligible, *, count, neighbors, metric, parts, chunk, batch) -> Nearest:
     """A part's rows, each searched alone: for matrices so small that nothing else pays."""
-    del parts, sure
-    field = make_field(embedding_VD, eligible, metric)
+    del parts, neighbors
+    index = make_index(embedding_VD, eligible, metric)
     empty = Nearest(
         jnp.zeros((chunk, count), jnp.int32), jnp.zeros((chunk, count), jnp.float32), jnp.zeros(chunk)
     )
     everything = jnp.ones(chunk, bool)
-    return redo(field, part * chunk, everything, empty, metric, min(batch, chunk))
+    return search_selected(index, part * chunk, everything, empty, metric, min(batch, chunk))
 
 
-def _by_tiles(part, embedding_VD, eligible, *, count, sure, metric, parts, tiling) -> Nearest:
+def _by_tiles(part, embedding_VD, eligible, *, count, neighbors, metric, parts, tiling) -> Nearest:
     """A part's rows, nominated by tiles, judged, and searched alone where that leaves a doubt."""
-    field = make_field(embedding_VD, eligible, metric)
+    index = make_index(embedding_VD, eligible, metric)
     size = embedding_VD.shape[0]
     own, padding = tiling.blocks // parts, tiling.rows - size
-    padded_VD = jnp.pad(field.rows_VD, ((0, padding), (0, 0)))
+    padded_VD = jnp.pad(index.rows_VD, ((0, padding), (0, 0)))
     padded = jax.tree.map(lambda x: jnp.pad(x, (0, padding)), eligible)
-    of_rows, of_columns = tiles.nominate(padded_VD, padded, part * own, own, count, metric, tiling)
+    of_rows, of_columns = tiles.find_candidates(padded_VD, padded, part * own, own, count, metric, tiling)
     if parts > 1:  # of_columns is about everybody's rows: to each its own, one list from each other part
 
         def deal(x: jax.Array) -> list[jax.Array]:
@@ -211,76 +211,82 @@ def _by_tiles(part, embedding_VD, eligible, *, count, sure, metric, parts, tilin
             return [dealt[i] for i in range(parts)]
 
         columns = [deal(x) for x in of_columns]
-        lists = [of_rows, *(tiles.Nominees(*each) for each in zip(*columns, strict=True))]
+        lists = [of_rows, *(tiles.Candidates(*each) for each in zip(*columns, strict=True))]
     else:
         lists = [of_rows, of_columns]
-    nominees = tiles.merge(lists, tiling)
+    candidates = tiles.merge(lists, tiling)
 
     chunk = own * tiling.tile
     first = part * chunk
-    most = judged_rows(field, count)
+    most = rerank_batch(index, count)
     block = max(b for b in range(1, tiling.tile + 1) if tiling.tile % b == 0 and b <= most)
-    by_block = jax.tree.map(lambda x: x.reshape(-1, block, *x.shape[1:]), nominees)
+    by_block = jax.tree.map(lambda x: x.reshape(-1, block, *x.shape[1:]), candidates)
     ids = (first + jnp.arange(chunk, dtype=jnp.int32)).reshape(-1, block)
-    found = jax.lax.map(lambda given: judge(field, given[0], given[1], metric), (ids, by_block))
+    found = jax.lax.map(lambda given: rerank(index, given[0], given[1], metric), (ids, by_block))
     found = jax.tree.map(lambda x: x.reshape(chunk, *x.shape[2:]), found)
-    rows = within(field, first + jnp.arange(chunk, dtype=jnp.int32))
-    doubtful_R = ~certain(field, rows, found, sure, metric) & (first + jnp.arange(chunk) < size)
-    return redo(field, first, doubtful_R, found, metric, max(1, tiling.tile // 32))
+    rows = clamp_ids(index, first + jnp.arange(chunk, dtype=jnp.int32))
+    doubtful_R = ~is_certified(index, rows, found, neighbors, metric) & (first + jnp.arange(chunk) < size)
+    return search_selected(index, first, doubtful_R, found, metric, max(1, tiling.tile // 32))
 
 
-def judged_rows(field: Field, count: int) -> int:
+def rerank_batch(index: SearchIndex, count: int) -> int:
     """How many rows with so many candidates each are scored at once."""
-    return max(1, _JUDGED // (count * field.rows_VD.shape[1]))
+    return max(1, _JUDGED // (count * index.rows_VD.shape[1]))
 
 
-def within(field: Field, ids_R: jax.Array) -> jax.Array:
+def clamp_ids(index: SearchIndex, ids_R: jax.Array) -> jax.Array:
     """Row numbers, those of padding replaced by the last row's."""
-    return jnp.minimum(ids_R, field.rows_VD.shape[0] - 1)
+    return jnp.minimum(ids_R, index.rows_VD.shape[0] - 1)
 
 
-def judge(field: Field, ids_R: jax.Array, nominees: tiles.Nominees, metric: str) -> Nearest:
-    """Nominees of the rows `ids_R`, scored from their rows and put in order."""
-    ids_R = within(field, ids_R)
-    candidates_RC = jnp.where(jnp.isneginf(nominees.scores_RC), -1, nominees.ids_RC)
-    ids_RC, scores_RC = order(field, ids_R, candidates_RC, metric)
-    error_R = nearness.tile_error(field.length_V[ids_R], field.longest, field.rows_VD.shape[1], metric)
-    return Nearest(ids_RC, scores_RC, nearness.closeness_above(nominees.rest_R, error_R, metric))
+def rerank(index: SearchIndex, ids_R: jax.Array, candidates: tiles.Candidates, metric: str) -> Nearest:
+    """Candidates of the rows `ids_R`, scored from their rows and put in order."""
+    ids_R = clamp_ids(index, ids_R)
+    candidates_RC = jnp.where(jnp.isneginf(candidates.scores_RC), -1, candidates.ids_RC)
+    ids_RC, scores_RC = order(index, ids_R, candidates_RC, metric)
+    error_R = nearness.tile_error(index.length_V[ids_R], index.longest, index.rows_VD.shape[1], metric)
+    return Nearest(ids_RC, scores_RC, nearness.closeness_above(candidates.rest_bound_R, error_R, metric))
 
 
 def order(
-    field: Field, ids_R: jax.Array, candidates_RC: jax.Array, metric: str
+    index: SearchIndex, ids_R: jax.Array, candidates_RC: jax.Array, metric: str
 ) -> tuple[jax.Array, jax.Array]:
     """(ids, scores) of the rows' candidates by (score, lower id); id -1 is no candidate and scores -inf."""
-    scores_RC = nearness.pair_scores(field.rows_VD[ids_R][:, None, :], field.rows_VD[candidates_RC], metric)
+    scores_RC = nearness.pair_scores(index.rows_VD[ids_R][:, None, :], index.rows_VD[candidates_RC], metric)
     scores_RC = jnp.where(candidates_RC >= 0, scores_RC, -jnp.inf)
     falling_RC, ordered_RC = jax.lax.sort((-scores_RC, candidates_RC), dimension=1, num_keys=2)
     return ordered_RC, -falling_RC
 
 
-def certain(field: Field, ids_R: jax.Array, found: Nearest, sure: int, metric: str) -> jax.Array:
-    """bool [R]: no row outside the candidates can be among the `sure` nearest."""
+def is_certified(
+    index: SearchIndex, ids_R: jax.Array, found: Nearest, neighbors: int, metric: str
+) -> jax.Array:
+    """bool [R]: no row outside the candidates can be among the `neighbors` nearest."""
     least_R, error_R = nearness.pair_closeness(
-        found.scores_RC[:, sure - 1], field.length_V[ids_R], field.longest, field.rows_VD.shape[1], metric
+        found.scores_RC[:, neighbors - 1],
+        index.length_V[ids_R],
+        index.longest,
+        index.rows_VD.shape[1],
+        metric,
     )
-    return least_R - error_R > found.outside_R
+    return least_R - error_R > found.rest_bound_R
 
 
-def redo(
-    field: Field, first: jax.Array, wanted_R: jax.Array, found: Nearest, metric: str, batch: int
+def search_selected(
+    index: SearchIndex, first: jax.Array, wanted_R: jax.Array, found: Nearest, metric: str, batch: int
 ) -> Nearest:
     """`found`, of the rows from `first` on, with the marked ones searched alone, `batch` at once."""
     batch = min(batch, wanted_R.shape[0])
     count = found.ids_RC.shape[1]
 
     def again(given: Nearest, places_B: jax.Array) -> Nearest:
-        new = search(field, within(field, first + places_B), count, metric)
+        new = brute_force(index, clamp_ids(index, first + places_B), count, metric)
         return Nearest(*(old.at[places_B].set(x) for old, x in zip(given, new, strict=True)))
 
-    return over_marked(wanted_R, batch, found, again)
+    return scan_selected(wanted_R, batch, found, again)
 
 
-def over_marked(wanted_R: jax.Array, batch: int, start: Any, step: Callable[[Any, jax.Array], Any]) -> Any:
+def scan_selected(wanted_R: jax.Array, batch: int, start: Any, step: Callable[[Any, jax.Array], Any]) -> Any:
     """`step(value, places_B)` over batches of the marked places; the last batch is filled with others."""
     size = wanted_R.shape[0]
     places_R = jnp.argsort(~wanted_R, stable=True).astype(jnp.int32)
@@ -294,13 +300,13 @@ def over_marked(wanted_R: jax.Array, batch: int, start: Any, step: Callable[[Any
     return jax.lax.while_loop(lambda carry: carry[0] < total, body, (jnp.int32(0), start))[1]
 
 
-def search(field: Field, ids_R: jax.Array, count: int, metric: str) -> Nearest:
+def brute_force(index: SearchIndex, ids_R: jax.Array, count: int, metric: str) -> Nearest:
     """The `count` nearest of the rows `ids_R`, each compared with all rows."""
-    scores_RV = nearness.tile_scores(field.rows_VD[ids_R], field.rows_VD, metric)
-    has_twins = jnp.any(field.first_V != jnp.arange(field.first_V.shape[0], dtype=jnp.int32))
-    scores_RV = jax.lax.cond(has_twins, lambda s: jnp.take(s, field.first_V, axis=1), lambda s: s, scores_RV)
-    top_RC, found_RC = _top(jnp.where(field.eligible.pairs(ids_R), scores_RV, -jnp.inf), count)
-    return judge(field, ids_R, tiles.Nominees(top_RC, found_RC, jnp.min(top_RC, axis=1)), metric)
+    scores_RV = nearness.tile_scores(index.rows_VD[ids_R], index.rows_VD, metric)
+    has_twins = jnp.any(index.first_V != jnp.arange(index.first_V.shape[0], dtype=jnp.int32))
+    scores_RV = jax.lax.cond(has_twins, lambda s: jnp.take(s, index.first_V, axis=1), lambda s: s, scores_RV)
+    top_RC, found_RC = _top(jnp.where(index.eligible.pairs(ids_R), scores_RV, -jnp.inf), count)
+    return rerank(index, ids_R, tiles.Candidates(top_RC, found_RC, jnp.min(top_RC, axis=1)), metric)
 
 
 def _top(scores_RV: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:

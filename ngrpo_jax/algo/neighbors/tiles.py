@@ -1,6 +1,6 @@
 """Nominating the nearest rows of every row from half of the score matrix, a tile at a time.
 
-Owns the walk over tiles and what is remembered of each. Must not know how nominees are judged: it returns,
+Owns the walk over tiles and what is remembered of each. Must not know how candidates are judged: it returns,
 for each row, its few best by rounded score and a bound on all that it did not return.
 
 All four scores are symmetric, so a tile of pairs (i, j) serves the rows i and the rows j, and each pair of
@@ -44,12 +44,12 @@ class Tiling(NamedTuple):
         return (1 << (self.rows // self.groups - 1).bit_length()) - 1
 
 
-class Nominees(NamedTuple):
+class Candidates(NamedTuple):
     """Candidates of R rows: best first by packed score, -inf where there are no more."""
 
     scores_RC: jax.Array
     ids_RC: jax.Array
-    rest_R: jax.Array  # at least the score of every eligible row that is no nominee
+    rest_bound_R: jax.Array  # at least the score of every eligible row that is no nominee
 
 
 def make_tiling(size: int, tile: int, devices: int) -> Tiling:
@@ -59,7 +59,7 @@ def make_tiling(size: int, tile: int, devices: int) -> Tiling:
     return Tiling(blocks, groups * -(-size // (blocks * groups)), groups)
 
 
-def nominate(
+def find_candidates(
     rows_VD: jax.Array,
     eligible: Eligible,
     first: jax.Array,
@@ -67,8 +67,8 @@ def nominate(
     count: int,
     metric: str,
     tiling: Tiling,
-) -> tuple[Nominees, Nominees]:
-    """Nominees from the tiles whose first block is one of the `own` from `first` on.
+) -> tuple[Candidates, Candidates]:
+    """Candidates from the tiles whose first block is one of the `own` from `first` on.
 
     Block i meets itself and the blocks after it, half way round: so all blocks have the same work, and blocks
     may be dealt to devices.
@@ -77,7 +77,7 @@ def nominate(
       rows_VD, eligible: padded to `tiling.rows`; padding is not valid.
 
     Returns:
-      nominees of the own blocks' rows among the rows they met, and of all rows among the own blocks' rows.
+      candidates of the own blocks' rows among the rows they met, and of all rows among the own blocks' rows.
     """
     blocks, tile, groups = tiling
     never = jnp.full((tile, groups), NEGATIVE_INFINITY)
@@ -107,7 +107,7 @@ def nominate(
         )
         return by_row, by_column
 
-    def walk(by_column: Best, here: jax.Array) -> tuple[Best, Nominees]:
+    def walk(by_column: Best, here: jax.Array) -> tuple[Best, Candidates]:
         a_TD, mask = block_of((rows_VD, eligible), here)
         scores_TT = jnp.where(jnp.eye(tile, dtype=bool), -jnp.inf, tile_scores(a_TD, a_TD, metric))
         scores_TT = _between_groups(scores_TT, mask, mask)
@@ -115,24 +115,24 @@ def nominate(
         by_row, by_column = jax.lax.fori_loop(
             1, blocks // 2 + 1, lambda step, met: meet(met, here, step), (by_row, by_column)
         )
-        return by_column, _nominees(by_row, count, tiling)
+        return by_column, _candidates(by_row, count, tiling)
 
     nothing = jnp.full((blocks, groups, tile), NEGATIVE_INFINITY)
     by_column, of_rows = jax.lax.scan(walk, (nothing, nothing), first + jnp.arange(own, dtype=jnp.int32))
-    of_columns = jax.lax.map(lambda best: _nominees((best[0].T, best[1].T), count, tiling), by_column)
+    of_columns = jax.lax.map(lambda best: _candidates((best[0].T, best[1].T), count, tiling), by_column)
     flat = functools.partial(jax.tree.map, lambda x: x.reshape(-1, *x.shape[2:]))
     return flat(of_rows), flat(of_columns)
 
 
-def merge(parts: list[Nominees], tiling: Tiling) -> Nominees:
+def merge(parts: list[Candidates], tiling: Tiling) -> Candidates:
     """As many of several lists for the same rows as one of them holds, the best ones."""
     scores_RC = jnp.concatenate([part.scores_RC for part in parts], axis=1)
     ids_RC = jnp.concatenate([part.ids_RC for part in parts], axis=1)
     # The least of what is kept bounds what is not. (No slice of a top_k: on CPU, XLA makes a sort of one.)
     top_RC, place_RC = jax.lax.top_k(scores_RC, parts[0].ids_RC.shape[1])
     dropped_R = unordered(ordered(jnp.min(top_RC, axis=1)) | jnp.int32(tiling.low_bits))
-    rest_R = functools.reduce(jnp.maximum, [part.rest_R for part in parts], dropped_R)
-    return Nominees(top_RC, jnp.take_along_axis(ids_RC, place_RC, axis=1), rest_R)
+    rest_bound_R = functools.reduce(jnp.maximum, [part.rest_bound_R for part in parts], dropped_R)
+    return Candidates(top_RC, jnp.take_along_axis(ids_RC, place_RC, axis=1), rest_bound_R)
 
 
 def _between_groups(scores_TT: jax.Array, a: Eligible, b: Eligible) -> jax.Array:
@@ -162,7 +162,7 @@ def _remember(
     return kept, lost
 
 
-def _nominees(best_RG: Best, count: int, tiling: Tiling) -> Nominees:
+def _candidates(best_RG: Best, count: int, tiling: Tiling) -> Candidates:
     """The best `count` of what rows remember; there are at least as many groups."""
     kept_RG, lost_RG = best_RG
     # Back to floats: of those every backend has a fast top_k and a fast maximum of a row.
@@ -170,5 +170,5 @@ def _nominees(best_RG: Best, count: int, tiling: Tiling) -> Nominees:
     packed_RC = ordered(top_RC)
     low = jnp.int32(tiling.low_bits)
     ids_RC = jnp.where(jnp.isneginf(top_RC), 0, (packed_RC & low) * tiling.groups + group_RC)
-    rest_R = jnp.maximum(jnp.max(unordered(lost_RG), axis=1), jnp.min(top_RC, axis=1))
-    return Nominees(top_RC, ids_RC.astype(jnp.int32), unordered(ordered(rest_R) | low))
+    rest_bound_R = jnp.maximum(jnp.max(unordered(lost_RG), axis=1), jnp.min(top_RC, axis=1))
+    return Candidates(top_RC, ids_RC.astype(jnp.int32), unordered(ordered(rest_bound_R) | low))
