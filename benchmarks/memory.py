@@ -31,19 +31,21 @@ from benchmarks import measure, shapes
 from ngrpo_jax import flags
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.preflight import fit, memory
-from ngrpo_jax.run.neighbor_table import after_update, before_update, serve
-from ngrpo_jax.run.start import prepare
+from ngrpo_jax.run.metrics import Rollout
+from ngrpo_jax.run.neighbor_table import refresh_table
+from ngrpo_jax.run.start import begin
 from ngrpo_jax.run.state import Run, RunState
-from ngrpo_jax.run.step import learn, policy_of
+from ngrpo_jax.run.step import learn, policy_of, roll_out
 from ngrpo_jax.runtime import mesh
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.runtime.console import format_bytes, format_count
 from ngrpo_jax.settings import Settings, resolve
+from ngrpo_jax.setup.learner import make_learner
 from ngrpo_jax.setup.model_spec import ModelSpec
-from ngrpo_jax.setup.policy import training_draws, write_responses
 from ngrpo_jax.setup.problems import ProblemSet
 from ngrpo_jax.setup.tokenizer_info import TokenizerInfo
 from ngrpo_jax.tasks.datasets import Problem
+from ngrpo_jax.tasks.rewards import Counts
 
 ROOT = pathlib.Path(__file__).parent.parent
 GOAL = 0.15
@@ -137,32 +139,26 @@ def _begin(config: ModelConfig, settings: Settings, workdir: pathlib.Path) -> tu
     training = ProblemSet(problems, ids_PT.tolist(), 0)
     devices = mesh.make_mesh(1, 1, 1)
     params = shapes.random_params(config, stacked=True, dtype="float32")
+    learner = make_learner(settings, config, devices)
+    run = Run(settings, workdir, devices, model_spec, training, training, learner)
     with Checkpoints(workdir, model=None, best="") as none:
-        return prepare(settings, workdir, (model_spec, training, training), devices, params, none)
+        return begin(run, params, none)
 
 
 def _step(run: Run, state: RunState) -> tuple[RunState, dict[str, int]]:
     """`run.step.train_step` without grading, in three parts; where it leads, and the peak of each part."""
-    settings, group = run.settings, run.settings.rollout.group
     peaks: dict[str, int] = {}
-    prompts = run.training.prompts
-    served = _counted(peaks, "table", lambda: serve(run, state))
+    table, _ = _counted(peaks, "table", lambda: refresh_table(run, state))
 
     def write() -> Any:
-        policy = policy_of(run, state, served)
-        draws = training_draws(settings)
-        return write_responses(policy, prompts, settings, label="rollout", stream=1, draws=draws)
+        return roll_out(run, policy_of(run, state.train_state.params, table), run.training, step=1)
 
     trajectories = _counted(peaks, "rollout", write)
-    rewards_PG = np.resize([0.0, 1.0], (len(prompts), group))
-
-    def update() -> Any:
-        before_VD = before_update(run, served, state.train_state.params)
-        train_state, _ = learn(run, state.train_state, prompts, trajectories, rewards_PG, {})
-        return train_state, after_update(run, served, before_VD, train_state.params)
-
-    train_state, followed = _counted(peaks, "update", update)
-    return RunState(state.step + 1, train_state, followed, 1, state.stream, {}), peaks
+    rewards_PG = np.resize([0.0, 1.0], (len(run.training.prompts), run.settings.rollout.group))
+    rollout = Rollout(run.training, trajectories, rewards_PG, Counts())
+    work = lambda: learn(run, state.train_state, table, rollout, {})  # noqa: E731
+    train_state, table, _ = _counted(peaks, "update", work)
+    return RunState(state.step + 1, train_state, table, {}), peaks
 
 
 def _counted(peaks: dict[str, int], name: str, work: Callable[[], Any]) -> Any:

@@ -18,7 +18,7 @@ from ngrpo_jax.model import hf
 from ngrpo_jax.preflight import checklist, fit
 from ngrpo_jax.run import summary
 from ngrpo_jax.run.loop import train
-from ngrpo_jax.run.start import compose, prepare
+from ngrpo_jax.run.start import begin, compose
 from ngrpo_jax.runtime import distributed, files, mesh
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.settings import resolve
@@ -45,12 +45,11 @@ def main(argv: Sequence[str]) -> None:
     begun = time.monotonic()
     with Grader(settings.reward.workers, settings.reward.deadline_s, settings.reward.memory_mb) as grader:
         grader.check(settings.reward.kind)
-        model_spec, training, held_out = compose(settings, workdir, devices)
-        params = load_params(model_spec, devices)
-        facts = model_identity(model_spec, params)
-        with Checkpoints(workdir / "checkpoints", model=facts, best=best_key(settings)) as checkpoints:
-            parts = (model_spec, training, held_out)
-            run, state = prepare(settings, workdir, parts, devices, params, checkpoints)
+        run = compose(settings, workdir, devices)
+        params = load_params(run.model_spec, devices)
+        identity = model_identity(run.model_spec, params)
+        with Checkpoints(workdir / "checkpoints", model=identity, best=best_key(settings)) as checkpoints:
+            run, state = begin(run, params, checkpoints)
             del params  # donated
             workdir.mkdir(parents=True, exist_ok=True)
             if process.primary:

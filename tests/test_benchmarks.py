@@ -26,7 +26,7 @@ from ngrpo_jax.settings import resolve
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = ModelConfig("qwen2", 64, 16, 24, 2, 4, 2, 8, tie_embeddings=False)
 # What a bare accelerator machine has not, and what of the project must not be needed there.
-ABSENT = ("ml_collections", "safetensors", "orbax", "transformers", "grain", "tensorflow_datasets")
+ABSENT = ("ml_collections", "safetensors", "orbax", "transformers", "tensorflow_datasets")
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 FOREIGN = ("ngrpo_jax.runtime", "ngrpo_jax.tasks", "ngrpo_jax.commands", "ngrpo_jax.analysis")
 

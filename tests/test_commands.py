@@ -15,7 +15,7 @@ from ngrpo_jax.model import hf
 from ngrpo_jax.report import __main__ as report
 from ngrpo_jax.report import panels
 from ngrpo_jax.run import loop, step
-from ngrpo_jax.run.metrics import reward_figures
+from ngrpo_jax.run.metrics import reward_metrics
 from ngrpo_jax.runtime.metrics import VARYING_GROUPS, read_rows
 from ngrpo_jax.tasks.rewards import Counts
 
@@ -50,25 +50,25 @@ SMALL = {
 }
 
 
-FIGURES = {f"time/{phase}" for phase in ("step", "table", "rollout", "reward", "logprobs", "update")}
-FIGURES |= {f"speed/{name}" for name in ("step_tokens", "rollout_tokens", "reward_tokens")} | {"memory/peak"}
-FIGURES |= {"speed/logprob_tokens", "speed/update_tokens", "rows/fill", "gap/mean", "gap/max", "gap/kl"}
-FIGURES |= {
+METRICS = {f"time/{phase}" for phase in ("step", "table", "rollout", "reward", "logprobs", "update")}
+METRICS |= {f"speed/{name}" for name in ("step_tokens", "rollout_tokens", "reward_tokens")} | {"memory/peak"}
+METRICS |= {"speed/logprob_tokens", "speed/update_tokens", "rows/fill", "gap/mean", "gap/max", "gap/kl"}
+METRICS |= {
     f"learner/{name}" for name in ("clip_low", "clip_high", "dual_clip", "ratio", "ratio_min", "ratio_max")
 }
-FIGURES |= {
+METRICS |= {
     f"learner/{name}" for name in ("loss", "policy_loss", "kl", "entropy", "grad_norm", "update_norm")
 }
 
 
-def _argv(workdir, *flags, **changes):
+def _argv(workdir, *more, **changes):
     settings = SMALL | {name.replace("__", "."): value for name, value in changes.items()}
     overrides = [f"--config.{name}={value}" for name, value in settings.items()]
-    return ["command", f"--config={TINY}", f"--workdir={workdir}", *overrides, *flags]
+    return ["command", f"--config={TINY}", f"--workdir={workdir}", *overrides, *more]
 
 
-def _run(command, workdir, *flags, **changes):
-    run_command(command.main, _argv(workdir, *flags, **changes))
+def _run(command, workdir, *more, **changes):
+    run_command(command.main, _argv(workdir, *more, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +101,10 @@ def test_a_run_stopped_and_resumed_ends_as_one_that_was_not(finished, tmp_path, 
     assert json.loads((workdir / "summary.json").read_text())["steps"] == 4
     whole_step = loop.train_step
 
-    def stops_in_step_nine(run, position, grader):
-        if position.step == 8:
+    def stops_in_step_nine(run, state, grader):
+        if state.step == 8:
             raise KeyboardInterrupt
-        return whole_step(run, position, grader)
+        return whole_step(run, state, grader)
 
     monkeypatch.setattr(loop, "train_step", stops_in_step_nine)
     with pytest.raises(SystemExit) as stopped:
@@ -139,7 +139,7 @@ def test_training_changes_the_parameters_and_writes_its_summary(finished):
     assert pathlib.Path(summary["checkpoint"]).is_dir() and pathlib.Path(summary["export"]).is_dir()
     rows = read_rows(finished / "metrics.jsonl")
     assert all(row["gap/max"] < 1e-4 for row in rows)
-    assert all(row.keys() >= FIGURES for row in rows)
+    assert all(row.keys() >= METRICS for row in rows)
     assert 0.1 < np.mean([row["rollout/mixed_fraction"] for row in rows]) < 0.9
     assert [row["step"] for row in rows if "eval/mean_at_n" in row] == [6, 12]
     assert all(row["speed/verdicts"] > 0 and row["reward/no_verdict"] == 0 for row in rows)
@@ -170,11 +170,11 @@ def test_the_report_has_a_place_for_all_that_a_run_writes_and_for_nothing_else(f
     assert last.title != panels.REST_TITLE, last.panels
 
 
-def test_figures_of_rewards_and_their_grading():
+def test_metrics_of_rewards_and_their_grading():
     graded = Counts(graded=8, timeouts=1, failures=1, seconds=2.0)
-    figures = reward_figures(np.array([[1.0, 0.0], [1.0, 1.0]], np.float32), graded)
-    assert figures["reward/mean"] == 0.75 and figures["groups/zero_variance"] == 0.5
-    assert figures["speed/verdicts"] == 4.0 and figures["reward/no_verdict"] == 0.25
+    metrics = reward_metrics(np.array([[1.0, 0.0], [1.0, 1.0]], np.float32), graded)
+    assert metrics["reward/mean"] == 0.75 and metrics["groups/zero_variance"] == 0.5
+    assert metrics["speed/verdicts"] == 4.0 and metrics["reward/no_verdict"] == 0.25
 
 
 def test_both_the_latest_and_the_best_by_the_chosen_metric_are_kept_and_told(tmp_path, capsys):
@@ -322,10 +322,10 @@ BROKEN_MODELS = {
 }
 
 
-def _refused(capsys, workdir, *flags, **changes):
+def _refused(capsys, workdir, *more, **changes):
     """The one line that a refused training run prints."""
     with pytest.raises(SystemExit) as refusal:
-        _run(train, workdir, *flags, **changes)
+        _run(train, workdir, *more, **changes)
     assert refusal.value.code == 2
     lines = [line for line in capsys.readouterr().err.split("\n") if line]
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
@@ -334,10 +334,10 @@ def _refused(capsys, workdir, *flags, **changes):
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_bad_input_is_one_sentence_and_leaves_the_workdir_alone(name, tmp_path, capsys):
-    flags, changes, culprit = REFUSALS[name]
+    more, changes, culprit = REFUSALS[name]
     changes = {k: v(tmp_path) if callable(v) else v for k, v in changes.items()}
     workdir = tmp_path / "workdir"
-    assert culprit in _refused(capsys, workdir, *flags, **changes)
+    assert culprit in _refused(capsys, workdir, *more, **changes)
     assert not workdir.exists()
 
 
@@ -370,8 +370,8 @@ def test_numbers_that_are_not_finite_end_a_run_in_one_sentence(finished, tmp_pat
     learn = step.learn
 
     def diverges(*arguments):
-        state, figures = learn(*arguments)
-        return state, figures | {"learner/grad_norm": float("nan")}
+        train_state, table, metrics = learn(*arguments)
+        return train_state, table, metrics | {"learner/grad_norm": float("nan")}
 
     with monkeypatch.context() as patch:
         patch.setattr(step, "learn", diverges)

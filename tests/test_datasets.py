@@ -1,5 +1,6 @@
-"""Problems from every source, mistakes named by their place, and a stream that resumes exactly."""
+"""Problems from every source, mistakes named by their place, and the order of problems in training."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -10,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from ngrpo_jax.errors import UserError
-from ngrpo_jax.tasks.datasets import Problem, ProblemStream, load_problems
+from ngrpo_jax.tasks.datasets import Problem, fingerprint, load_problems, problem_order
 
 ROWS = [{"problem": "1+1?", "answer": "2"}, {"id": "b", "problem": "Is 3 odd?\u2028Say.", "answer": "yes"}]
 PROBLEMS = [Problem("row-1", "1+1?", "2"), Problem("b", "Is 3 odd?\u2028Say.", "yes")]
@@ -216,75 +217,44 @@ def test_a_source_that_is_none_is_named(source, message):
         load(source)
 
 
-# The stream
+# The order of problems in training
 
 
-def numbered(count):
-    return [Problem(str(i), f"problem {i}", str(i)) for i in range(count)]
+def order(steps, **changes):
+    """The indices that steps 1.. take, one after another."""
+    arguments = {"count": 10, "seed": 3, "batch": 4} | changes
+    count = arguments.pop("count")
+    return [i for step in range(1, steps + 1) for i in problem_order(count, step=step, **arguments).tolist()]
 
 
-def stream(**changes):
-    return ProblemStream(numbered(10), **({"batch": 4, "seed": 3} | changes))
-
-
-def draw(problems, batches):
-    """The ids of so many batches, one after another."""
-    return [problem.id for _ in range(batches) for problem in next(problems)]
-
-
-def test_each_epoch_holds_every_problem_once_in_a_new_order():
-    drawn = draw(stream(), 10)  # batches of 4 straddle the epochs of 10
-    epochs = [drawn[i : i + 10] for i in range(0, 40, 10)]
-    assert all(sorted(epoch, key=int) == [str(i) for i in range(10)] for epoch in epochs)
+def test_each_epoch_holds_every_problem_once_in_an_order_of_its_own():
+    taken = order(10)  # batches of 4 run on across the ends of epochs of 10
+    epochs = [taken[i : i + 10] for i in range(0, 40, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
-def test_the_seed_alone_decides_the_order():
-    assert draw(stream(), 8) == draw(stream(), 8) != draw(stream(seed=4), 8)
-    assert draw(stream(), 6) == draw(stream(batch=6), 4)
+def test_a_batch_may_hold_several_epochs():
+    assert order(1, count=3, batch=10) == order(10, count=3, batch=1)
 
 
-@pytest.mark.parametrize("before", [0, 1, 4, 5, 11])
-def test_a_state_continues_exactly_where_it_was_taken(before):
-    first, resumed = stream(), stream()
-    draw(first, before)
-    state = json.loads(json.dumps(first.get_state()))
-    expected = draw(first, 7)
-    draw(resumed, 2)
-    resumed.set_state(state)
-    assert draw(resumed, 7) == expected
+def test_seed_and_step_alone_decide_the_order():
+    assert problem_order(10, seed=3, step=7, batch=4).tolist() == order(7)[-4:]
+    assert order(6) == order(4, batch=6) != order(4, batch=6, seed=4)
 
 
-def test_hosts_share_one_order():
-    whole = draw(stream(batch=6), 5)
-    parts = [draw(stream(batch=2, host=host, hosts=3), 5) for host in range(3)]
-    assert [parts[i % 3][i // 3] for i in range(30)] == whole
+def test_the_order_of_a_seed_is_pinned():
+    """A resumed run goes on in this order: no release of NumPy and no change of ours may alter it."""
+    assert order(5) == [6, 1, 8, 5, 2, 7, 9, 4, 3, 0, 9, 7, 8, 3, 5, 6, 4, 0, 2, 1]
 
 
-def test_a_state_goes_over_to_another_number_of_hosts():
-    alone = stream(batch=6)
-    draw(alone, 3)
-    parts = [stream(batch=2, host=host, hosts=3) for host in range(3)]
-    for part in parts:
-        part.set_state(alone.get_state())
-        assert part.get_state() == alone.get_state()
-    drawn = [draw(part, 1) for part in parts]
-    assert [drawn[i % 3][i // 3] for i in range(6)] == draw(alone, 1)
-
-
-def test_a_state_of_other_problems_another_seed_or_another_batch_is_refused():
-    first = stream()
-    draw(first, 1)
-    for other in (ProblemStream(numbered(11), batch=4, seed=3), stream(seed=5)):
-        with pytest.raises(ValueError, match="have changed since the checkpoint was written"):
-            other.set_state(first.get_state())
-    with pytest.raises(ValueError, match="after 4 problems, no whole number of batches of 3"):
-        stream(batch=3).set_state(first.get_state())
-
-
-@pytest.mark.parametrize("arguments", [{"batch": 0}, {"batch": 1, "host": 2, "hosts": 2}])
-def test_a_stream_out_of_range_is_refused(arguments):
-    with pytest.raises(ValueError, match="a stream needs"):
-        ProblemStream(numbered(3), seed=0, **arguments)
-    with pytest.raises(ValueError, match="at least one problem"):
-        ProblemStream([], batch=1, seed=0)
+def test_the_fingerprint_differs_with_every_change_of_problems_order_or_seed():
+    changed = [
+        PROBLEMS[::-1],
+        PROBLEMS[:1],
+        [PROBLEMS[0], dataclasses.replace(PROBLEMS[1], answer="no")],
+        [PROBLEMS[0], dataclasses.replace(PROBLEMS[1], problem="Is 3 odd? Say.")],
+        [PROBLEMS[0], dataclasses.replace(PROBLEMS[1], id="c")],
+    ]
+    found = {fingerprint(PROBLEMS, 0), fingerprint(PROBLEMS, 1), *(fingerprint(one, 0) for one in changed)}
+    assert len(found) == 7 and fingerprint(list(PROBLEMS), 0) in found

@@ -16,7 +16,7 @@ from ngrpo_jax.algo.mixture import Mixing
 from ngrpo_jax.algo.neighbors import neighbor_table, refresh
 from ngrpo_jax.algo.neighbors.eligibility import eligible_rows
 from ngrpo_jax.run import loop
-from ngrpo_jax.run.neighbor_table import after_update, before_update, serve, table_config
+from ngrpo_jax.run.neighbor_table import add_drift, copy_rows, neighbors, refresh_table, table_config
 from ngrpo_jax.run.state import RunState, save
 from ngrpo_jax.runtime import mesh
 
@@ -26,9 +26,9 @@ def test_a_resumed_run_has_the_same_table_and_bounds_bit_by_bit(tmp_path, monkey
     whole, resumed, saved = tmp_path / "whole", tmp_path / "resumed", {}
 
     def saves_in(workdir):
-        def save_and_keep(state, settings, checkpoints, row):
-            save(state, settings, checkpoints, row)
-            saved[workdir, state.step] = jax.device_get(state.table), state.table_age
+        def save_and_keep(state, run, checkpoints, row):
+            save(state, run, checkpoints, row)
+            saved[workdir, state.step] = jax.device_get(state.table)
             if workdir == whole and state.step == 2:
                 checkpoints.wait()
                 shutil.copytree(whole, resumed)
@@ -41,12 +41,12 @@ def test_a_resumed_run_has_the_same_table_and_bounds_bit_by_bit(tmp_path, monkey
         monkeypatch.setattr(loop, "save", saves_in(workdir))
         _run(train, workdir, **changes, **spelled)
     assert "resumed from step 2" in capsys.readouterr().out
-    train_state, age = saved[whole, 2]
-    assert age == 2 and 0 < train_state.bounds.drift_V.max() < np.inf
-    for step, expected_age in ((4, 1), (5, 2)):
-        (ours, our_age), (theirs, their_age) = saved[resumed, step], saved[whole, step]
-        assert our_age == their_age == expected_age
-        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    table = saved[whole, 2]
+    assert table.age == 2 and 0 < table.state.bounds.drift_V.max() < np.inf
+    for step, age in ((4, 1), (5, 2)):
+        ours, theirs = saved[resumed, step], saved[whole, step]
+        assert ours.age == theirs.age == age
+        jax.tree.map(np.testing.assert_array_equal, ours.state, theirs.state)
     rows = _timeless(resumed / "metrics.jsonl")
     assert rows == _timeless(whole / "metrics.jsonl")
     costs = [row.get("table/cost") for row in rows]
@@ -64,11 +64,11 @@ def _fake_run(config, params, strategy="neighbor", model_spec="embedding", refre
     of_model = types.SimpleNamespace(config=config, tokenizer_info=tokenizer_info)
     devices = devices or mesh.make_mesh(1, 1, 1, jax.devices()[:1])
     run = types.SimpleNamespace(settings=settings, model_spec=of_model, mesh=devices)
-    return run, _position(params, None, 0)
+    return run, _state(params, None)
 
 
-def _position(params, train_state, age):
-    return RunState(0, types.SimpleNamespace(params=params), train_state, age, None, {})
+def _state(params, table):
+    return RunState(0, types.SimpleNamespace(params=params), table, {})
 
 
 @pytest.mark.parametrize("model_spec", ["embedding", "head"])
@@ -87,14 +87,13 @@ def test_a_run_keeps_the_table_of_the_matrix_that_its_settings_name(model_spec, 
     programs = [refresh._program(work, config) for work in (refresh._refresh, refresh._add_drift)]
     before = [program._cache_size() for program in programs]
     for _ in range(3):
-        served = serve(run, state)
-        costs.append(served.figures["table/cost"])
+        table, metrics = refresh_table(run, state)
+        costs.append(metrics["table/cost"])
         rows = params["embed"]["embedding"] if model_spec == "embedding" else params["head"]["rows"]
-        np.testing.assert_array_equal(served.table_VC, neighbor_table(np.asarray(rows), 3))
-        rows_VD = before_update(run, served, params)
+        np.testing.assert_array_equal(neighbors(run, table), neighbor_table(np.asarray(rows), 3))
+        before_VD = copy_rows(run, table, params)
         params = update(params)
-        train_state = after_update(run, served, rows_VD, params)
-        state = _position(params, train_state, served.age)
+        state = _state(params, add_drift(run, table, before_VD, params))
     assert costs[0] == 1.0 and max(costs[1:]) < 1.0
     counts = [program._cache_size() for program in programs]
     assert all(now - then <= 1 for now, then in zip(counts, before, strict=True)), "compiled again"
@@ -106,12 +105,12 @@ def test_between_refreshes_the_table_is_the_old_one_and_its_bounds_go_on():
     run, state = _fake_run(config, params, refresh_every=2)
     ages, tables = [], []
     for _ in range(4):
-        served = serve(run, state)
-        ages.append((served.age, bool(served.figures)))
-        tables.append(np.asarray(served.table_VC))
-        before = before_update(run, served, params)
+        table, metrics = refresh_table(run, state)
+        ages.append((table.age, bool(metrics)))
+        tables.append(np.asarray(neighbors(run, table)))
+        before_VD = copy_rows(run, table, params)
         params = jax.tree.map(lambda x: x + 0.3 * jnp.sin(1e3 * x), params)
-        state = _position(params, after_update(run, served, before, params), served.age)
+        state = _state(params, add_drift(run, table, before_VD, params))
     assert ages == [(1, True), (2, False), (1, True), (2, False)]
     assert (tables[0] == tables[1]).all() and (tables[2] == tables[3]).all()
     assert (tables[1] != tables[2]).any()
@@ -121,6 +120,5 @@ def test_between_refreshes_the_table_is_the_old_one_and_its_bounds_go_on():
 def test_strategies_without_a_table_keep_and_copy_nothing(strategy):
     config = CONFIGS["qwen2_tied"]
     run, state = _fake_run(config, {}, strategy=strategy)
-    served = serve(run, state)
-    assert served is None
-    assert before_update(run, served, {}) is None and after_update(run, served, None, {}) is None
+    assert refresh_table(run, state) == (None, {}) and neighbors(run, None) is None
+    assert copy_rows(run, None, {}) is None and add_drift(run, None, None, {}) is None

@@ -9,9 +9,11 @@ import pytest
 from configs import base
 from ngrpo_jax.model import decoder
 from ngrpo_jax.model.config import ModelConfig
-from ngrpo_jax.run.start import prepare
+from ngrpo_jax.run.start import begin
+from ngrpo_jax.run.state import Run
 from ngrpo_jax.runtime import mesh as meshes
 from ngrpo_jax.settings import resolve
+from ngrpo_jax.setup.learner import make_learner
 from ngrpo_jax.setup.model_spec import ModelSpec
 from ngrpo_jax.setup.problems import ProblemSet
 from ngrpo_jax.setup.resume import check_resumable, lasting_settings
@@ -29,9 +31,10 @@ def test_the_reference_is_a_sharded_copy_in_the_compute_dtype_and_none_without_k
     shardings = meshes.param_shardings(mesh, decoder.parameter_shapes(CONFIG))
     params = jax.device_put(decoder.init(jax.random.key(0), CONFIG), shardings)
     problems = ProblemSet([Problem("1", "1+1", "2")], [[1, 2]], 0)
-    parts = (ModelSpec("nowhere", CONFIG, None), problems, problems)
+    settings, spec = resolve(config), ModelSpec("nowhere", CONFIG, None)
+    learner = make_learner(settings, CONFIG, mesh)
     fresh = types.SimpleNamespace(latest_step=lambda: None)
-    run, state = prepare(resolve(config), tmp_path, parts, mesh, params, fresh)
+    run, state = begin(Run(settings, tmp_path, mesh, spec, problems, problems, learner), params, fresh)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.train_state.params)} == {jnp.dtype("float32")}
     if kl_coef == 0:
         assert run.reference is None

@@ -13,7 +13,7 @@ import jax
 from ngrpo_jax.errors import Preempted
 from ngrpo_jax.evaluation.answering import evaluate_set
 from ngrpo_jax.run import summary
-from ngrpo_jax.run.neighbor_table import serve
+from ngrpo_jax.run.neighbor_table import refresh_table
 from ngrpo_jax.run.state import Run, RunState, save
 from ngrpo_jax.run.step import policy_of, train_step
 from ngrpo_jax.runtime import console, distributed, ending, metrics
@@ -59,7 +59,7 @@ def train(run: Run, state: RunState, grader: Grader, checkpoints: Checkpoints, b
             samples.write(rows)
             stop = max(distributed.allgather("signals", signals.received))
             if last or scheduled or state.step % settings.checkpoint.every == 0 or stop:
-                save(state, settings, checkpoints, row if scheduled else None)
+                save(state, run, checkpoints, row if scheduled else None)
             pace = (time.monotonic() - clock) / (state.step - began_at)
             if process.primary:
                 print(summary.step_line(state.step, row, settings.train.steps, pace), flush=True)
@@ -73,7 +73,7 @@ def train(run: Run, state: RunState, grader: Grader, checkpoints: Checkpoints, b
 def compile_rollouts(run: Run, state: RunState) -> None:
     """Compiles the rollouts of training and evaluation for all sizes, and says how long it took."""
     settings = run.settings
-    policy = policy_of(run, state, None)
+    policy = policy_of(run, state.train_state.params, None)
     draws = (training_draws(settings), evaluation_draws(settings))
     seconds = sum(compile_ahead(policy, settings, one) for one in draws)
     if distributed.process().primary:
@@ -83,8 +83,9 @@ def compile_rollouts(run: Run, state: RunState) -> None:
 def evaluate(run: Run, state: RunState, grader: Grader, label: str) -> dict[str, float]:
     """Held-out figures of the current parameters."""
     settings = run.settings
-    served = serve(run, state) if settings.eval.mixing else None
-    return evaluate_set(policy_of(run, state, served), run.held_out, settings, grader, label=label)
+    table = refresh_table(run, state)[0] if settings.eval.mixing else None
+    policy = policy_of(run, state.train_state.params, table)
+    return evaluate_set(policy, run.held_out, settings, grader, label=label)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""The start of a run: settings -> everything that a run needs, checked in order, and its first state.
+"""The start of a run: settings -> a checked run, then its first or restored state.
 
-Whatever can be wrong is found before anything is written, and each refusal is one sentence. The one thing
-that is written here is a warm start, after every other check.
+Owns the order of the checks: whatever can be wrong is found before anything is written, and each refusal is
+one sentence. Only a warm start is written here, after every other check. Must not know what a step does.
 """
 
 from __future__ import annotations
@@ -24,22 +24,17 @@ from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.settings import Settings
 from ngrpo_jax.setup.learner import attention_name, make_learner
 from ngrpo_jax.setup.model_spec import ModelSpec, locate_model
-from ngrpo_jax.setup.problems import ProblemSet, load_set
+from ngrpo_jax.setup.problems import load_set
 from ngrpo_jax.setup.tokenizer_info import make_tokenizer_info
 from ngrpo_jax.setup.warm_start import warm_start, warm_start_config
 from ngrpo_jax.tasks import arithmetic, prompts
-from ngrpo_jax.tasks.datasets import ProblemStream
 
 
-def compose(
-    settings: Settings, workdir: pathlib.Path, devices: jax.sharding.Mesh
-) -> tuple[ModelSpec, ProblemSet, ProblemSet]:
-    """The model, the training problems and the held-out ones; no weights are read yet, for they take longest.
+def compose(settings: Settings, workdir: pathlib.Path, devices: jax.sharding.Mesh) -> Run:
+    """The run with these settings, checked, before any weight is read or compiled.
 
-    Nor are they fetched from the hub before everything else is known to be right.
-
-    With model.path "warm-start" and none made yet, the model is trained here, into WORKDIR/warm_start, and
-    that is the only thing that is written; of several processes the first one does it, and the others wait.
+    Weights are fetched from the hub after every check. With model.path "warm-start" and no model in the
+    workdir yet, the first process trains one into WORKDIR/warm_start while the others wait.
     """
     directory = locate_model(settings, workdir, weights=False)
     made = directory.is_dir()
@@ -50,9 +45,7 @@ def compose(
         config = hf.read_config(directory) if made else warm_start_config(settings.warm_start, tokenizer)
         config = dataclasses.replace(config, dtype=settings.model.dtype)
         tokenizer_info = make_tokenizer_info(tokenizer, config, settings)
-        mesh.param_shardings(
-            devices, decoder.parameter_shapes(config)
-        )  # refuses axes that do not divide the model
+        mesh.param_shardings(devices, decoder.parameter_shapes(config))  # refuses axes that do not divide it
         attention_name(settings)
         check_offload(settings)
         check_positions(settings, config)
@@ -61,57 +54,43 @@ def compose(
         capacity.check_workdir(workdir, 0 if begun else memory.checkpoint_bytes(config, kept=2))
         training = load_set(settings, tokenizer, "train")
         held_out = load_set(settings, tokenizer, "test")
-        process = distributed.process()
         if made:
             directory = locate_model(settings, workdir)
-        elif process.primary:
+        elif distributed.process().primary:
             warm_start(settings, config, tokenizer, training.problems, training.prompts, folder, directory)
         distributed.allgather("the starting model is there", None)
-    return ModelSpec(str(directory), config, tokenizer_info), training, held_out
+    return Run(
+        settings,
+        workdir,
+        devices,
+        ModelSpec(str(directory), config, tokenizer_info),
+        training,
+        held_out,
+        make_learner(settings, config, devices),
+    )
 
 
-def prepare(
-    settings: Settings,
-    workdir: pathlib.Path,
-    parts: tuple[ModelSpec, ProblemSet, ProblemSet],
-    devices: jax.sharding.Mesh,
-    params: Any,
-    checkpoints: Checkpoints,
-) -> tuple[Run, RunState]:
-    """The run, and its state: that of the latest checkpoint, or the start. Compiles no program of a step.
+def begin(run: Run, params: Any, checkpoints: Checkpoints) -> tuple[Run, RunState]:
+    """The run with its reference model, and its state: that of the latest checkpoint, or the first.
 
     Args:
-      params: the starting model's, on the mesh; donated.
+      params: the starting model's, float32, on the mesh; donated.
     """
-    model_spec, training, held_out = parts
-    programs, optimizer, abstract, shardings = make_learner(settings, model_spec.config, devices)
-    reference = None
-    if settings.objective.kl_coef > 0:
+    if run.settings.objective.kl_coef > 0:
         # A copy, even where the dtype is the same: the learner donates its own parameters at every step.
-        copy = jax.tree.map(lambda leaf: jnp.array(leaf, model_spec.config.dtype, copy=True), params)
-        reference = programs.reference.store(copy)
-    process = distributed.process()
-    stream = ProblemStream(
-        training.problems,
-        batch=settings.rollout.prompts // process.count,
-        seed=settings.seed,
-        host=process.index,
-        hosts=process.count,
-    )
-    prompt_of = {p.id: ids for p, ids in zip(training.problems, training.prompts, strict=True)}
-    run = Run(settings, workdir, model_spec, training, held_out, devices, programs, reference, prompt_of)
+        dtype = run.model_spec.config.dtype
+        copy = jax.tree.map(lambda leaf: jnp.array(leaf, dtype, copy=True), params)
+        run = dataclasses.replace(run, reference=run.learner.programs.reference.store(copy))
     step = checkpoints.latest_step()
-    if step is None:
-        train_state = _initial_state(params, optimizer, shardings)
-        state = RunState(0, train_state, None, 0, stream, {})
-    else:
-        state = restore(run, checkpoints, step, abstract, shardings, stream)
-    train_state = state.train_state._replace(opt_state=programs.optimizer.store(state.train_state.opt_state))
-    return run, dataclasses.replace(state, train_state=train_state)
+    state = _first_state(run, params) if step is None else restore(run, checkpoints, step)
+    opt_state = run.learner.programs.optimizer.store(state.train_state.opt_state)
+    return run, dataclasses.replace(state, train_state=state.train_state._replace(opt_state=opt_state))
 
 
-def _initial_state(params: Any, optimizer: Any, shardings: update.TrainState) -> update.TrainState:
-    start = jax.jit(
-        lambda params: update.init_state(params, optimizer), out_shardings=shardings, donate_argnums=0
+def _first_state(run: Run, params: Any) -> RunState:
+    init = jax.jit(
+        lambda params: update.init_state(params, run.learner.optimizer),
+        out_shardings=run.learner.shardings,
+        donate_argnums=0,
     )
-    return start(params)
+    return RunState(0, init(params), None, {})

@@ -1,10 +1,13 @@
-"""A run: what no step changes, its state after a step, and how that state is saved and restored."""
+"""A training run: what no step changes, its state after a step, and how a checkpoint holds that state.
+
+Owns what a checkpoint stores and when a run may be resumed from one. Must not know what a step computes.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -13,11 +16,12 @@ from ngrpo_jax.learner import update
 from ngrpo_jax.runtime import distributed, mesh
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.settings import Settings
+from ngrpo_jax.setup.learner import Learner
 from ngrpo_jax.setup.model_spec import ModelSpec
 from ngrpo_jax.setup.policy import table_config
 from ngrpo_jax.setup.problems import ProblemSet
 from ngrpo_jax.setup.resume import check_resumable, lasting_settings
-from ngrpo_jax.tasks.datasets import ProblemStream
+from ngrpo_jax.tasks.datasets import fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,69 +30,78 @@ class Run:
 
     settings: Settings
     workdir: pathlib.Path
+    mesh: jax.sharding.Mesh
     model_spec: ModelSpec
     training: ProblemSet
     held_out: ProblemSet
-    mesh: jax.sharding.Mesh
-    programs: update.Programs
-    reference: Any  # parameters of the KL term; None where kl_coef is 0
-    prompt_of: dict[str, list[int]]
+    learner: Learner
+    reference: Any = None  # parameters of the KL term; None before `start.begin`, and where kl_coef is 0
+
+
+class Table(NamedTuple):
+    """The neighbour table of a run, with the bounds by which it is refreshed (algo/neighbors/refresh.py)."""
+
+    state: refresh.TableState
+    age: int  # rollouts that have used it since it was last refreshed
 
 
 @dataclasses.dataclass(frozen=True)
 class RunState:
-    """Where a run stands: with `Run`, all that its future depends on."""
+    """The state of a run after a step: with `Run`, all that its further steps depend on."""
 
     step: int
     train_state: update.TrainState
-    table: refresh.TableState | None  # its bounds hold for the parameters of `state`
-    table_age: int  # rollouts that the table has served
-    stream: ProblemStream
-    initial_evaluation: dict[str, float]  # held-out figures of the starting model
+    table: Table | None  # its bounds hold for the parameters of `train_state`; None before the first rollout
+    initial_evaluation: dict[str, float]  # held-out metrics of the starting model; empty until they are taken
 
 
-def restore(
-    run: Run,
-    checkpoints: Checkpoints,
-    step: int,
-    abstract: update.TrainState,
-    shardings: update.TrainState,
-    stream: ProblemStream,
-) -> RunState:
-    """The state that a checkpoint holds; ValueError where it is of a run with other settings."""
-    host = checkpoints.read_host(step)
-    check_resumable(host, step, run.settings, run.workdir)
-    wanted = {"train": mesh.shapes_on(abstract, shardings)}
-    table = host.get("table")
-    if table is not None:
-        config = table_config(run.model_spec, run.mesh)
-        shapes = config.shapes(run.model_spec.config.vocab_size)
-        wanted["table"] = mesh.shapes_on(shapes, jax.tree.map(lambda _: mesh.replicated(run.mesh), shapes))
-    # Older checkpoints hold a table in other arrays: it is passed over, and the next refresh builds it anew.
-    restored, host = checkpoints.restore(step, wanted, partial="table" not in host)
-    stream.set_state(host["stream"])
-    if distributed.process().primary:
-        print(f"resumed from step {step} of {run.workdir}.")
-    return RunState(
-        step,
-        restored["train"],
-        restored.get("table"),
-        0 if table is None else table["age"],
-        stream,
-        host["before"],
-    )
+def save(state: RunState, run: Run, checkpoints: Checkpoints, row: dict[str, float] | None) -> None:
+    """Starts to write a checkpoint of `state`.
 
-
-def save(state: RunState, settings: Settings, checkpoints: Checkpoints, row: dict[str, float] | None) -> None:
-    """Everything that the rest of the run depends on."""
+    Args:
+      row: the step's row of metrics.jsonl where the step was evaluated, None elsewhere; the best checkpoint
+        is chosen by its `eval/` metrics.
+    """
     arrays: dict[str, Any] = {"train": state.train_state}
     if state.table is not None:
-        arrays["table"] = state.table
+        arrays["table"] = state.table.state
     host = {
-        "settings": lasting_settings(settings),
-        "stream": state.stream.get_state(),
-        "table": None if state.table is None else {"age": state.table_age},
-        "before": state.initial_evaluation,
+        "settings": lasting_settings(run.settings),
+        "data": fingerprint(run.training.problems, run.settings.seed),
+        "table_age": None if state.table is None else state.table.age,
+        "initial_evaluation": state.initial_evaluation,
     }
     scores = None if row is None else {name: row[name] for name in row if name.startswith("eval/")}
     checkpoints.save(state.step, arrays, host, scores)
+
+
+def restore(run: Run, checkpoints: Checkpoints, step: int) -> RunState:
+    """The state that a checkpoint holds.
+
+    Raises:
+      ValueError: the checkpoint is of a run with other settings or other problems.
+    """
+    host = checkpoints.read_host(step)
+    check_resumable(host, step, run.settings, run.workdir)
+    earlier = "stream" in host
+    if earlier:  # of a version that kept an iterator over the problems, a count of updates and another table
+        host = {"data": host["stream"]["data"], "table_age": None, "initial_evaluation": host["before"]}
+    if host["data"] != fingerprint(run.training.problems, run.settings.seed):
+        raise ValueError(
+            f"the problems to train on have changed since the checkpoint at step {step} in {run.workdir}; "
+            "resume with the same data.train, or use another --workdir."
+        )
+    wanted: dict[str, Any] = {"train": mesh.shapes_on(run.learner.abstract, run.learner.shardings)}
+    if host["table_age"] is not None:
+        shapes = table_config(run.model_spec, run.mesh).shapes(run.model_spec.config.vocab_size)
+        wanted["table"] = mesh.shapes_on(shapes, jax.tree.map(lambda _: mesh.replicated(run.mesh), shapes))
+    arrays, _ = checkpoints.restore(step, wanted, partial=earlier)
+    if distributed.process().primary:
+        print(f"resumed from step {step} of {run.workdir}.")
+        if earlier:
+            print(
+                f"warning: {run.workdir} was begun by an earlier version, which took the problems in another "
+                f"order: after step {step}, some of this epoch's problems come again and others do not."
+            )
+    table = Table(arrays["table"], host["table_age"]) if "table" in arrays else None
+    return RunState(step, arrays["train"], table, host["initial_evaluation"])

@@ -1,13 +1,14 @@
 """One step of the ring: rollout -> reward -> update -> next state.
 
-Owns the order of a step and its phases' times. Must not know when steps are saved, logged or evaluated.
+Owns the order of a step, and what each phase takes and gives. Must not know when steps are saved, logged or
+evaluated, nor which metrics follow from a phase.
 """
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,9 +17,9 @@ import numpy as np
 
 from ngrpo_jax.learner import advantages, packing, update
 from ngrpo_jax.rollout.trajectory import Trajectories
-from ngrpo_jax.run.metrics import gather_outcome, rollout_figures, sample_rows, step_row
-from ngrpo_jax.run.neighbor_table import Serving, after_update, before_update, serve
-from ngrpo_jax.run.state import Run, RunState
+from ngrpo_jax.run.metrics import Rollout, gather_responses, response_metrics, sample_rows, step_row
+from ngrpo_jax.run.neighbor_table import add_drift, copy_rows, neighbors, refresh_table
+from ngrpo_jax.run.state import Run, RunState, Table
 from ngrpo_jax.runtime import distributed
 from ngrpo_jax.setup.learner import old_logprobs
 from ngrpo_jax.setup.policy import (
@@ -29,111 +30,99 @@ from ngrpo_jax.setup.policy import (
     training_draws,
     write_responses,
 )
-from ngrpo_jax.tasks.datasets import Problem
-from ngrpo_jax.tasks.rewards import Counts, Grader
+from ngrpo_jax.setup.problems import ProblemSet
+from ngrpo_jax.tasks.datasets import problem_order
+from ngrpo_jax.tasks.rewards import Grader
 
 
 def train_step(
     run: Run, state: RunState, grader: Grader
 ) -> tuple[RunState, dict[str, float], list[dict[str, Any]]]:
-    """Once round the ring. Returns the next state, the step's metrics, and a few responses to look at."""
-    seconds: dict[str, float] = {}
-    step, problems = state.step + 1, next(state.stream)
-    prompts = [run.prompt_of[problem.id] for problem in problems]
-
+    """Once round the ring. Returns the next state, and the step's rows of metrics.jsonl and samples.jsonl."""
+    step, seconds = state.step + 1, dict[str, float]()
+    batch = problems_of(run, step)
     with _timed(seconds, "table"):
-        served = serve(run, state)
-    policy, trajectories = roll_out(run, state, served, problems, prompts, seconds)
-    rewards_PG, graded = grade(run, grader, problems, trajectories, seconds)
-    outcome = gather_outcome(trajectories, rewards_PG)
-    figures = rollout_figures(policy, trajectories, outcome)
-    del policy  # the rollout's copy of the parameters must not outlive the rollout
-
-    before_VD = before_update(run, served, state.train_state.params)
-    train_state, learned = learn(run, state.train_state, prompts, trajectories, rewards_PG, seconds)
-    if not np.isfinite(learned["learner/grad_norm"]):
-        raise _not_finite(run, f"the gradient of step {step} is not finite")
-    with _timed(seconds, "table"):
-        followed = after_update(run, served, before_VD, train_state.params)
-
-    figures |= learned | ({} if served is None else served.figures)
-    row = step_row(run, prompts, trajectories, outcome, graded, figures, seconds)
-    samples = sample_rows(run.model_spec.tokenizer_info, problems, trajectories, rewards_PG, step=step)
-    age = 0 if served is None else served.age
-    return RunState(step, train_state, followed, age, state.stream, state.initial_evaluation), row, samples
-
-
-def roll_out(
-    run: Run,
-    state: RunState,
-    served: Serving | None,
-    problems: Sequence[Problem],
-    prompts: Sequence[Sequence[int]],
-    seconds: dict[str, float],
-) -> tuple[Policy, Trajectories]:
-    """Responses to this host's problems, and who wrote them; all hosts stop where one's cannot be used."""
-    step = state.step + 1
+        table, table_metrics = refresh_table(run, state)
     with _timed(seconds, "rollout"):
-        policy = policy_of(run, state, served)
-        trajectories = write_responses(
-            policy,
-            prompts,
-            run.settings,
-            label=f"step {step}: rollout",
-            stream=step,
-            draws=training_draws(run.settings),
-        )
-    own = failures(trajectories, run.settings.rollout.group, [problem.id for problem in problems])
+        policy = policy_of(run, state.train_state.params, table)
+        trajectories = roll_out(run, policy, batch, step)
+    with _timed(seconds, "reward"):
+        rollout = grade(run, grader, batch, trajectories)
+    responses = gather_responses(rollout)
+    metrics = table_metrics | response_metrics(policy, rollout, responses)
+    del policy  # the rollout's copy of the parameters must not outlive the rollout
+    train_state, table, learner_metrics = learn(run, state.train_state, table, rollout, seconds)
+    if not np.isfinite(learner_metrics["learner/grad_norm"]):
+        raise _not_finite(run, f"the gradient of step {step} is not finite")
+    row = step_row(run, rollout, responses, metrics | learner_metrics, seconds)
+    return RunState(step, train_state, table, state.initial_evaluation), row, sample_rows(run, rollout, step)
+
+
+def problems_of(run: Run, step: int) -> ProblemSet:
+    """This host's share of the problems of a step: every H-th, where H hosts train."""
+    settings = run.settings
+    order = problem_order(
+        len(run.training.problems), seed=settings.seed, step=step, batch=settings.rollout.prompts
+    )
+    return run.training.take([int(order[i]) for i in distributed.process().share(len(order))])
+
+
+def policy_of(run: Run, params: Any, table: Table | None) -> Policy:
+    """The parameters laid out for a rollout, with the neighbour table."""
+    return make_policy(run.model_spec, run.mesh, params, neighbors(run, table), run.settings.rollout.layout)
+
+
+def roll_out(run: Run, policy: Policy, batch: ProblemSet, step: int) -> Trajectories:
+    """Responses to this host's problems; FloatingPointError on all hosts where one's cannot be used."""
+    trajectories = write_responses(
+        policy,
+        batch.prompts,
+        run.settings,
+        label=f"step {step}: rollout",
+        stream=step,
+        draws=training_draws(run.settings),
+    )
+    ids = [problem.id for problem in batch.problems]
+    own = failures(trajectories, run.settings.rollout.group, ids)
     sentence = "; ".join(filter(None, distributed.allgather("failures", own)))
     if sentence:
         raise _not_finite(run, f"step {step}: {sentence}")
-    return policy, trajectories
+    return trajectories
 
 
-def grade(
-    run: Run,
-    grader: Grader,
-    problems: Sequence[Problem],
-    trajectories: Trajectories,
-    seconds: dict[str, float],
-) -> tuple[np.ndarray, Counts]:
-    """The rewards of this host's responses, float32 [P, G], and what the grader did for them."""
+def grade(run: Run, grader: Grader, batch: ProblemSet, trajectories: Trajectories) -> Rollout:
+    """This host's responses with their rewards."""
     group = run.settings.rollout.group
-    with _timed(seconds, "reward"):
-        texts = response_texts(run.model_spec.tokenizer_info, trajectories)
-        golds = [problem.answer for problem in problems for _ in range(group)]
-        before = grader.snapshot()
-        rewards_B = np.asarray(grader.grade(texts, golds, run.settings.reward.kind), np.float32)
-        graded = grader.snapshot().since(before)
-    return rewards_B.reshape(len(problems), group), graded
-
-
-def _not_finite(run: Run, found: str) -> FloatingPointError:
-    """The end of a run whose numbers are no longer finite: what was found, and how to go on."""
-    return FloatingPointError(
-        f"{found}; the run in {run.workdir} goes on from its last checkpoint, with a lower "
-        "optimizer.learning_rate in a new --workdir if it happens again"
-    )
+    texts = response_texts(run.model_spec.tokenizer_info, trajectories)
+    golds = [problem.answer for problem in batch.problems for _ in range(group)]
+    before = grader.snapshot()
+    rewards_B = np.asarray(grader.grade(texts, golds, run.settings.reward.kind), np.float32)
+    return Rollout(batch, trajectories, rewards_B.reshape(-1, group), grader.snapshot().since(before))
 
 
 def learn(
     run: Run,
     train_state: update.TrainState,
-    prompts: Sequence[Sequence[int]],
-    trajectories: Trajectories,
-    rewards_PG: np.ndarray,
+    table: Table | None,
+    rollout: Rollout,
     seconds: dict[str, float],
-) -> tuple[update.TrainState, dict[str, float]]:
+) -> tuple[update.TrainState, Table | None, dict[str, float]]:
     """Advantages, packed rows, old and reference log-probabilities, one optimiser step a mini-batch.
 
     Groups, and so advantages, are whole on their host; what is a mean over the step is one over all hosts.
+
+    Args:
+      train_state: donated.
+      seconds: the wall time of the phases is added to it.
     """
     settings, hosts = run.settings, distributed.process().count
     gather = functools.partial(distributed.allgather, "learning")
-    earned = advantages.assign(rewards_PG, trajectories, settings.objective, settings.rollout.max_new_tokens)
+    earned = advantages.assign(
+        rollout.rewards_PG, rollout.trajectories, settings.objective, settings.rollout.max_new_tokens
+    )
     batches = packing.mini_batches(
-        [prompt for prompt in prompts for _ in range(settings.rollout.group)],
-        trajectories,
+        [prompt for prompt in rollout.batch.prompts for _ in range(settings.rollout.group)],
+        rollout.trajectories,
         earned.advantages_PG.reshape(-1),
         settings.objective,
         count=settings.mini_batches,
@@ -144,28 +133,31 @@ def learn(
         share_prompts=settings.train.share_prompts,
         gather=gather,
     )
-    old = old_logprobs(settings)
+    programs, old = run.learner.programs, old_logprobs(settings)
     with _timed(seconds, "logprobs"):
-        scored = update.score(run.programs, train_state.params, run.reference, batches, old=old)
+        scored = update.score(programs, train_state.params, run.reference, batches, old=old)
         jax.block_until_ready(scored)
+    before_VD = copy_rows(run, table, train_state.params)
     with _timed(seconds, "update"):
-        train_state, steps = update.update(run.programs, train_state, scored)
-        figures = update.figures(jax.device_get(steps), gap_of_first=old == "sampler")
-    figures |= advantages.join_figures(gather(earned.figures))
-    return train_state, {**figures, "rows/fill": packing.fill(batches, gather)}
+        train_state, steps = update.update(programs, train_state, scored)
+        metrics = update.figures(jax.device_get(steps), gap_of_first=old == "sampler")
+    with _timed(seconds, "table"):
+        table = add_drift(run, table, before_VD, train_state.params)
+    metrics |= advantages.join_figures(gather(earned.figures))
+    return train_state, table, {**metrics, "rows/fill": packing.fill(batches, gather)}
 
 
-def policy_of(run: Run, state: RunState, served: Serving | None) -> Policy:
-    """Today's parameters ready to write, mixing by the table that serves."""
-    table_VC = None if served is None else served.table_VC
-    return make_policy(
-        run.model_spec, run.mesh, state.train_state.params, table_VC, run.settings.rollout.layout
+def _not_finite(run: Run, found: str) -> FloatingPointError:
+    """The end of a run whose numbers are no longer finite: what was found, and how to go on."""
+    return FloatingPointError(
+        f"{found}; the run in {run.workdir} goes on from its last checkpoint, with a lower "
+        "optimizer.learning_rate in a new --workdir if it happens again"
     )
 
 
 @contextmanager
 def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Adds to a phase's wall time in seconds; results must be on the host by its end."""
+    """Adds the block's wall time to that of a phase; the block's results must be on the host at its end."""
     start = time.monotonic()
     yield
     seconds[name] = seconds.get(name, 0.0) + time.monotonic() - start

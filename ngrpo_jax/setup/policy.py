@@ -114,8 +114,8 @@ def sequence_keys(seed: int, stream: int, numbers_B: np.ndarray) -> jax.Array:
 def sequence_numbers(prompts: int, samples: int) -> np.ndarray:
     """The numbers of this host's sequences among those of all hosts, int [B], given its prompts.
 
-    Hosts take turns prompt by prompt, as in ProblemStream; so a sequence has the key that it would have in a
-    run of one process.
+    Hosts take turns prompt by prompt, as `run.step.problems_of` shares them; so a sequence has the key that
+    it would have in a run of one process.
     """
     process = distributed.process()
     prompts_P = process.index + process.count * np.arange(prompts)

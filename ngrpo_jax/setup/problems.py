@@ -22,7 +22,11 @@ class ProblemSet:
 
     problems: list[Problem]
     prompts: list[list[int]]
-    dropped: int
+    dropped: int = 0
+
+    def take(self, indices: Sequence[int]) -> ProblemSet:
+        """The problems at these indices, in this order."""
+        return ProblemSet([self.problems[i] for i in indices], [self.prompts[i] for i in indices])
 
 
 def load_set(settings: Settings, tokenizer: Any, split: str) -> ProblemSet:

@@ -1,6 +1,7 @@
-"""Problems, and the endless stream of them for training.
+"""Problems of a data source, and their order in training.
 
-Owns what a problem is and the order of problems. Must not know prompts or tokens.
+Owns what a problem is, the checks of each row, and which problems a training step takes. Must not know
+prompts or tokens.
 """
 
 import dataclasses
@@ -8,7 +9,8 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+
+import numpy as np
 
 from ngrpo_jax.errors import UserError
 
@@ -111,61 +113,29 @@ def _problem(place: str, default_id: str, row: Row, names: dict[str, str], toler
     return Problem(**values)
 
 
-class ProblemStream(Iterator[list[Problem]]):
-    """Endless batches of problems in an order that the seed alone decides.
+def problem_order(count: int, *, seed: int, step: int, batch: int) -> np.ndarray:
+    """Which of `count` problems training step `step` (from 1) takes: int64 [batch], from the arguments alone.
 
-    Each epoch is a new shuffle and holds every problem once; batches run on across the end of an epoch, so
-    none is ever short. Host h of H takes every H-th problem of that one order, beginning with the h-th:
-    together the hosts' batches number n are the order's next `batch`·H problems.
-
-    Args:
-      problems: the data set, the same on every host.
-      batch: problems a batch on this host.
-      seed: of the order, from 0 to 2^32 - 1.
-      host, hosts: this host's number and how many there are.
+    One epoch follows another, each a permutation of its own that holds every problem once. Batches run on
+    across the end of an epoch, so that none is ever short.
     """
+    epochs, positions = np.divmod(np.arange((step - 1) * batch, step * batch), count)
+    orders = {epoch: epoch_order(count, seed, epoch) for epoch in np.unique(epochs)}
+    return np.array([orders[epoch][position] for epoch, position in zip(epochs, positions, strict=True)])
 
-    def __init__(self, problems: Sequence[Problem], *, batch: int, seed: int, host: int = 0, hosts: int = 1):
-        import grain
 
-        if not problems:
-            raise ValueError("a stream of problems needs at least one problem")
-        if batch < 1 or not 0 <= host < hosts:
-            raise ValueError(
-                f"a stream needs a batch of at least 1 and 0 <= host < hosts, not {batch}, {host}, {hosts}"
-            )
-        self._problems = list(problems)
-        self._batch, self._stride = batch, batch * hosts
-        # Random access, no iterator: a position is the whole state, and no thread reads ahead.
-        self._order = grain.MapDataset.range(len(self._problems)).seed(seed).shuffle().repeat()[host::hosts]
-        self._position = 0
-        content = json.dumps([seed, *(dataclasses.astuple(problem) for problem in self._problems)])
-        self._fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of `count` problems in an epoch (from 0), int64 [count]; equal for all NumPy versions.
 
-    def __next__(self) -> list[Problem]:
-        start = self._position * self._batch
-        self._position += 1
-        return [self._problems[int(self._order[start + i])] for i in range(self._batch)]
+    The problems are sorted by 64-bit numbers of Philox-4x64-10 (Salmon et al., 2011) with key (seed, epoch).
+    NumPy guarantees the stream of this bit generator, but not the results of `Generator.permutation`, which
+    may change between releases: a resumed run would then train on other problems.
+    """
+    numbers = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(count)
+    return np.argsort(numbers, kind="stable")
 
-    def get_state(self) -> dict[str, Any]:
-        """What `set_state` needs to go on exactly here; plain values, the same on every host."""
-        return {"taken": self._position * self._stride, "data": self._fingerprint}
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken, even with other numbers of hosts and problems a batch.
-
-        Raises ValueError where the data set or the seed is another, or where the place is in the middle of
-        a batch of today's size.
-        """
-        if state["data"] != self._fingerprint:
-            raise ValueError(
-                "the problems or their seed have changed since the checkpoint was written; resume with the "
-                "same, or start in a new workdir"
-            )
-        position, rest = divmod(state["taken"], self._stride)
-        if rest:
-            raise ValueError(
-                f"the checkpoint was written after {state['taken']} problems, no whole number of batches of "
-                f"{self._stride}; resume with the batch size that it was trained with"
-            )
-        self._position = position
+def fingerprint(problems: Sequence[Problem], seed: int) -> str:
+    """16 hexadecimal digits that differ where the problems, their order in the data set or the seed do."""
+    content = json.dumps([seed, *(dataclasses.astuple(problem) for problem in problems)])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
