@@ -23,6 +23,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from benchmarks import bounds, chunks, measure, mixing, shapes, updating
 from ngrpo_jax.algo.neighbors import neighbor_table
 from ngrpo_jax.model.config import ModelConfig
+from ngrpo_jax.model.decoder import parameter_count
 
 CASES = ("update", "decode", "prefill", "table", "mixing")
 K = 3
@@ -88,7 +89,7 @@ def rollout_cases(
     report: measure.Report, config: ModelConfig, sizes: Sizes, chosen: tuple[str, ...] | list[str]
 ) -> None:
     """All that runs on parameters in the rollout's layout; frees them when it returns."""
-    need = shapes.total_parameters(config) * jnp.dtype(config.dtype).itemsize
+    need = parameter_count(config) * jnp.dtype(config.dtype).itemsize
     memory = _memory()
     if memory is not None and need > memory:
         measure.say(f"the parameters need {need / 1e9:.1f} GB, the device has {memory / 1e9:.1f} GB")

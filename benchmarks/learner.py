@@ -37,7 +37,7 @@ from ngrpo_jax.learner.loss import ForwardOptions, row_loss
 from ngrpo_jax.learner.optimizer import make_optimizer
 from ngrpo_jax.model import attention, decoder, hf
 from ngrpo_jax.model.config import ModelConfig
-from ngrpo_jax.preflight import memory
+from ngrpo_jax.model.flops import forward_flops
 from ngrpo_jax.rollout import engine
 from ngrpo_jax.rollout.trajectory import Trajectories
 from ngrpo_jax.runtime import mesh as meshes
@@ -64,21 +64,21 @@ class Ours:
         shardings = meshes.state_shardings(mesh, jax.eval_shape(start, params))
         self.state = jax.jit(start, donate_argnums=0, out_shardings=shardings)(params)
         self.programs = update.compile_programs(
-            computation(config, given),
+            forward_options(config, given),
             OBJECTIVE,
             optimizer,
             state_shardings=shardings,
             rows_sharding=meshes.rows_sharding(mesh),
         )
         self.prompts = prompts(config, given.prompts)
-        self.phases: dict[str, list[float]] = {"rollout": [], "score": [], "update": []}
+        self.phases: dict[str, list[float]] = {"rollout": [], "logprobs": [], "update": []}
         self.trajectories = random_responses(config, given.prompts * SAMPLES)
         self.fill = 0.0
 
     def update(self) -> float:
         """Packing, the reference's log-probabilities and one optimiser step; the seconds of the last."""
         batches = self._batches()
-        self._phase("score", lambda: self._score(batches))
+        self._phase("logprobs", lambda: self._logprobs(batches))
         return self._phase("update", self._update)
 
     def step(self) -> float:
@@ -102,26 +102,24 @@ class Ours:
 
     def _batches(self) -> list[list[packing.Rows]]:
         rewards_PG = np.random.default_rng(0).normal(size=(len(self.prompts), SAMPLES))
-        batches = packing.mini_batches(
+        batch = packing.Batch(
             [prompt for prompt in self.prompts for _ in range(SAMPLES)],
             self.trajectories,
             np.asarray(group_advantages(rewards_PG)).reshape(-1),
-            OBJECTIVE,
-            count=1,
-            row_tokens=self.given.row_tokens,
-            rows=self.given.rows,
-            max_new_tokens=NEW,
-            share_prompts=not self.given.unshared,
         )
-        self.fill = packing.fill(batches)
+        layout = packing.RowLayout(self.given.row_tokens, self.given.rows, not self.given.unshared)
+        batches = packing.mini_batches(batch, OBJECTIVE, layout, count=1)
+        self.fill = packing.fill_fraction(batches)
         return batches
 
-    def _score(self, batches: list[list[packing.Rows]]) -> Any:
-        self._scored = update.score(self.programs, self.state.params, self.reference, batches, old="update")
-        return self._scored
+    def _logprobs(self, batches: list[list[packing.Rows]]) -> Any:
+        self._microbatches = update.compute_logprobs(
+            self.programs, self.state.params, self.reference, batches, old="update"
+        )
+        return self._microbatches
 
     def _update(self) -> Any:
-        self.state, metrics = update.update(self.programs, self.state, self._scored)
+        self.state, metrics = update.update(self.programs, self.state, self._microbatches)
         return self.state, metrics
 
     def _phase(self, name: str, work: Callable[[], Any]) -> float:
@@ -177,8 +175,8 @@ def against_peer(report: measure.Report, ours: Ours, peer: Peer | None, given: a
     notes = [f"{OURS}: {_said(phases)}; rows filled to {100 * ours.fill:.1f} %."]
     if answers:
         theirs_by_phase = {
-            name: _last_median([answer[name] for answer in answers], given.rounds)
-            for name in ("generate", "score", "update")
+            name: _last_median([answer[key] for answer in answers], given.rounds)
+            for name, key in (("rollout", "generate"), ("logprobs", "score"), ("update", "update"))
         }
         notes.append(f"{PEER}: {_said(theirs_by_phase)}.")
     report.table(
@@ -194,24 +192,24 @@ def against_products(report: measure.Report, ours: Ours, given: argparse.Namespa
     """Each phase's share of the time of its weight products alone, at the size of a microbatch."""
     positions = given.rows * given.row_tokens
     prompts_once = 1 if not given.unshared else SAMPLES
-    laid_out = given.prompts * (prompts_once * (PROMPT - 1) + SAMPLES * NEW)
-    scored = given.prompts * SAMPLES * NEW
+    packed = given.prompts * (prompts_once * (PROMPT - 1) + SAMPLES * NEW)
+    responses = given.prompts * SAMPLES * NEW
     forward, backward = layer_products(ours.config, positions)
     head_forward, head_backward = head_products(ours.config, min(given.chunk, positions))
     rows = []
     for name, seconds in (
-        ("score", forward * laid_out + head_forward * scored),
-        ("update", (forward + backward) * laid_out + (head_forward + head_backward) * scored),
+        ("logprobs", forward * packed + head_forward * responses),
+        ("update", (forward + backward) * packed + (head_forward + head_backward) * responses),
     ):
         taken = _last_median(ours.phases[name], given.rounds)
         rows.append((name, taken, seconds, seconds / taken))
-    flops = memory.forward_flops(ours.config, PROMPT, NEW) * given.prompts * SAMPLES
+    flops = forward_flops(ours.config, PROMPT, NEW) * given.prompts * SAMPLES
     report.table(
         "Against the weight products alone",
         ("phase", "seconds", "its products", "share"),
         rows,
-        f"Products of {laid_out} positions and {scored} scored ones, each measured alone at the size of a "
-        f"microbatch of {positions} positions. A pass over unshared sequences: {flops / 1e12:.2f} TFLOP.",
+        f"Products of {packed} positions and {responses} response tokens, each measured alone at the size of "
+        f"a microbatch of {positions} positions. A pass over unshared sequences: {flops / 1e12:.2f} TFLOP.",
     )
 
 
@@ -253,7 +251,7 @@ def gradient_memory(config: ModelConfig, given: argparse.Namespace, row_tokens: 
     like = Trajectories.empty(1, 1, 1).mixtures
     rows = packing.empty_rows(given.rows, row_tokens, like)
     token = jax.ShapeDtypeStruct((given.rows, row_tokens), jnp.float32)
-    loss = functools.partial(row_loss, objective=OBJECTIVE, compute=computation(config, given))
+    loss = functools.partial(row_loss, objective=OBJECTIVE, options=forward_options(config, given))
 
     def accumulate(total, params, rows, ref_RT):
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, rows, None, ref_RT)
@@ -301,7 +299,7 @@ def _products(tokens: int, inner: int, outer: int, dtype: str) -> tuple[float, f
     return seconds((1, 0), x, w), seconds((1, 1), g, w) + seconds((0, 0), x, g)
 
 
-def computation(config: ModelConfig, given: argparse.Namespace) -> ForwardOptions:
+def forward_options(config: ModelConfig, given: argparse.Namespace) -> ForwardOptions:
     """How log-probabilities are computed in this run of the benchmark."""
     name = attention.choose(
         given.attention,

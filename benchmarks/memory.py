@@ -30,6 +30,7 @@ import numpy as np
 from benchmarks import measure, shapes
 from ngrpo_jax import flags
 from ngrpo_jax.model.config import ModelConfig
+from ngrpo_jax.model.decoder import parameter_count
 from ngrpo_jax.preflight import fit, memory
 from ngrpo_jax.run.metrics import Rollout
 from ngrpo_jax.run.neighbor_table import refresh_table
@@ -95,7 +96,7 @@ def main() -> None:
         command = [sys.executable, __file__, f"--measure={name}"]
         done = subprocess.run(command, stdout=subprocess.PIPE, env=os.environ | ENVIRONMENT, check=True)
         phases = json.loads(done.stdout.splitlines()[-1])
-        size = format_count(shapes.total_parameters(CASES[name].model))
+        size = format_count(parameter_count(CASES[name].model))
         for phase, (calculated, found) in phases.items():
             cells = format_bytes(calculated), format_bytes(found), calculated / found
             rows.append((f"{name}, {size} parameters", phase, *cells))

@@ -7,7 +7,6 @@ final type: neither a float32 copy nor the host's memory ever holds the model.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -48,15 +47,9 @@ def random_params(
     return jax.tree.unflatten(tree, [leaf(p, x.shape, k) for (p, x), k in zip(leaves, keys, strict=True)])
 
 
-def total_parameters(config: ModelConfig) -> int:
-    """All parameters."""
-    shapes = jax.eval_shape(lambda key: decoder.init(key, config), jax.random.key(0))
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-
-
 def weights_read(config: ModelConfig) -> int:
     """Parameters that one decode step reads whole: all but an untied embedding, of which it reads rows."""
-    count = total_parameters(config)
+    count = decoder.parameter_count(config)
     return count if config.tie_embeddings else count - config.vocab_size * config.hidden_size
 
 

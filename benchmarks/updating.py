@@ -12,11 +12,13 @@ import numpy as np
 
 from benchmarks import bounds, measure, shapes
 from ngrpo_jax.algo.mixture import Mixture
-from ngrpo_jax.learner import advantages, packing, update
+from ngrpo_jax.learner import packing, update
+from ngrpo_jax.learner.advantages import token_weights
 from ngrpo_jax.learner.loss import ForwardOptions
 from ngrpo_jax.learner.optimizer import make_optimizer
 from ngrpo_jax.model import attention
 from ngrpo_jax.model.config import ModelConfig
+from ngrpo_jax.model.decoder import parameter_count
 from ngrpo_jax.rollout.trajectory import Trajectories
 from ngrpo_jax.settings import ObjectiveSettings, OptimizerSettings
 
@@ -63,7 +65,7 @@ def report_update(
       memory: bytes of the device; None where nobody tells.
       product: rows and columns of the large matrix product whose rate is the measure of MFU.
     """
-    need = STATE_BYTES * shapes.total_parameters(config)
+    need = STATE_BYTES * parameter_count(config)
     if memory is not None and need > memory:
         report.table(
             "Update",
@@ -73,7 +75,11 @@ def report_update(
         return
     rate = bounds.product_rate(product, product, product, config.dtype)
     learner = _Learner(config, rows, tokens)
-    sides = {"log-probabilities": learner.score, "gradient": learner.gradient, "optimiser step": learner.step}
+    sides = {
+        "log-probabilities": learner.logprobs,
+        "gradient": learner.gradient,
+        "optimiser step": learner.step,
+    }
     timings = measure.alternate(sides, rounds)
     count = rows * tokens
     head = config.vocab_size * config.hidden_size
@@ -124,12 +130,13 @@ class _Learner:
             rows_sharding=here,
         )
         microbatches = [_rows(config, rows, tokens)]
-        (self._batch,) = update.score(self._programs, self._state.params, None, [microbatches])
+        (self._batch,) = update.compute_logprobs(self._programs, self._state.params, None, [microbatches])
         self._sums: update.Sums | None = None
 
-    def score(self) -> float:
+    def logprobs(self) -> float:
         """Log-probabilities of the microbatch under the present parameters."""
-        return measure.seconds_of(lambda: self._programs.score(self._state.params, self._batch[0].stack))
+        given = self._batch[0]._replace(old_logprobs_MRT=None)
+        return measure.seconds_of(lambda: self._programs.logprobs(self._state.params, given))
 
     def gradient(self) -> float:
         """The gradient of the microbatch, added to a sum of zeros."""
@@ -174,9 +181,7 @@ def _rows(config: ModelConfig, rows: int, tokens: int) -> packing.Rows:
         stopped_B=np.zeros(rows, bool),
         failed_B=np.zeros(rows, bool),
     )
-    weight_BT = advantages.token_weights(
-        lengths_B, mixed_BT, aggregate="sequence", loss_on_mixed=True, max_new_tokens=new
-    )
+    weight_BT = token_weights(written, OBJECTIVE)
     prompts = draw.integers(config.vocab_size, size=(rows, prompt)).tolist()
-    advantages_B = np.resize([1.0, -1.0], rows)
-    return packing.pack(prompts, written, advantages_B, weight_BT, row_tokens=tokens, rows_multiple=rows)
+    batch = packing.Batch(prompts, written, np.resize([1.0, -1.0], rows))
+    return packing.pack(batch, weight_BT, packing.RowLayout(tokens, rows))

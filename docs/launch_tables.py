@@ -16,6 +16,7 @@ from typing import NamedTuple
 from benchmarks import shapes
 from ngrpo_jax import flags
 from ngrpo_jax.model.config import ModelConfig
+from ngrpo_jax.model.flops import forward_flops
 from ngrpo_jax.preflight import memory
 from ngrpo_jax.runtime.hardware import PEAK_FLOPS
 from ngrpo_jax.settings import MeshSettings, Settings, resolve
@@ -115,7 +116,7 @@ def hours(settings: Settings, model: ModelConfig, where: Slice) -> tuple[float, 
     sequences = run.prompts * run.group
     rollout = sequences * RESPONSE / run.slots * of_step
     # Old and reference log-probabilities, a forward pass and its repetition, and twice that for gradients.
-    work = (1 + 1 + 2 + 2) * sequences * memory.forward_flops(model, PROMPT, RESPONSE)
+    work = (1 + 1 + 2 + 2) * sequences * forward_flops(model, PROMPT, RESPONSE)
     update = work / (where.devices * FLOPS_SHARE * PEAK_FLOPS[where.kind])
     assert settings.eval.every is not None
     evaluations = 2 + settings.train.steps // settings.eval.every

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 import jax
 
 from ngrpo_jax import flags
-from ngrpo_jax.model import hf
-from ngrpo_jax.preflight import memory
+from ngrpo_jax.model import decoder, hf
 from ngrpo_jax.runtime import console, distributed, mesh
 from ngrpo_jax.settings import resolve
 from ngrpo_jax.setup.model_spec import open_checkpoint, open_model_spec
@@ -37,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
         dtype=model_spec.config.dtype,
     )
     size = sum(file.stat().st_size for file in out.iterdir())
-    count = console.format_count(memory.parameter_count(model_spec.config))
+    count = console.format_count(decoder.parameter_count(model_spec.config))
     print(f"exported   step {step} of {workdir}: {count} parameters in {model_spec.config.dtype}")
     print(f"directory  {out} ({console.format_bytes(size)}); transformers reads it with from_pretrained")
 

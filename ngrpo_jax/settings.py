@@ -226,7 +226,7 @@ class ObjectiveSettings:
     entropy_coef: float
 
     def __post_init__(self) -> None:
-        _one_of("objective.algorithm", self.algorithm, ALGORITHMS)
+        _one_of("objective.algorithm", self.algorithm, tuple(ALGORITHMS))
         _one_of("objective.aggregate", self.aggregate, choices.AGGREGATES)
         _one_of("objective.kl_estimator", self.kl_estimator, tuple(KL_ESTIMATORS))
         _one_of("objective.overlong", self.overlong, choices.OVERLONG)

@@ -20,7 +20,6 @@ from ngrpo_jax.algo.mixture import neighbor_mixture
 from ngrpo_jax.algo.neighbors import neighbor_table
 from ngrpo_jax.model import decoder, inference
 from ngrpo_jax.model.config import ModelConfig
-from ngrpo_jax.preflight import memory as estimate
 from ngrpo_jax.settings import resolve
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -146,7 +145,6 @@ def test_counts_of_parameters_are_those_of_the_decoder(tied):
     kernels = sum(x.size for path, x in named if "kernel" in jax.tree_util.keystr(path))
     head = 50 * 16  # rows of its own, or the embedding's
     total = sum(x.size for _, x in named)
-    assert shapes.total_parameters(config) == total == estimate.parameter_count(config)
     assert shapes.matrix_parameters(config) == kernels + head
     assert shapes.weights_read(config) == (total if tied else total - 50 * 16)
 

@@ -9,7 +9,7 @@ from test_commands import _argv
 from ngrpo_jax import flags, train
 
 FINISHED = re.compile(r"Finished XLA compilation of jit\((.*?)\)")
-UPDATE = ("score", "zeros", "accumulate", "apply")
+UPDATE = ("logprobs", "zeros", "accumulate", "apply")
 
 
 class _Compilations(logging.Handler):

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from ngrpo_jax.model.config import ModelConfig
-from ngrpo_jax.preflight import memory
+from ngrpo_jax.model.flops import forward_flops
 from ngrpo_jax.runtime import hardware
 
 
@@ -55,4 +55,4 @@ def test_forward_flops_count_products_head_at_responses_and_causal_attention():
     norms = 3 * 2 * 16 + 16  # counted with the weights; nothing beside them
     attention = sum(2 * 2 * 4 * 8 * (t + 1) for t in range(tokens)) * 3
     expected = 2 * tokens * (3 * layer + norms) + attention + 2 * 16 * 100 * 7
-    assert memory.forward_flops(model, 5, 7) == expected
+    assert forward_flops(model, 5, 7) == expected

@@ -3,7 +3,7 @@
 import pytest
 
 from docs import launch_tables
-from ngrpo_jax.preflight import memory
+from ngrpo_jax.model.decoder import parameter_count
 
 
 def test_the_documents_tables_are_todays():
@@ -17,7 +17,7 @@ def test_what_is_always_held_is_fourteen_bytes_a_parameter(name, where):
     (place,) = (each for each in launch_tables.SLICES if each.name == where)
     plan, fits = launch_tables.best(config, model, place)
     assert fits
-    held = 14 * memory.parameter_count(model) / place.devices
+    held = 14 * parameter_count(model) / place.devices
     assert plan.held["always"] == pytest.approx(held, rel=1e-3)
 
 

@@ -15,7 +15,8 @@ import pytest
 from test_update import CONFIG, OBJECTIVE, TEMPERATURE, _assert_same, _batch, _params, _programs
 
 from ngrpo_jax.algo.mixture import Mixture
-from ngrpo_jax.learner import advantages, packing, update
+from ngrpo_jax.learner import packing, update
+from ngrpo_jax.learner.advantages import compute_advantages
 from ngrpo_jax.model import decoder
 from ngrpo_jax.runtime import mesh as meshes
 
@@ -75,35 +76,35 @@ def _logprobs(seed):
     return np.asarray(jax.jit(_forward)(_params(seed))[0], np.float64)
 
 
-def _credit(o):
+def _advantages(o):
     """Advantages of the 16 responses and whether they count, by (12) and the settings `o`."""
     _, written, _ = _batch()
     rewards = REWARDS.astype(np.float64)
-    counted = np.ones((4, 4), bool)
+    included = np.ones((4, 4), bool)
     stopped = written.stopped_B.reshape(4, 4)
     if o.overlong == "penalize":
         late = np.maximum(written.lengths_B - (LIMIT - o.overlong_interval), 0) / o.overlong_interval
         rewards -= o.overlong_penalty * np.where(stopped, late.reshape(4, 4), 1.0)
     if o.overlong == "mask":
-        counted &= stopped
+        included &= stopped
     if o.skip_zero_variance:
-        counted &= rewards.std(axis=1, keepdims=True) > 0
+        included &= rewards.std(axis=1, keepdims=True) > 0
     centred = rewards - rewards.mean(axis=1, keepdims=True)
     scale = rewards.std(axis=1, ddof=1, keepdims=True) + 1e-6 if o.scale_by_std else 1.0
-    return (centred / scale).reshape(-1), counted.reshape(-1)
+    return (centred / scale).reshape(-1), included.reshape(-1)
 
 
-def _weights(i, counted, o):
+def _weights(i, included, o):
     """Shares of the loss of the tokens of response i."""
     _, written, _ = _batch()
     lengths = written.lengths_B
     share = {
-        "sequence": 1 / (counted.sum() * lengths[i]),
-        "token": 1 / lengths[counted].sum(),
-        "constant": 1 / (counted.sum() * LIMIT),
+        "sequence": 1 / (included.sum() * lengths[i]),
+        "token": 1 / lengths[included].sum(),
+        "constant": 1 / (included.sum() * LIMIT),
     }[o.aggregate]
     kept = np.ones(lengths[i]) if o.loss_on_mixed else 1.0 - written.mixed_BT[i, : lengths[i]]
-    return share * kept * counted[i]
+    return share * kept * included[i]
 
 
 def _loss(new, entropy, old, ref, sampler, advantage, weight, o):
@@ -129,7 +130,7 @@ def _loss(new, entropy, old, ref, sampler, advantage, weight, o):
 def _oracle(o, own):
     """(loss, gradients of all parameters); `own`: π_old is π_θ at the parameters of the update."""
     _, written, _ = _batch()
-    advantages, counted = _credit(o)
+    advantages, included = _advantages(o)
     values, pull = jax.vjp(jax.jit(_forward), _params(NEW))
     new_BT, entropy_BT = (np.asarray(value, np.float64) for value in values)
     sampler_BT = written.logprobs_BT.astype(np.float64)
@@ -137,7 +138,7 @@ def _oracle(o, own):
     loss, (to_new, to_entropy) = 0.0, np.zeros((2, 16, LIMIT))
     for i, n in enumerate(written.lengths_B):
         old, ref, sampler = old_BT[i, :n], _logprobs(REFERENCE)[i, :n], sampler_BT[i, :n]
-        weight = _weights(i, counted, o)
+        weight = _weights(i, included, o)
 
         def of(new, i=i, n=n, rest=(old, ref, sampler, advantages[i], weight)):
             return _loss(new, entropy_BT[i, :n], *rest, o)
@@ -155,25 +156,17 @@ def _oracle(o, own):
 def _learner(o, own, mesh=None):
     """The same of the compiled step, from rewards on, packed."""
     prompts, written, _ = _batch()
-    earned = advantages.assign(REWARDS, written, o, LIMIT)
-    (batch,) = packing.mini_batches(
-        prompts,
-        written,
-        np.asarray(earned.advantages_PG).reshape(-1),
-        o,
-        count=1,
-        row_tokens=64,
-        rows=4,
-        max_new_tokens=LIMIT,
-        counted_B=earned.counted_PG.reshape(-1),
-        share_prompts=True,
+    computed = compute_advantages(REWARDS, written, o)
+    responses = packing.Batch(
+        prompts, written, computed.advantages_PG.reshape(-1), computed.included_PG.reshape(-1)
     )
+    (batch,) = packing.mini_batches(responses, o, packing.RowLayout(64, 4, share_prompts=True), count=1)
     programs, shardings, _ = _programs(mesh, objective=o)
     old, new, ref = (jax.device_put(_params(seed), shardings.params) for seed in (OLD, NEW, REFERENCE))
     source = "update" if own else "sampler" if o.old_logprobs == "sampler" else "learner"
-    (scored,) = update.score(programs, old, ref if o.kl_coef else None, [batch], old=source)
-    grads, metrics = update.gradients(programs, new, scored)
-    return jax.device_get(metrics), jax.device_get(grads)
+    (calls,) = update.compute_logprobs(programs, old, ref if o.kl_coef else None, [batch], old=source)
+    sums = jax.device_get(update.gradients(programs, new, calls))
+    return update.batch_metrics([sums.metrics]), sums.gradient
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -181,11 +174,11 @@ def test_the_compiled_step_is_the_objective(name):
     o, own = dataclasses.replace(OBJECTIVE, **CHOICES[name]), name.startswith("the update's")
     loss, expected = _oracle(o, own)
     metrics, grads = _learner(o, own)
-    _assert_same(grads, metrics, (expected, {"loss": loss}))
+    _assert_same(grads, metrics, (expected, {"learner/loss": loss}))
 
 
 def test_gspo_on_a_mesh_of_all_axes():
     o = dataclasses.replace(OBJECTIVE, **CHOICES["GSPO"])
     loss, expected = _oracle(o, False)
     metrics, grads = _learner(o, False, meshes.make_mesh(2, 2, 2))
-    _assert_same(grads, metrics, (expected, {"loss": loss}))
+    _assert_same(grads, metrics, (expected, {"learner/loss": loss}))

@@ -158,23 +158,25 @@ def test_temperature_must_be_above_zero(temperature):
 
 
 @pytest.mark.parametrize("chunk", [2, 6, 1000])
-def test_only_scored_tokens_are_projected(chunk):
+def test_only_response_tokens_are_projected(chunk):
     hidden, head, targets = _inputs()
-    scored = np.random.default_rng(3).random((B, T)) < 0.4
-    hidden[~scored] = np.nan  # what is not scored is not looked at
-    logprobs, entropy = token_logprobs(hidden, head, targets, 0.7, chunk=chunk, scored_BT=scored)
+    mask = np.random.default_rng(3).random((B, T)) < 0.4
+    hidden[~mask] = np.nan  # must not be read
+    logprobs, entropy = token_logprobs(hidden, head, targets, 0.7, chunk=chunk, response_mask_BT=mask)
     want_logprobs, want_entropy = _full(np.nan_to_num(hidden), head, targets, 0.7)
-    np.testing.assert_allclose(logprobs, np.where(scored, want_logprobs, 0.0), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(entropy, np.where(scored, want_entropy, 0.0), rtol=1e-5, atol=1e-6)
-    alone, nothing = token_logprobs(hidden, head, targets, 0.7, chunk=chunk, scored_BT=scored, entropy=False)
+    np.testing.assert_allclose(logprobs, np.where(mask, want_logprobs, 0.0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(entropy, np.where(mask, want_entropy, 0.0), rtol=1e-5, atol=1e-6)
+    alone, nothing = token_logprobs(
+        hidden, head, targets, 0.7, chunk=chunk, response_mask_BT=mask, entropy=False
+    )
     np.testing.assert_array_equal(alone, logprobs)
     assert not nothing.any()
 
 
-def _example_loss(logprobs, entropy, scored, facts):
-    weight = jnp.where(scored, facts, 0.0)
+def _example_loss(logprobs, entropy, mask, given):
+    weight = jnp.where(mask, given, 0.0)
     value = jnp.sum(weight * jnp.exp(0.3 * logprobs) - 0.1 * weight * entropy)
-    return value, {"sum": jnp.sum(weight * logprobs), "count": jnp.sum(scored)}
+    return value, {"sum": jnp.sum(weight * logprobs), "count": jnp.sum(mask)}
 
 
 @pytest.mark.parametrize("chunk", [2, 6, 1000])
@@ -182,13 +184,13 @@ def _example_loss(logprobs, entropy, scored, facts):
 def test_token_loss_and_its_gradients_are_those_of_the_full_computation(chunk, share):
     hidden, head, targets = _inputs()
     rng = np.random.default_rng(4)
-    scored, facts = rng.random((B, T)) < share, rng.normal(size=(B, T)).astype(np.float32)
+    mask, given = rng.random((B, T)) < share, rng.normal(size=(B, T)).astype(np.float32)
 
     def chunked(hidden, head):
-        return token_loss(_example_loss, hidden, head, targets, scored, facts, 0.7, chunk=chunk)
+        return token_loss(_example_loss, 0.7, chunk=chunk)(hidden, head, targets, mask, given)
 
     def full(hidden, head):
-        return _example_loss(*_full(hidden, head, targets, 0.7), scored, facts)
+        return _example_loss(*_full(hidden, head, targets, 0.7), mask, given)
 
     (value, parts), got = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))(hidden, head)
     (wanted, metrics), want = jax.value_and_grad(full, (0, 1), has_aux=True)(hidden, head)
@@ -204,10 +206,10 @@ def test_token_loss_and_its_gradients_are_those_of_the_full_computation(chunk, s
 
 def test_token_loss_multiplies_three_times_and_holds_a_chunk_of_logits():
     hidden, head, targets = _inputs(time=512)
-    scored, facts = np.ones((B, 512), bool), np.ones((B, 512), np.float32)
+    mask, given = np.ones((B, 512), bool), np.ones((B, 512), np.float32)
 
     def total(hidden, head):
-        return token_loss(_example_loss, hidden, head, targets, scored, facts, 0.7, chunk=16)[0]
+        return token_loss(_example_loss, 0.7, chunk=16)(hidden, head, targets, mask, given)[0]
 
     gradient = jax.grad(total, (0, 1))
     assert len(list(_products(jax.make_jaxpr(gradient)(hidden, head).jaxpr))) == 3

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ngrpo_jax.algo import objectives
+from ngrpo_jax.algo import metrics, objectives
 from ngrpo_jax.algo.objectives import group_advantages, kl_k3
 
 policy_loss = jax.jit(
@@ -385,14 +385,32 @@ def test_loss_and_sums_add_over_microbatches(batch):
         np.testing.assert_allclose(value, combine(parts), rtol=1e-5, atol=1e-7, err_msg=name)
 
 
-def test_every_metric_is_a_sum_of_weight_by_name_or_an_extreme(batch):
-    old = batch["old_logprobs_BT"]
-    constants = dict(sampler_logprobs_BT=old - 1.0, entropy_BT=np.abs(old), dual_clip=2.0, importance_cap=2.0)
-    _, metrics = policy_loss(**batch, **constants)
-    _, doubled = policy_loss(**{**batch, "weight_BT": 2 * batch["weight_BT"]}, **constants)
-    changed = {name for name in metrics if doubled[name] != metrics[name]}
-    assert changed == {"weight"} | objectives.WEIGHTED
-    assert all(name.endswith(("_min", "_max")) for name in metrics.keys() - changed)
+def _measured(batch, rows=slice(None), scale=1.0):
+    """The typed metrics of some rows of the batch, with every term of the loss."""
+    part = {name: x[rows] for name, x in batch.items()}
+    old = part["old_logprobs_BT"]
+    inputs = objectives.LossInputs(
+        old, part["advantages"], scale * part["weight_BT"], part["ref_logprobs_BT"], old - 1.0
+    )
+    config = objectives.LossConfig(dual_clip=2.0, kl_coef=0.1, importance_cap=2.0, entropy_coef=0.2)
+    return objectives.loss_and_metrics(part["logprobs_BT"], np.abs(old), inputs, config)[1]
+
+
+def _values(measured):
+    return {name: metrics.value([metric]) for name, metric in jax.device_get(measured).items()}
+
+
+def test_metrics_of_parts_join_to_those_of_the_whole(batch):
+    whole, halves = _measured(batch), [_measured(batch, rows) for rows in (slice(0, 2), slice(2, 4))]
+    assert len(whole) == 12
+    assert _values(metrics.combine(*halves)) == pytest.approx(_values(whole), rel=1e-5)
+    assert _values(metrics.combine(metrics.empty(whole), halves[0])) == _values(halves[0])
+
+
+def test_every_metric_but_the_loss_is_a_mean_or_an_extreme_whatever_the_weights_sum_to(batch):
+    once, twice = _values(_measured(batch)), _values(_measured(batch, scale=2.0))
+    assert twice.pop("loss") == pytest.approx(2 * once.pop("loss"))
+    assert twice == pytest.approx(once)
 
 
 def test_a_batch_without_responses_has_no_loss_and_neutral_extremes(batch):

@@ -7,11 +7,13 @@ import pytest
 
 from configs import base
 from ngrpo_jax.algo.mixture import Mixture, Noise
-from ngrpo_jax.learner import advantages, bins, packing
+from ngrpo_jax.learner import bins, packing
+from ngrpo_jax.learner.advantages import token_weights
 from ngrpo_jax.model.attention import BLOCK
 from ngrpo_jax.rollout.trajectory import Trajectories
 from ngrpo_jax.settings import resolve
 
+OBJECTIVE = resolve(base.get_config()).objective
 PROMPTS = [[5, 6], [7, 8, 9], [5, 6], [4]]
 LENGTHS = np.array([3, 1, 5, 2], np.int32)
 
@@ -31,10 +33,8 @@ def _trajectories(candidates=2, length=6):
 
 
 def _weights(aggregate, loss_on_mixed=True):
-    made = _trajectories()
-    return advantages.token_weights(
-        made.lengths_B, made.mixed_BT, aggregate=aggregate, loss_on_mixed=loss_on_mixed, max_new_tokens=6
-    )
+    objective = dataclasses.replace(OBJECTIVE, aggregate=aggregate, loss_on_mixed=loss_on_mixed)
+    return token_weights(_trajectories(), objective)
 
 
 @pytest.mark.parametrize("aggregate", ["sequence", "token", "constant"])
@@ -59,16 +59,15 @@ def test_loss_on_mixed_false_gives_mixed_positions_weight_zero_and_leaves_the_ot
 
 def test_a_row_predicts_each_response_token_from_what_stood_before_it():
     made = _trajectories()
-    rows = packing.pack(
-        PROMPTS, made, np.array([1.0, -2.0, 3.0, -4.0]), _weights("sequence"), row_tokens=7, rows_multiple=2
-    )
+    batch = packing.Batch(PROMPTS, made, np.array([1.0, -2.0, 3.0, -4.0]))
+    rows = packing.pack(batch, _weights("sequence"), packing.RowLayout(7, 2))
     assert rows.targets_RT.shape == (4, 7), "first fit: 6 | 4 + 3 | 2 -> 3 rows, then up to a multiple of 2"
     seen = []
     for row in range(4):
         for segment in range(1, rows.segment_ids_RT[row].max() + 1):
             places = np.flatnonzero(rows.segment_ids_RT[row] == segment)
             np.testing.assert_array_equal(rows.positions_RT[row, places], np.arange(len(places)))
-            answer = places[rows.response_RT[row, places]]
+            answer = places[rows.response_mask_RT[row, places]]
             index = int(rows.targets_RT[row, answer[0]]) // 10 - 1
             seen.append(index)
             prompt, count = PROMPTS[index], LENGTHS[index]
@@ -87,12 +86,12 @@ def test_a_row_predicts_each_response_token_from_what_stood_before_it():
             np.testing.assert_allclose(rows.weight_RT[row, answer], 1 / (4 * count), rtol=1e-6)
     assert sorted(seen) == [0, 1, 2, 3]
     padding = rows.segment_ids_RT == 0
-    assert not rows.weight_RT[padding].any() and not rows.response_RT[padding].any()
+    assert not rows.weight_RT[padding].any() and not rows.response_mask_RT[padding].any()
     np.testing.assert_allclose(rows.inputs.weights.sum(-1), 1.0)
     assert np.isclose(rows.weight_RT.sum(), 1.0)
 
 
-def test_first_fit_fills_rows_and_loses_nobody():
+def test_first_fit_fills_rows_and_loses_no_sequence():
     lengths = np.random.default_rng(1).integers(1, 100, size=200).tolist()
     found = bins.first_fit(lengths, 128)
     assert sorted(i for members in found for i in members) == list(range(200))
@@ -102,37 +101,34 @@ def test_first_fit_fills_rows_and_loses_nobody():
 
 def test_mini_batches_keep_prompts_together_and_count_their_own_weights():
     made = _trajectories()
-    objective = dataclasses.replace(resolve(base.get_config()).objective, aggregate="token")
-    batches = packing.mini_batches(
-        PROMPTS, made, np.ones(4), objective, count=2, row_tokens=8, rows=1, max_new_tokens=6
-    )
+    objective = dataclasses.replace(OBJECTIVE, aggregate="token")
+    batch = packing.Batch(PROMPTS, made, np.ones(4))
+    batches = packing.mini_batches(batch, objective, packing.RowLayout(8, 1), count=2)
     assert len(batches) == 2
     for part, batch in enumerate(batches):
-        tokens = np.concatenate([rows.targets_RT[rows.response_RT] for rows in batch])
+        tokens = np.concatenate([rows.targets_RT[rows.response_mask_RT] for rows in batch])
         expected = np.concatenate([made.response(2 * part), made.response(2 * part + 1)])
         assert sorted(tokens) == sorted(expected)
         assert np.isclose(sum(rows.weight_RT.sum() for rows in batch), 1.0)
         assert all(rows.targets_RT.shape == (1, 8) for rows in batch)
     assert isinstance(batches[0][0].inputs, Mixture)
     real = sum(len(prompt) + count - 1 for prompt, count in zip(PROMPTS, LENGTHS, strict=True))
-    assert np.isclose(packing.fill(batches), real / (8 * sum(map(len, batches))))
+    assert np.isclose(packing.fill_fraction(batches), real / (8 * sum(map(len, batches))))
 
 
 def test_a_sequence_longer_than_a_row_is_refused():
     with pytest.raises(
         ValueError, match=r"sequence 2 takes 6 positions, more than a row of train.row_tokens"
     ):
-        packing.pack(PROMPTS, _trajectories(), np.ones(4), _weights("token"), row_tokens=5, rows_multiple=1)
+        batch = packing.Batch(PROMPTS, _trajectories(), np.ones(4))
+        packing.pack(batch, _weights("token"), packing.RowLayout(5, 1))
 
 
 def test_a_shared_prompt_stands_once_and_each_response_begins_with_its_last_token():
     made = _trajectories()
     prompts = [[5, 6, 7], [8, 9], [5, 6, 7], [8, 9]]
-    weights = _weights("sequence")
-    advantages = np.array([1.0, 2.0, 3.0, 4.0])
-    rows = packing.pack(
-        prompts, made, advantages, weights, row_tokens=16, rows_multiple=1, share_prompts=True
-    )
+    batch = packing.Batch(prompts, made, np.array([1.0, 2.0, 3.0, 4.0]))
+    rows = packing.pack(batch, _weights("sequence"), packing.RowLayout(16, 1, share_prompts=True))
     assert rows.targets_RT.shape == (1, 16)
     # Prompt 5 6 once, then responses 2 (5 tokens) and 0 (3), each after 7; prompt 8 once, then 3 and 1.
     np.testing.assert_array_equal(
@@ -144,13 +140,13 @@ def test_a_shared_prompt_stands_once_and_each_response_begins_with_its_last_toke
     )
     np.testing.assert_array_equal(rows.positions_RT[0, :14], [0, 1, 2, 3, 4, 5, 6, 2, 3, 4, 0, 1, 2, 1])
     np.testing.assert_array_equal(
-        rows.targets_RT[0, rows.response_RT[0]], [30, 31, 32, 33, 34, 10, 11, 12, 40, 41, 20]
+        rows.targets_RT[0, rows.response_mask_RT[0]], [30, 31, 32, 33, 34, 10, 11, 12, 40, 41, 20]
     )
     np.testing.assert_array_equal(
-        rows.advantages_RT[0, rows.response_RT[0]], [3] * 5 + [1] * 3 + [4] * 2 + [2]
+        rows.advantages_RT[0, rows.response_mask_RT[0]], [3] * 5 + [1] * 3 + [4] * 2 + [2]
     )
-    assert np.isclose(rows.weight_RT.sum(), 1.0) and not rows.weight_RT[~rows.response_RT].any()
-    assert not rows.advantages_RT[~rows.response_RT].any(), "a shared prompt is no sequence's own"
+    assert np.isclose(rows.weight_RT.sum(), 1.0) and not rows.weight_RT[~rows.response_mask_RT].any()
+    assert not rows.advantages_RT[~rows.response_mask_RT].any(), "a shared prompt is no sequence's own"
 
 
 @pytest.mark.parametrize("row_tokens", [575, 576, 640, 900])
@@ -160,15 +156,8 @@ def test_segments_start_with_a_block_of_attention_as_long_as_the_row_has_room(sh
     made.lengths_B[:] = 128 if share_prompts else [60, 65, 100, 60]
     made.tokens_BT[:] = 1000 * np.arange(4)[:, None] + np.arange(128)
     prompts = [list(range(10, 74))] * 4
-    rows = packing.pack(
-        prompts,
-        made,
-        np.zeros(4),
-        np.ones((4, 128), np.float32),
-        row_tokens=row_tokens,
-        rows_multiple=1,
-        share_prompts=share_prompts,
-    )
+    batch = packing.Batch(prompts, made, np.zeros(4))
+    rows = packing.pack(batch, np.ones((4, 128), np.float32), packing.RowLayout(row_tokens, 1, share_prompts))
     (ids,) = rows.segment_ids_RT
     numbers = range(1, ids.max() + 1)
     lengths = [int(np.sum(ids == number)) for number in numbers]
@@ -181,7 +170,7 @@ def test_segments_start_with_a_block_of_attention_as_long_as_the_row_has_room(sh
         assert start == end or start % BLOCK == 0
         assert start % BLOCK == 0 or -end % BLOCK > room, "there was room for the gap"
         room, end = room - (start - end), start + length
-    assert sorted(rows.targets_RT[rows.response_RT]) == sorted(
+    assert sorted(rows.targets_RT[rows.response_mask_RT]) == sorted(
         token for i in range(4) for token in made.response(i)
     )
 
@@ -204,21 +193,12 @@ def _long_tail():
 @pytest.mark.parametrize("count", [1, 4])
 def test_rows_of_the_default_length_are_filled_to_92_percent_by_a_long_tail(count, share_prompts):
     prompts, made = _long_tail()
-    objective = resolve(base.get_config()).objective
-    batches = packing.mini_batches(
-        prompts,
-        made,
-        np.zeros(256),
-        objective,
-        count=count,
-        row_tokens=64 + 512,
-        rows=1,
-        max_new_tokens=512,
-        share_prompts=share_prompts,
-    )
-    responses = sum(int(rows.response_RT.sum()) for batch in batches for rows in batch)
+    batch = packing.Batch(prompts, made, np.zeros(256))
+    layout = packing.RowLayout(64 + 512, 1, share_prompts)
+    batches = packing.mini_batches(batch, OBJECTIVE, layout, count=count)
+    responses = sum(int(rows.response_mask_RT.sum()) for batch in batches for rows in batch)
     assert responses == made.lengths_B.sum()
-    assert packing.fill(batches) >= 0.92
+    assert packing.fill_fraction(batches) >= 0.92
 
 
 def test_whatever_a_mixture_carries_is_packed_with_its_token():
@@ -228,15 +208,8 @@ def test_whatever_a_mixture_carries_is_packed_with_its_token():
     noise = Noise(keys, place, place.astype(np.float32))
     made = made._replace(mixtures=made.mixtures._replace(noise=noise))
     for share_prompts in (False, True):
-        rows = packing.pack(
-            PROMPTS,
-            made,
-            np.zeros(4),
-            _weights("token"),
-            row_tokens=8,
-            rows_multiple=1,
-            share_prompts=share_prompts,
-        )
+        batch = packing.Batch(PROMPTS, made, np.zeros(4))
+        rows = packing.pack(batch, _weights("token"), packing.RowLayout(8, 1, share_prompts))
         packed = rows.inputs.noise
         assert packed.key_data.dtype == np.uint32 and packed.scale.dtype == np.float32
         # A response's first input is the prompt's last token, which has no noise.
@@ -244,4 +217,4 @@ def test_whatever_a_mixture_carries_is_packed_with_its_token():
         held = packed.scale != 0
         assert sorted(packed.position[held]) == sorted(expected[expected > 0])
         np.testing.assert_array_equal(packed.key_data[held][:, 1], packed.position[held] + 100)
-        np.testing.assert_array_equal(packing.take(rows, 1, 1).inputs.noise.scale, packed.scale[1:2])
+        np.testing.assert_array_equal(packing.slice_rows(rows, 1, 1).inputs.noise.scale, packed.scale[1:2])

@@ -87,14 +87,13 @@ def _packed_gap(params, config, written):
     """The largest |Δ log-probability| of all response tokens, replayed in packed rows as the learner does."""
     count, longest = written.tokens_BT.shape
     prompts = [prompt for prompt in PROMPTS for _ in range(3)]
-    rows = packing.pack(
-        prompts, written, np.zeros(count), np.zeros((count, longest)), row_tokens=64, rows_multiple=1
-    )
+    batch = packing.Batch(prompts, written, np.zeros(count))
+    rows = packing.pack(batch, np.zeros((count, longest)), packing.RowLayout(64, 1))
     hidden = hidden_states(
         params, config, rows.inputs, positions_BT=rows.positions_RT, segment_ids_BT=rows.segment_ids_RT
     )
     replayed, _ = scores(hidden, decoder.head(params, config), rows.targets_RT, 0.9)
-    gap = np.abs(np.asarray(replayed) - rows.sampler_logprobs_RT)[rows.response_RT]
+    gap = np.abs(np.asarray(replayed) - rows.sampler_logprobs_RT)[rows.response_mask_RT]
     assert len(gap) == written.lengths_B.sum()
     return gap.max()
 

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from configs import base
+from ngrpo_jax.algo.metrics import Max, Mean, Min, Sum
 from ngrpo_jax.algo.mixture import Mixing, embed
 from ngrpo_jax.learner import packing, update
 from ngrpo_jax.learner.loss import ForwardOptions, row_loss
@@ -93,11 +94,9 @@ def _programs(
     return programs, shardings, optimizer
 
 
-def _packed(objective, **options):
-    prompts, written, advantages = _batch()
-    (batch,) = packing.mini_batches(
-        prompts, written, advantages, objective, count=1, max_new_tokens=20, **options
-    )
+def _packed(objective, row_tokens=64, rows=4, share_prompts=False):
+    layout = packing.RowLayout(row_tokens, rows, share_prompts)
+    (batch,) = packing.mini_batches(packing.Batch(*_batch()), objective, layout, count=1)
     return batch
 
 
@@ -114,11 +113,12 @@ def _gradients(
 ):
     """Gradients and metrics of one optimiser step by parameters that differ from old and reference ones."""
     programs, shardings, _ = _programs(mesh, objective=objective, **options)
-    batch = _packed(objective, row_tokens=row_tokens, rows=rows, share_prompts=share_prompts)
+    batch = _packed(objective, row_tokens, rows, share_prompts)
     before, new, ref = (jax.device_put(_params(seed), shardings.params) for seed in (0, params_seed, 4))
-    (scored,) = update.score(programs, before, ref if objective.kl_coef else None, [batch], old=old)
-    grads, metrics = update.gradients(programs, new, scored)
-    return jax.device_get(grads), jax.device_get(metrics), scored, batch
+    reference = ref if objective.kl_coef else None
+    (microbatches,) = update.compute_logprobs(programs, before, reference, [batch], old=old)
+    sums = jax.device_get(update.gradients(programs, new, microbatches))
+    return sums.gradient, update.batch_metrics([sums.metrics]), microbatches, batch
 
 
 @functools.cache
@@ -128,8 +128,9 @@ def _reference():
 
 
 def _assert_same(grads, metrics, reference=None):
-    expected, sums = reference or _reference()
-    assert abs(metrics["loss"] - sums["loss"]) <= 1e-6 * abs(sums["loss"])
+    expected, others = reference or _reference()
+    loss = others["learner/loss"]
+    assert abs(metrics["learner/loss"] - loss) <= 1e-6 * abs(loss)
     whole = np.sqrt(sum(np.sum(leaf.astype(np.float64) ** 2) for leaf in jax.tree.leaves(expected)))
     assert whole > 1e-3
     for (path, leaf), other in zip(
@@ -178,40 +179,40 @@ def test_remat_on_equals_off_and_layers_may_be_written_out(remat, unroll):
     _assert_same(grads, metrics)
 
 
-@pytest.mark.parametrize("stack", [1, 2, 3])
-def test_microbatches_go_into_as_many_calls_as_they_need(monkeypatch, stack):
-    monkeypatch.setattr(update, "STACK", stack)
-    grads, metrics, scored, batch = _gradients(row_tokens=30, rows=1)
-    counts = [int(item.stack.count) for item in scored]
-    assert counts == {1: [1, 1, 1, 1, 1], 2: [2, 2, 1], 3: [3, 2]}[stack] and len(batch) == 5
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_microbatches_are_split_into_as_many_calls_as_they_need(monkeypatch, size):
+    monkeypatch.setattr(update, "MICROBATCHES_PER_CALL", size)
+    grads, metrics, calls, batch = _gradients(row_tokens=30, rows=1)
+    counts = [int(call.count) for call in calls]
+    assert counts == {1: [1, 1, 1, 1, 1], 2: [2, 2, 1], 3: [3, 2]}[size] and len(batch) == 5
     _assert_same(grads, metrics)
 
 
-def test_what_fills_a_call_up_is_not_computed():
-    """Three microbatches count; what stands behind them would spoil every sum."""
+def test_microbatches_beyond_the_count_are_not_computed():
+    """Three of five count; the others hold NaN, which would be in every sum."""
     programs, shardings, _ = _programs()
-    batch = _packed(OBJECTIVE, row_tokens=30, rows=1, share_prompts=False)
+    batch = _packed(OBJECTIVE, row_tokens=30, rows=1)
     before, new, ref = (jax.device_put(_params(seed), shardings.params) for seed in (0, 2, 4))
-    ((whole,),) = update.score(programs, before, ref, [batch])
-    ((three,),) = update.score(programs, before, ref, [batch[:3]])
+    ((five,),) = update.compute_logprobs(programs, before, ref, [batch])
+    ((three,),) = update.compute_logprobs(programs, before, ref, [batch[:3]])
     expected = update.gradients(programs, new, [three])
 
     def spoiled(leaf):
         return leaf.at[3:].set(jnp.nan if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf[3:])
 
-    rows, *given = jax.tree.map(spoiled, (whole.stack.rows, whole.old_MRT, whole.ref_MRT))
-    stack = update.Stack(rows, three.stack.count)
-    sums = update.gradients(programs, new, [update.Scored(stack, *given)])
-    scores_MRT = programs.score(before, stack)
-    np.testing.assert_array_equal(scores_MRT[:3], three.old_MRT[:3])
+    rows, _, *logprobs = five
+    spoiled_five = update.Microbatches(jax.tree.map(spoiled, rows), three.count, *map(spoiled, logprobs))
+    sums = update.gradients(programs, new, [spoiled_five])
+    logprobs_MRT = programs.logprobs(before, update.Microbatches(spoiled_five.rows, three.count))
+    np.testing.assert_array_equal(logprobs_MRT[:3], three.old_logprobs_MRT[:3])
     for leaf, other in zip(*map(jax.tree.leaves, (sums, expected)), strict=True):
         np.testing.assert_array_equal(leaf, other)
-    assert not np.asarray(scores_MRT[3:]).any() and int(whole.stack.count) == 5
+    assert not np.asarray(logprobs_MRT[3:]).any() and int(five.count) == 5
 
 
-def _with_doubled_behaviour(stack):
-    rows = stack.rows
-    return stack._replace(rows=rows._replace(sampler_logprobs_RT=2 * rows.sampler_logprobs_RT))
+def _with_doubled_sampler_logprobs(microbatches):
+    rows = microbatches.rows
+    return microbatches._replace(rows=rows._replace(sampler_logprobs_RT=2 * rows.sampler_logprobs_RT))
 
 
 def test_gspo_is_not_changed_by_packing():
@@ -235,7 +236,7 @@ def test_loss_is_equation_13():
             term = np.maximum(term, 3.0 * advantages[i])
         kl = np.exp(ref - new) - (ref - new) - 1
         total -= np.mean(term - 0.05 * kl) / len(prompts)
-    assert np.isclose(metrics["loss"], total, rtol=2e-5)
+    assert np.isclose(metrics["learner/loss"], total, rtol=2e-5)
 
 
 def _sequence_logprobs(params, prompt, written, index):
@@ -286,8 +287,8 @@ def test_a_tied_table_gets_the_gradients_of_both_its_uses_as_they_come(algorithm
     (rows,) = _packed(objective, row_tokens=64, rows=8, share_prompts=True)
 
     def program(params, config):
-        compute = ForwardOptions(config, TEMPERATURE, logprob_chunk=16)
-        loss = functools.partial(row_loss, objective=objective, compute=compute)
+        options = ForwardOptions(config, TEMPERATURE, logprob_chunk=16)
+        loss = functools.partial(row_loss, objective=objective, options=options)
         gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
         return gradient.lower(params, rows, None, None).compile()
 
@@ -295,7 +296,8 @@ def test_a_tied_table_gets_the_gradients_of_both_its_uses_as_they_come(algorithm
     untied = body | {"head": {"rows": body["embed"]["embedding"]}}
     (_, sums), apart = program(untied, CONFIG)(untied, rows, None, None)
     of_tied = program(body, dataclasses.replace(CONFIG, tie_embeddings=True))
-    (_, metrics), grads = of_tied(body, rows, None, None)
+    (_, of_sums), grads = of_tied(body, rows, None, None)
+    sums, metrics = (update.batch_metrics([jax.device_get(each)]) for each in (sums, of_sums))
     uses = apart["embed"]["embedding"], apart.pop("head")["rows"]
     assert min(map(jnp.linalg.norm, uses)) > 1e-3
     _assert_same(grads, metrics, (jax.device_get(apart | {"embed": {"embedding": sum(uses)}}), sums))
@@ -307,53 +309,56 @@ def test_a_tied_table_gets_the_gradients_of_both_its_uses_as_they_come(algorithm
 def test_sampler_gap_is_nothing_in_float32_and_is_seen_when_temperatures_differ(old):
     """The parameters are those that wrote the batch, so that all three sources of π_old agree."""
     objective = dataclasses.replace(OBJECTIVE, old_logprobs="sampler" if old == "sampler" else "trainer")
-    grads, metrics, scored, _ = _gradients(params_seed=0, old=old, objective=objective)
-    assert (scored[0].old_MRT is None) == (old == "update")
-    gap = update.figures([metrics])
+    grads, gap, calls, _ = _gradients(params_seed=0, old=old, objective=objective)
+    assert (calls[0].old_logprobs_MRT is None) == (old == "update")
     assert 0 < gap["gap/max"] <= 1e-4 and gap["gap/mean"] <= gap["gap/max"] and abs(gap["gap/kl"]) < 1e-7
-    _assert_same(grads, metrics, _gradients(params_seed=0, row_tokens=30, rows=16)[:2])
+    _assert_same(grads, gap, _gradients(params_seed=0, row_tokens=30, rows=16)[:2])
     programs, shardings, _ = _programs(objective=objective)
-    wrong = [item._replace(stack=_with_doubled_behaviour(item.stack)) for item in scored]
+    wrong = [_with_doubled_sampler_logprobs(call) for call in calls]
     _, metrics = update.gradients(programs, jax.device_put(_params(0), shardings.params), wrong)
-    assert update.figures([jax.device_get(metrics)])["gap/mean"] > 0.5
+    assert update.batch_metrics([jax.device_get(metrics)])["gap/mean"] > 0.5
 
 
 def test_gap_of_the_first_step_alone():
-    step = {"weight": 1.0, "scored": 2.0, "gap": 0.2, "gap_max": 0.15, "gap_kl": 0.01, "loss": 1.0}
-    later = step | {"gap": 2.0, "gap_max": 1.5, "loss": 3.0}
-    both, first = update.figures([step, later]), update.figures([step, later], gap_of_first=True)
+    gap = {"mean": Mean(0.2, 2.0), "max": Max(0.15)}
+    step = {"learner": {"loss": Sum(1.0, 1.0)}, "gap": gap}
+    later = {"learner": {"loss": Sum(3.0, 1.0)}, "gap": {"mean": Mean(2.0, 2.0), "max": Max(1.5)}}
+    both, first = update.batch_metrics([step, later]), update.batch_metrics([step, later], gap_of_first=True)
     assert both["gap/max"] == 1.5 and both["gap/mean"] == pytest.approx(0.55)
     assert first["gap/max"] == 0.15 and first["gap/mean"] == pytest.approx(0.1)
     assert first["learner/loss"] == 2.0
 
 
-def test_offloading_changes_where_arrays_wait_and_nothing_else():
+def test_offloading_changes_where_arrays_are_and_nothing_else():
     results = []
-    _, _, scored, batch = _gradients(rows=4)
+    _, _, calls, batch = _gradients(rows=4)
     for where in ("none", "both"):
         programs, shardings, optimizer = _programs(offload=where)
         state = update.init_state(jax.device_put(_params(0), shardings.params), optimizer)
-        state = state._replace(opt_state=programs.optimizer.store(state.opt_state))
-        state, (figures,) = update.update(programs, state, [scored])
-        reference = programs.reference.store(jax.device_put(_params(4), shardings.params))
+        state = state._replace(opt_state=programs.optimizer_offload.to_host(state.opt_state))
+        state, (metrics,) = update.update(programs, state, [calls])
+        reference = programs.reference_offload.to_host(jax.device_put(_params(4), shardings.params))
         kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.opt_state)}
         assert kinds == {"pinned_host" if where == "both" else "device"}
         kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(reference)}
         assert kinds == {"pinned_host" if where == "both" else "device"}
-        (again,) = update.score(programs, state.params, reference, [batch])
-        results.append(jax.device_get((state, figures, [item.ref_MRT for item in again])))
+        (again,) = update.compute_logprobs(programs, state.params, reference, [batch])
+        results.append(jax.device_get((state, metrics, [call.ref_logprobs_MRT for call in again])))
     for one, other in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
 def test_update_is_adamw_on_the_clipped_gradient():
     programs, shardings, optimizer = _programs()
-    grads, _, scored, _ = _gradients(params_seed=0)
+    grads, _, calls, _ = _gradients(params_seed=0)
     params = _params(0)
     state = update.init_state(jax.device_put(_params(0), shardings.params), optimizer)
-    state, (figures,) = update.update(programs, state, [scored])
+    state, steps = update.update(programs, state, [calls])
     norm = np.sqrt(sum(np.sum(g**2) for g in jax.tree.leaves(grads)))
-    assert np.isclose(figures["grad_norm"], norm, rtol=1e-5)
+    metrics = update.batch_metrics(jax.device_get(steps))
+    assert np.isclose(metrics["learner/grad_norm"], norm, rtol=1e-5)
+    moved = jax.tree.map(lambda new, old: new - old, state.params, params)
+    assert np.isclose(metrics["learner/update_norm"], optax.tree.norm(moved), rtol=1e-3)
     scale = min(1.0, 1.0 / norm)
     first = jax.tree.map(
         lambda p, g: p - 1e-3 * (scale * g / (np.abs(scale * g) + 1e-8) + 0.01 * p), params, grads
@@ -363,66 +368,52 @@ def test_update_is_adamw_on_the_clipped_gradient():
     ):
         solid = np.abs(g) > 1e-5  # where |g| is near Adam's epsilon the sign alone is noise
         np.testing.assert_allclose(np.asarray(new)[solid], np.asarray(expected)[solid], atol=2e-6)
-    assert int(state.step) == 1
 
 
-def test_no_reference_is_scored_without_a_kl_term():
+def test_no_reference_logprobs_without_a_kl_term():
     objective = dataclasses.replace(OBJECTIVE, kl_coef=0.0)
-    _, metrics, scored, _ = _gradients(objective=objective)
-    assert all(item.ref_MRT is None for item in scored) and "kl" not in metrics
+    _, metrics, calls, _ = _gradients(objective=objective)
+    assert all(call.ref_logprobs_MRT is None for call in calls) and "learner/kl" not in metrics
 
 
-def test_figures_are_means_over_weight_and_extremes_over_steps():
-    steps = [
-        {"weight": 0.5, "kl": 0.1, "ratio_max": 2.0, "ratio_min": 0.5, "grad_norm": 1.0, "loss": 3.0},
-        {"weight": 1.0, "kl": 0.4, "ratio_max": 1.5, "ratio_min": 0.7, "grad_norm": 3.0, "loss": 5.0},
-    ]
+def _step(weight, kl, ratios, loss, norm, gap=(0.8, 4.0)):
+    least, most = ratios
+    learner = {"kl": Mean(kl, weight), "ratio_min": Min(least), "ratio_max": Max(most)}
+    learner |= {"loss": Sum(loss, weight), "grad_norm": Mean(norm, 1.0)}
+    return {"learner": learner, "gap": {"mean": Mean(*gap)}}
+
+
+def test_metrics_of_a_batch_are_means_over_weight_and_extremes_over_steps():
+    steps = [_step(0.5, 0.1, (0.5, 2.0), 3.0, 1.0), _step(1.0, 0.4, (0.7, 1.5), 5.0, 3.0, (0.8, 2.0))]
     expected = {"kl": 0.3, "ratio_max": 2.0, "ratio_min": 0.5, "grad_norm": 2.0, "loss": 4.0}
-    assert update.figures(steps) == pytest.approx({f"learner/{k}": v for k, v in expected.items()})
+    expected = {f"learner/{name}": x for name, x in expected.items()} | {"gap/mean": 0.3}
+    assert update.batch_metrics(steps) == pytest.approx(expected)
 
 
-def test_a_step_of_which_no_token_counts_is_in_no_mean_over_tokens():
-    full = {
-        "weight": 1.0,
-        "scored": 4.0,
-        "kl": 0.3,
-        "loss": 2.0,
-        "gap": 0.8,
-        "gap_max": 0.5,
-        "grad_norm": 3.0,
-    }
-    empty = {name: 0.0 for name in full} | {"grad_norm": 1.0}
+def test_a_step_without_any_weight_is_in_no_mean_over_tokens():
+    full = _step(1.0, 0.3, (0.5, 2.0), 2.0, 3.0)
+    empty = _step(0.0, 0.0, (np.inf, -np.inf), 0.0, 1.0, gap=(0.0, 0.0))
     tokens = {"learner/kl": 0.3, "learner/loss": 2.0, "gap/mean": 0.2}
-    others = {"gap/max": 0.5, "learner/grad_norm": 2.0}
+    others = {"learner/ratio_min": 0.5, "learner/ratio_max": 2.0, "learner/grad_norm": 2.0}
     for steps in ([full, empty], [empty, full]):
-        assert update.figures(steps) == pytest.approx(tokens | others)
-    of_none = update.figures([empty])
+        assert update.batch_metrics(steps) == pytest.approx(tokens | others)
+    of_none = update.batch_metrics([empty])
     assert all(np.isnan(of_none[name]) for name in tokens)
-    assert of_none["gap/max"] == 0 and of_none["learner/grad_norm"] == 1
+    assert of_none["learner/grad_norm"] == 1
 
 
 def test_nothing_compiles_after_the_first_step():
     programs, shardings, optimizer = _programs()
-    prompts, written, advantages = _batch()
+    whole = packing.Batch(*_batch())
     start = jax.jit(lambda params: update.init_state(params, optimizer), out_shardings=shardings)
     state = start(_params(0))
     counts = []
-    for order in (slice(0, 16), slice(4, 12), slice(2, 6)):
-        batches = packing.mini_batches(
-            prompts[order],
-            written.part(order.start, order.stop),
-            advantages[order],
-            OBJECTIVE,
-            count=2,
-            row_tokens=64,
-            rows=2,
-            max_new_tokens=20,
-        )
-        scored = update.score(programs, state.params, _params(4), batches)
-        state, _ = update.update(programs, state, scored)
-        counts.append(
-            [f._cache_size() for f in (programs.score, programs.zeros, programs.accumulate, programs.apply)]
-        )
+    for order in ((0, 16), (4, 12), (2, 6)):
+        rows = packing.mini_batches(whole.part(*order), OBJECTIVE, packing.RowLayout(64, 2), count=2)
+        batches = update.compute_logprobs(programs, state.params, _params(4), rows)
+        state, _ = update.update(programs, state, batches)
+        jitted = (programs.logprobs, programs.zeros, programs.accumulate, programs.apply)
+        counts.append([program._cache_size() for program in jitted])
     assert counts[1:] == counts[:1] * 2
 
 
@@ -441,11 +432,12 @@ def test_every_choice_of_the_objective_reaches_the_loss():
         OBJECTIVE, kl_estimator="k2", importance_cap=1.0, entropy_coef=0.1, clip_high=0.4, kl_coef=0.2
     )
     _, metrics, *_ = _gradients(objective=objective)
-    assert metrics["importance"] <= metrics["weight"] and metrics["entropy"] > 0
+    metrics = {name.removeprefix("learner/"): x for name, x in metrics.items()}
+    assert metrics["importance"] <= 1 and metrics["entropy"] > 0
     expected = metrics["policy_loss"] + 0.2 * metrics["kl"] - 0.1 * metrics["entropy"]
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
-    plain = _reference()[1]
-    assert abs(metrics["kl"] - plain["kl"]) > 1e-4 * plain["kl"], "k2 is not k3"
+    kl = _reference()[1]["learner/kl"]
+    assert abs(metrics["kl"] - kl) > 1e-4 * kl, "k2 is not k3"
 
 
 def test_optimizer_warms_up_linearly():
@@ -478,11 +470,13 @@ def test_weights_are_gathered_within_the_turn_of_a_microbatch(unroll):
 
 
 def _compiled_of_rows(config, **options):
-    """The texts of a microbatch's gradient and of its scores, compiled for data 2, fsdp 2, tensor 2."""
+    """The texts of a microbatch's gradient and of its log-probabilities, on a mesh of 2 × 2 × 2."""
     programs, shardings, _ = _programs(meshes.make_mesh(2, 2, 2), config=config, **options)
     params = jax.device_put(_params(0, config), shardings.params)
-    rows, *_ = _packed(OBJECTIVE, row_tokens=64, rows=4)
-    stack = programs.place([rows])
-    scored = update.Scored(stack, stack.rows.sampler_logprobs_RT, stack.rows.sampler_logprobs_RT)
-    gradient = programs.accumulate.lower(programs.zeros(params, scored), params, scored)
-    return [program.compile().as_text() for program in (gradient, programs.score.lower(params, stack))]
+    rows, *_ = _packed(OBJECTIVE)
+    given = programs.shard([rows])
+    logprobs = programs.logprobs.lower(params, given)
+    logprobs_MRT = given.rows.sampler_logprobs_RT
+    given = given._replace(old_logprobs_MRT=logprobs_MRT, ref_logprobs_MRT=logprobs_MRT)
+    gradient = programs.accumulate.lower(programs.zeros(params, given), params, given)
+    return [program.compile().as_text() for program in (gradient, logprobs)]

@@ -1,9 +1,9 @@
 """Hidden states to the log-probabilities of given tokens, without the [B, T, V] logits between them.
 
-Owns: the chunked projection, its backward pass, the entropy, and that only the positions that count are
-projected. Must not know: the model above the projection, mixtures, what is done with a log-probability.
+Owns the chunked projection, its backward pass, the entropy, and that only response tokens are projected.
+Must not know the model below the projection, mixtures, or what is done with a log-probability.
 
-Letters of this file: N chunks, t tokens of a chunk, X all tokens of a chunk as one dimension.
+Letters of this file: Z chunks, t tokens of a chunk, X all tokens of a chunk as one dimension.
 """
 
 import functools
@@ -24,23 +24,23 @@ def token_logprobs(
     temperature: float | jax.Array,
     *,
     chunk: int = 1024,
-    scored_BT: jax.Array | None = None,
+    response_mask_BT: jax.Array | None = None,
     entropy: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-    """log softmax(hidden · headᵀ / temperature) at the targets, and the entropy of that law in nats.
+    """log softmax(hidden · headᵀ / temperature) at the targets, and the entropy of that distribution in nats.
 
     Returns float32 ([B, T], [B, T]). About `chunk` tokens are projected at a time, forward and, by
     recomputation, backward: memory grows with chunk · V and not with B · T · V. Chunks run along T, so that
     a batch sharded over B stays so; no gather runs along V, so that `head_VD` may be sharded over V.
-    With `scored_BT`, bool, only the tokens that it names are projected, and the others get 0 and 0: they are
-    moved to the front of their rows, and chunks in which no row has any left are skipped. With `entropy`
-    false the second result is 0 and costs nothing.
+    With `response_mask_BT`, bool, only the tokens where it is true are projected, and the others get 0 and 0:
+    the tokens to project are moved to the front of their rows, and chunks in which no row has any are
+    skipped. With `entropy` false the second result is 0 and costs nothing.
 
     Products are in the dtype of `hidden_BTD` with float32 sums. The gradient for `head_VD` is summed over
     chunks in the dtype of `head_VD`: pass the float32 master, of which each chunk makes its own cast.
     """
     _check(hidden_BTD, head_VD, targets_BT)
-    order_BT = None if scored_BT is None else _order(scored_BT)
+    order_BT = None if response_mask_BT is None else _order(response_mask_BT)
     if order_BT is not None:
         hidden_BTD, targets_BT = (_take(x, order_BT) for x in (hidden_BTD, targets_BT))
 
@@ -51,59 +51,49 @@ def token_logprobs(
         return _logprobs_and_entropy(logits_BtV, targets_Bt, entropy=entropy)
 
     def of_chunk(_: None, needed: jax.Array, hidden_BtD: jax.Array, targets_Bt: jax.Array):
-        if scored_BT is None:
+        if response_mask_BT is None:
             return None, one_chunk(hidden_BtD, targets_Bt), ()
         zeros = jnp.zeros(targets_Bt.shape, jnp.float32)
         return None, jax.lax.cond(needed, one_chunk, lambda *_: (zeros, zeros), hidden_BtD, targets_Bt), ()
 
-    most = _most(scored_BT, targets_BT)
+    most = targets_BT.shape[1] if response_mask_BT is None else _most(response_mask_BT)
     _, results, _ = _over_chunks(of_chunk, None, (hidden_BTD, targets_BT), chunk, most)
-    if order_BT is not None and scored_BT is not None:
+    if order_BT is not None and response_mask_BT is not None:
         back_BT = jnp.argsort(order_BT, axis=1)
-        results = tuple(jnp.where(scored_BT, _take(x, back_BT), 0.0) for x in results)
+        results = tuple(jnp.where(response_mask_BT, _take(x, back_BT), 0.0) for x in results)
     return results
 
 
-TokenLoss = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, dict[str, jax.Array]]]
+# (logprobs [B, t], entropy [B, t], response mask [B, t], inputs of [B, t, ...]) -> (sum over tokens, metrics)
+TokenLoss = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 
-def token_loss(
-    loss: TokenLoss,
-    hidden_BTD: jax.Array,
-    head_VD: jax.Array,
-    targets_BT: jax.Array,
-    scored_BT: jax.Array,
-    facts: Any,
-    temperature: float,
-    *,
-    chunk: int = 1024,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The sum over tokens of a loss that each token has for itself, from hidden states: logits exist once.
+def token_loss(loss: TokenLoss, temperature: float, *, chunk: int = 1024) -> Callable[..., Any]:
+    """A loss that each token has for itself, as a function of hidden states for which logits exist once.
 
     Where `token_logprobs` must project a second time in the backward pass, here the gradient of a chunk is
-    taken as soon as its logits are there: three products a token rather than four, and the memory is that of
-    one chunk still. So the loss may not join tokens of different chunks (a ratio for each sequence does).
+    taken while its logits exist: three products a token rather than four, and the memory is still that of
+    one chunk. So the loss may not join tokens of different chunks (a ratio for each sequence does).
 
     Args:
-      loss: (logprobs [B, t], entropy [B, t], scored [B, t], facts of [B, t, ...]) -> (sum, metrics, each a
-        scalar), where nothing counts that is not scored. It sees the tokens of a row in their order.
-      scored_BT: bool, the tokens that are projected; others cost nothing where a whole chunk of them is left.
-      facts: tree of arrays [B, T, ...] that the loss needs besides; no gradient reaches them.
+      loss: sums over the tokens of a chunk, which keep their order within a row; tokens outside of the mask
+        may not count. Its metrics are a tree of scalars.
       temperature, chunk: as for `token_logprobs`.
 
     Returns:
-      the loss summed over chunks, with gradients for `hidden_BTD` and `head_VD`; and metrics [chunks] each.
+      (hidden_BTD, head_VD, targets_BT, response_mask_BT, loss_inputs) -> (value, metrics): the loss summed
+      over chunks, with gradients for `hidden_BTD` and `head_VD`, and metrics with a leading dimension of
+      chunks. `loss_inputs` is a tree of arrays [B, T, ...], without gradient. Chunks with no token in the
+      mask are not projected.
     """
-    _check(hidden_BTD, head_VD, targets_BT)
-    most = _most(scored_BT, targets_BT)
 
-    def of_chunk(hidden_BtD, head_VD, targets_Bt, scored_Bt, facts_Bt):
+    def of_chunk(hidden_BtD, head_VD, targets_Bt, mask_Bt, inputs_Bt):
         logits_BtV = scaled(_project(hidden_BtD, head_VD), temperature)
-        return loss(*_logprobs_and_entropy(logits_BtV, targets_Bt), scored_Bt, facts_Bt)
+        return loss(*_logprobs_and_entropy(logits_BtV, targets_Bt), mask_Bt, inputs_Bt)
 
-    def of_empty(targets_Bt, scored_Bt, facts_Bt):
+    def of_empty(targets_Bt, mask_Bt, inputs_Bt):
         zeros = jnp.zeros(targets_Bt.shape, jnp.float32)
-        return loss(zeros, zeros, jnp.zeros_like(scored_Bt), facts_Bt)
+        return loss(zeros, zeros, jnp.zeros_like(mask_Bt), inputs_Bt)
 
     def values(hidden_BTD, head_VD, given):
         def step(total, needed, hidden_BtD, *rest):
@@ -116,7 +106,8 @@ def token_loss(
             )
             return total + value, (), metrics
 
-        total, _, metrics = _over_chunks(step, jnp.float32(0), (hidden_BTD, *given), chunk, most)
+        tokens, most = (hidden_BTD, *given), _most(given[1])
+        total, _, metrics = _over_chunks(step, jnp.float32(0), tokens, chunk, most)
         return total, metrics
 
     def values_and_gradients(hidden_BTD, head_VD, given):
@@ -133,18 +124,24 @@ def token_loss(
             to_head_VD, value, metrics, to_hidden = jax.lax.cond(needed, full, empty, to_head_VD, *rest)
             return (total + value, to_head_VD), to_hidden, metrics
 
+        tokens, most = (hidden_BTD, *given), _most(given[1])
         start = jnp.float32(0), jnp.zeros_like(head_VD)
-        (total, to_head_VD), to_hidden, metrics = _over_chunks(step, start, (hidden_BTD, *given), chunk, most)
+        (total, to_head_VD), to_hidden, metrics = _over_chunks(step, start, tokens, chunk, most)
         return (total, metrics), (to_hidden, to_head_VD)
 
-    computed = jax.custom_vjp(values)
-    computed.defvjp(
+    summed = jax.custom_vjp(values)
+    summed.defvjp(
         values_and_gradients,
         lambda gradients, grad: (*(grad[0].astype(g.dtype) * g for g in gradients), None),
     )
-    order_BT = _order(scored_BT)
-    given = jax.tree.map(lambda x: _take(x, order_BT), (targets_BT, scored_BT, facts))
-    return computed(_permuted(hidden_BTD, order_BT), head_VD, given)
+
+    def from_hidden(hidden_BTD, head_VD, targets_BT, response_mask_BT, loss_inputs):
+        _check(hidden_BTD, head_VD, targets_BT)
+        order_BT = _order(response_mask_BT)
+        given = jax.tree.map(lambda x: _take(x, order_BT), (targets_BT, response_mask_BT, loss_inputs))
+        return summed(_permuted(hidden_BTD, order_BT), head_VD, given)
+
+    return from_hidden
 
 
 def _check(hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array) -> None:
@@ -154,11 +151,11 @@ def _check(hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array) -> 
 
 
 def _over_chunks(step: Callable, carry: Any, tokens_BT: Any, chunk: int, most: int | jax.Array) -> Any:
-    """Goes through tokens [B, T, ...], about `chunk` at a time of all rows together, and the rest at last.
+    """Scans tokens [B, T, ...], about `chunk` of all rows together at a time; a shorter chunk ends it.
 
     Args:
       step: (carry, needed, *tokens [B, t, ...]) -> (carry, results a token [B, t, ...], results a chunk).
-      most: tokens at the front of a row that count; `needed` says whether a chunk begins before there.
+      most: `needed` is whether a chunk starts before the `most`-th token of the rows.
 
     Returns:
       carry, results a token [B, T, ...], and results a chunk [chunks, ...].
@@ -171,15 +168,15 @@ def _over_chunks(step: Callable, carry: Any, tokens_BT: Any, chunk: int, most: i
     def split(x_BT: jax.Array) -> jax.Array:
         return jnp.moveaxis(x_BT[:, :whole].reshape(batch, count, length, *x_BT.shape[2:]), 1, 0)
 
-    def join(x_NBt: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x_NBt, 0, 1).reshape(batch, whole, *x_NBt.shape[3:])
+    def join(x_ZBt: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x_ZBt, 0, 1).reshape(batch, whole, *x_ZBt.shape[3:])
 
     def scanned(carry: Any, xs: Any) -> Any:
         carry, of_tokens, of_chunk = step(carry, *xs)
         return carry, (of_tokens, of_chunk)
 
-    needed_N = jnp.arange(count) * length < most
-    carry, (of_tokens, of_chunk) = jax.lax.scan(scanned, carry, (needed_N, *jax.tree.map(split, tokens_BT)))
+    needed_Z = jnp.arange(count) * length < most
+    carry, (of_tokens, of_chunk) = jax.lax.scan(scanned, carry, (needed_Z, *jax.tree.map(split, tokens_BT)))
     of_tokens = jax.tree.map(join, of_tokens)
     if whole < time:
         rest = jax.tree.map(lambda x_BT: x_BT[:, whole:], tokens_BT)
@@ -189,14 +186,14 @@ def _over_chunks(step: Callable, carry: Any, tokens_BT: Any, chunk: int, most: i
     return carry, of_tokens, of_chunk
 
 
-def _order(scored_BT: jax.Array) -> jax.Array:
-    """Places of each row's tokens, the scored ones first, otherwise as they stood: int32 [B, T]."""
-    return jnp.argsort(~scored_BT, axis=1, stable=True)
+def _order(response_mask_BT: jax.Array) -> jax.Array:
+    """Permutation that moves each row's response tokens to the front and keeps orders: int32 [B, T]."""
+    return jnp.argsort(~response_mask_BT, axis=1, stable=True)
 
 
-def _most(scored_BT: jax.Array | None, targets_BT: jax.Array) -> int | jax.Array:
-    """The most tokens to score in any row; all where no one says which."""
-    return targets_BT.shape[1] if scored_BT is None else jnp.max(jnp.sum(scored_BT, axis=1))
+def _most(response_mask_BT: jax.Array) -> jax.Array:
+    """The most response tokens of any row."""
+    return jnp.max(jnp.sum(response_mask_BT, axis=1))
 
 
 def _take(x_BT: jax.Array, order_BT: jax.Array) -> jax.Array:
@@ -234,7 +231,7 @@ def _logprobs_and_entropy(
 @jax.custom_vjp
 def _project(hidden_BtD: jax.Array, head_VD: jax.Array) -> jax.Array:
     """float32 logits [B, t, V]. The gradient is written out to keep its two products in hidden's dtype:
-    left to itself it would multiply float32 by float32, several times the price on an accelerator."""
+    autodiff would multiply float32 by float32, which takes several times as long on an accelerator."""
     return jnp.einsum(
         "btd,vd->btv", hidden_BtD, head_VD.astype(hidden_BtD.dtype), preferred_element_type=jnp.float32
     )
@@ -249,7 +246,7 @@ def _project_backward(saved: tuple[jax.Array, jax.Array], grad_BtV: jax.Array) -
     dtype = hidden_BtD.dtype
     grad_BtV = grad_BtV.astype(dtype)
     to_hidden = jnp.einsum("btv,vd->btd", grad_BtV, head_VD.astype(dtype), preferred_element_type=jnp.float32)
-    # As matrices: with two dimensions to sum over, XLA transposes the gradient on a CPU, element by element.
+    # As matrices: for a sum over two dimensions XLA's CPU backend transposes the gradient entry by entry.
     grad_XV, hidden_XD = (x.reshape(-1, x.shape[-1]) for x in (grad_BtV, hidden_BtD))
     to_head = jnp.einsum("xv,xd->vd", grad_XV, hidden_XD, preferred_element_type=jnp.float32)
     return to_hidden.astype(dtype), to_head.astype(head_VD.dtype)

@@ -1,23 +1,27 @@
 """Rewards to advantages, and log-probabilities to the loss: GRPO, GSPO, the dual clip, the KL term.
 
-Owns: the formulas (12), (13), those of GSPO, and the choices around them: penalties for long responses,
-truncated importance weights, the entropy bonus. Must not know: how the weights were filled (each token's
-share of the loss, which carries the aggregation), packing beyond segment ids, microbatches, the optimiser.
-Equation numbers are those of arXiv 2606.10768.
+Owns the formulas (12), (13), those of GSPO, and the choices around them: penalties for long responses,
+truncated importance weights, the entropy bonus. A new objective is a surrogate function and its entry in
+ALGORITHMS. Must not know how the weights were filled (each token's share of the loss, which carries the
+aggregation), packing beyond segment ids, microbatches, or the optimiser. Equation numbers are those of arXiv
+2606.10768.
 """
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-ALGORITHMS = ("grpo", "gspo")
-# Metrics of `policy_loss` that are sums of weight times something: means once divided by the sum of `weight`.
-WEIGHTED = frozenset({"policy_loss", "ratio", "clip_low", "clip_high", "dual_clip", "kl", "entropy"})
-WEIGHTED |= {"importance", "importance_capped"}
+from ngrpo_jax.algo.metrics import Max, Mean, Metrics, Min, Sum
 
-# exp stays finite up to 88. Beyond this the gradient is cut to 0: the clip or the dual clip does so too, but
-# autodiff would make it 0 · inf = NaN. (For A < 0 without a dual clip it is this alone.)
+# exp stays finite up to 88. Beyond this limit the gradient is 0: the clip or the dual clip makes it so too,
+# but autodiff would give 0 · inf = NaN. (For A < 0 without a dual clip this limit is the only one.)
 _LARGEST_LOG_RATIO = 60.0
 
 
@@ -40,7 +44,7 @@ def group_advantages(rewards_PG: jax.Array | np.ndarray, *, scale_by_std: bool =
 
 
 def varied_groups(rewards_PG: np.ndarray) -> np.ndarray:
-    """bool [P]: the groups whose rewards differ. The others have advantage 0 and feel the KL term alone."""
+    """bool [P]: the groups whose rewards differ. The others have advantage 0 and only a KL term."""
     chex.assert_rank(rewards_PG, 2)
     return np.max(rewards_PG, axis=1) > np.min(rewards_PG, axis=1)
 
@@ -48,12 +52,12 @@ def varied_groups(rewards_PG: np.ndarray) -> np.ndarray:
 def overlong_penalty(
     lengths_B: np.ndarray, stopped_B: np.ndarray, *, limit: int, interval: int, size: float
 ) -> np.ndarray:
-    """What a response's reward loses for its length, float32 [B], 0..size.
+    """The penalty for length that is subtracted from each response's reward, float32 [B], 0..size.
 
     `size` for a response that was cut off at `limit` tokens; for one that ended by itself 0 up to `limit` -
     `interval` tokens, and from there on a share of `size` that grows linearly to 1 at the limit: the soft
-    overlong punishment of DAPO (arXiv 2503.14476), whose size is 1. With `interval` 0 only those cut off
-    lose anything.
+    overlong punishment of DAPO (arXiv 2503.14476), whose size is 1. With `interval` 0 only responses that
+    were cut off are penalised.
     """
     chex.assert_equal_shape([lengths_B, stopped_B])
     share_B = np.clip((lengths_B - (limit - interval)) / max(interval, 1), 0.0, 1.0) * (interval > 0)
@@ -63,15 +67,15 @@ def overlong_penalty(
 def kl_k1(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
     """The k1 estimator of KL(π_θ ‖ π_ref), elementwise: log π_θ - log π_ref.
 
-    Unbiased as a figure. In a loss its gradient is that of log π_θ, whose mean over π_θ is 0: it adds noise
-    and no pull; k2 or k3 pull towards the reference.
+    Unbiased as a metric. In a loss its gradient is that of log π_θ, whose mean over π_θ is 0: it adds noise
+    without a mean direction; k2 and k3 do draw the policy towards the reference.
     """
     chex.assert_equal_shape([logprobs, ref_logprobs])
     return logprobs - ref_logprobs
 
 
 def kl_k2(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
-    """The k2 estimator, elementwise: (log π_θ - log π_ref)² / 2. Biased as a figure; its gradient is not."""
+    """The k2 estimator, elementwise: (log π_θ - log π_ref)² / 2. Biased as a metric; its gradient is not."""
     chex.assert_equal_shape([logprobs, ref_logprobs])
     return 0.5 * jnp.square(logprobs - ref_logprobs)
 
@@ -84,6 +88,84 @@ def kl_k3(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
 
 
 KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """The static choices of `policy_loss`, which documents them.
+
+    Raises:
+      ValueError: on construction, for a choice that is unknown or out of its range.
+    """
+
+    algorithm: str = "grpo"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    kl_coef: float = 0.0
+    kl_estimator: str = "k3"
+    importance_cap: float | None = None
+    entropy_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in ALGORITHMS:
+            raise ValueError(f"algorithm {self.algorithm!r} is unknown: use one of {', '.join(ALGORITHMS)}")
+        if self.kl_estimator not in KL_ESTIMATORS:
+            raise ValueError(
+                f"kl_estimator {self.kl_estimator!r} is unknown: use one of {', '.join(KL_ESTIMATORS)}"
+            )
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise ValueError(f"dual_clip {self.dual_clip} must be above 1, or None for no dual clip")
+        if self.importance_cap is not None and self.importance_cap <= 0:
+            raise ValueError(f"importance_cap {self.importance_cap} must be above 0, or None for no weights")
+
+
+def clipped_surrogate(ratio: jax.Array, advantage: jax.Array, config: LossConfig) -> jax.Array:
+    """min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A), and at least dual_clip A where A < 0."""
+    clipped = jnp.clip(ratio, 1.0 - config.clip_low, 1.0 + config.clip_high)
+    objective = jnp.minimum(ratio * advantage, clipped * advantage)
+    if config.dual_clip is None:
+        return objective
+    return jnp.where(advantage < 0, jnp.maximum(objective, config.dual_clip * advantage), objective)
+
+
+class Algorithm(NamedTuple):
+    """An objective: its surrogate, and whether ratios are of single tokens or of whole sequences.
+
+    Attributes:
+      surrogate: (ratio, advantage, config) -> the objective of each token, to be maximised, elementwise.
+      by_sequence: whether the ratio of a token is that of its sequence, exp of the mean log ratio over the
+        sequence's tokens of weight > 0.
+    """
+
+    surrogate: Callable[[jax.Array, jax.Array, LossConfig], jax.Array]
+    by_sequence: bool = False
+
+
+ALGORITHMS = {
+    "grpo": Algorithm(clipped_surrogate),  # (13)
+    "gspo": Algorithm(clipped_surrogate, by_sequence=True),  # arXiv 2507.18071
+}
+
+
+class LossInputs(NamedTuple):
+    """What the loss needs besides the log-probabilities that it differentiates; arrays [B, T].
+
+    Attributes:
+      old_logprobs: log π_old, before the batch's first update; None where π_θ itself is π_old.
+      advantages: [B, T] for packed rows, constant within a segment, or [B].
+      weight: each token's share of the loss; 0 where the token is not one of a response.
+      ref_logprobs: log π_ref, for the KL term.
+      sampler_logprobs: log π_sampler, as the rollout recorded it.
+      segment_ids: int, which tokens of a row are one sequence; None for one sequence a row.
+    """
+
+    old_logprobs: jax.Array | None
+    advantages: jax.Array
+    weight: jax.Array
+    ref_logprobs: jax.Array | None = None
+    sampler_logprobs: jax.Array | None = None
+    segment_ids: jax.Array | None = None
 
 
 def policy_loss(
@@ -107,108 +189,131 @@ def policy_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """(13), to be minimised: Σ weight · -(min(ratio A, clip(ratio, 1-clip_low, 1+clip_high) A) - kl_coef KL).
 
-    `advantages` [B], or [B, T] for packed rows. `weight_BT` is each token's share of the loss, 0 where the
-    token is not one of a response; what the other arrays hold there, be it NaN, touches neither loss nor
-    gradient. `algorithm` "grpo" takes the ratio π_θ/π_old of each token; "gspo" (arXiv 2507.18071) that of
-    its sequence, exp of the mean log ratio over its tokens of weight > 0, the sequence being the row or, with
-    `segment_ids_BT`, the row's tokens of equal id. `dual_clip` c > 1: for A < 0 the min-term is at least c A.
-    `importance_cap` multiplies the clipped objective (not the KL) by min(π_old/π_sampler, importance_cap):
-    truncated importance sampling, for tokens that were drawn by a sampler whose numbers differ from the
-    trainer's. π_old is `old_logprobs_BT`, the trainer's before the update, π_sampler `sampler_logprobs_BT`,
-    as recorded; "gspo" takes their ratio by sequence too. `entropy_coef` takes entropy_coef · Σ weight ·
-    `entropy_BT` off the loss. `kl_estimator`: "k1", "k2", "k3".
-    Only `logprobs_BT` and `entropy_BT` get gradient. The settings are static Python values.
+    Args:
+      advantages: [B], or [B, T] for packed rows.
+      weight_BT: each token's share of the loss, 0 where the token is not one of a response; what the other
+        arrays hold there, NaN included, changes neither loss nor gradient.
+      algorithm: "grpo" takes the ratio π_θ/π_old of each token; "gspo" (arXiv 2507.18071) that of its
+        sequence, exp of the mean log ratio over its tokens of weight > 0. The sequence is the row or, with
+        `segment_ids_BT`, the row's tokens of equal id.
+      dual_clip: c > 1: for A < 0 the min-term is at least c A.
+      kl_estimator: "k1", "k2" or "k3", of the KL to `ref_logprobs_BT`.
+      importance_cap: multiplies the clipped objective (not the KL) by min(π_old/π_sampler, importance_cap):
+        truncated importance sampling, for tokens drawn by a sampler whose numbers differ from the learner's.
+        π_old is the learner's before the update, π_sampler as recorded; "gspo" takes their ratio by
+        sequence too.
+      entropy_coef: subtracts entropy_coef · Σ weight · `entropy_BT` from the loss.
 
-    Returns the float32 loss and metrics, float32 scalars over tokens of weight > 0. Sums of weight, which add
-    over microbatches: `weight`, and those of WEIGHTED, means on division by it: `policy_loss` (without
-    KL and entropy), `ratio`, `clip_low` and `clip_high` (weight of the tokens whose ratio was
-    clipped from below with A < 0, from above with A > 0), `dual_clip`; given what they need `kl`, `entropy`,
-    `importance` (the truncated weights) and `importance_capped`. Extremes, of which to take the min and
-    max over microbatches: `ratio_min` and `ratio_max`; inf and -inf where no token counts.
+    Returns:
+      the float32 loss, with gradient for `logprobs_BT` and `entropy_BT` alone, and metrics: float32 scalars
+      over tokens of weight > 0. `weight` is Σ weight. Sums of weight · x, which are means when divided by it:
+      `policy_loss` (without KL and entropy), `ratio`, `clip_low` and `clip_high` (the tokens whose ratio was
+      clipped from below with A < 0, from above with A > 0), `dual_clip`; where their inputs are given `kl`,
+      `entropy`, `importance` (the truncated weights) and `importance_capped`. Extremes: `ratio_min` and
+      `ratio_max`, inf and -inf without any token of weight > 0.
 
-    Raises ValueError for an unknown algorithm or estimator, a dual_clip of at most 1, an importance_cap that
-    is not above 0, and for a coefficient or cap without the arrays that it needs.
+    Raises:
+      ValueError: for an unknown algorithm or estimator, a dual_clip of at most 1, an importance_cap that is
+        not above 0, and a coefficient or cap without the arrays that it needs.
     """
-    _check(algorithm, dual_clip, kl_estimator)
-    _check_needs(kl_coef, ref_logprobs_BT, importance_cap, sampler_logprobs_BT, entropy_coef, entropy_BT)
+    config = LossConfig(
+        algorithm, clip_low, clip_high, dual_clip, kl_coef, kl_estimator, importance_cap, entropy_coef
+    )
     chex.assert_rank(logprobs_BT, 2)
     chex.assert_equal_shape([logprobs_BT, old_logprobs_BT, weight_BT])
     chex.assert_shape(advantages, logprobs_BT.shape[: jnp.ndim(advantages)])
+    inputs = LossInputs(
+        old_logprobs_BT, advantages, weight_BT, ref_logprobs_BT, sampler_logprobs_BT, segment_ids_BT
+    )
+    loss, metrics = loss_and_metrics(logprobs_BT, entropy_BT, inputs, config)
+    weight = metrics.pop("loss").weight
+    return loss, {"weight": weight, **{name: metric[0] for name, metric in metrics.items()}}
+
+
+def loss_and_metrics(
+    logprobs_BT: jax.Array, entropy_BT: jax.Array | None, inputs: LossInputs, config: LossConfig
+) -> tuple[jax.Array, Metrics]:
+    """`policy_loss`, with metrics that carry their own denominator; `loss` is one of them."""
+    _check_needs(entropy_BT, inputs, config)
     # Masked before any arithmetic: a NaN multiplied by a weight of 0 afterwards would be NaN still.
-    mask_BT = weight_BT > 0
+    mask_BT = inputs.weight > 0
 
     def masked(x: jax.Array) -> jax.Array:
         return jnp.where(mask_BT, jnp.broadcast_to(x, mask_BT.shape).astype(jnp.float32), 0.0)
 
-    weight_BT = masked(weight_BT)
-    advantages_BT = masked(advantages if jnp.ndim(advantages) == 2 else advantages[:, None])
-    advantages_BT = jax.lax.stop_gradient(advantages_BT)
-    logprobs_BT = masked(logprobs_BT)
-    old_logprobs_BT = jax.lax.stop_gradient(masked(old_logprobs_BT))
+    def constant(x: jax.Array) -> jax.Array:
+        return jax.lax.stop_gradient(masked(x))
 
     def ratio(numerator_BT: jax.Array, denominator_BT: jax.Array) -> jax.Array:
         log_ratio_BT = numerator_BT - denominator_BT
-        if algorithm == "gspo":
-            log_ratio_BT = _sequence_mean(log_ratio_BT, mask_BT, segment_ids_BT)
+        if algorithm.by_sequence:
+            log_ratio_BT = _sequence_mean(log_ratio_BT, mask_BT, inputs.segment_ids)
         return jnp.exp(jnp.clip(log_ratio_BT, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO))
 
-    ratio_BT = ratio(logprobs_BT, old_logprobs_BT)
-    objective_BT = _clipped_objective(ratio_BT, advantages_BT, clip_low, clip_high, dual_clip)
-    metrics = _ratio_metrics(ratio_BT, advantages_BT, weight_BT, mask_BT, clip_low, clip_high, dual_clip)
-    if importance_cap is not None and sampler_logprobs_BT is not None:
-        exact_BT = ratio(old_logprobs_BT, jax.lax.stop_gradient(masked(sampler_logprobs_BT)))
-        importance_BT = jnp.minimum(exact_BT, importance_cap)
+    algorithm = ALGORITHMS[config.algorithm]
+    weight_BT = masked(inputs.weight)
+    total = jnp.sum(weight_BT)
+
+    def mean(x_BT: jax.Array) -> Mean:
+        return Mean(jnp.sum(weight_BT * x_BT), total)
+
+    advantages_BT = constant(
+        inputs.advantages if jnp.ndim(inputs.advantages) == 2 else inputs.advantages[:, None]
+    )
+    logprobs_BT = masked(logprobs_BT)
+    old_BT = constant(logprobs_BT if inputs.old_logprobs is None else inputs.old_logprobs)
+    ratio_BT = ratio(logprobs_BT, old_BT)
+    objective_BT = algorithm.surrogate(ratio_BT, advantages_BT, config)
+    metrics: Metrics = {
+        "ratio": mean(ratio_BT),
+        "ratio_min": Min(jnp.min(jnp.where(mask_BT, ratio_BT, jnp.inf))),
+        "ratio_max": Max(jnp.max(jnp.where(mask_BT, ratio_BT, -jnp.inf))),
+        **{
+            name: Mean(jnp.sum(jnp.where(clipped_BT, weight_BT, 0.0)), total)
+            for name, clipped_BT in _clipped(ratio_BT, advantages_BT, config).items()
+        },
+    }
+    if config.importance_cap is not None and inputs.sampler_logprobs is not None:
+        exact_BT = ratio(old_BT, constant(inputs.sampler_logprobs))
+        importance_BT = jnp.minimum(exact_BT, config.importance_cap)
         objective_BT = importance_BT * objective_BT
-        metrics["importance"] = jnp.sum(weight_BT * importance_BT)
-        metrics["importance_capped"] = jnp.sum(jnp.where(exact_BT > importance_cap, weight_BT, 0.0))
-    loss = metrics["policy_loss"] = -jnp.sum(weight_BT * objective_BT)
-    if ref_logprobs_BT is not None:
-        kl = KL_ESTIMATORS[kl_estimator]
-        kl_BT = kl(logprobs_BT, jax.lax.stop_gradient(masked(ref_logprobs_BT)))
-        metrics["kl"] = jnp.sum(weight_BT * kl_BT)
-        loss = loss + kl_coef * metrics["kl"] if kl_coef else loss
+        metrics["importance"] = mean(importance_BT)
+        capped_BT = exact_BT > config.importance_cap
+        metrics["importance_capped"] = Mean(jnp.sum(jnp.where(capped_BT, weight_BT, 0.0)), total)
+    loss = -jnp.sum(weight_BT * objective_BT)
+    metrics["policy_loss"] = Mean(loss, total)
+    if inputs.ref_logprobs is not None:
+        kl_BT = KL_ESTIMATORS[config.kl_estimator](logprobs_BT, constant(inputs.ref_logprobs))
+        kl = metrics["kl"] = mean(kl_BT)
+        loss = loss + config.kl_coef * kl.total if config.kl_coef else loss
     if entropy_BT is not None:
-        metrics["entropy"] = jnp.sum(weight_BT * masked(entropy_BT))
-        loss = loss - entropy_coef * metrics["entropy"] if entropy_coef else loss
+        entropy = metrics["entropy"] = mean(masked(entropy_BT))
+        loss = loss - config.entropy_coef * entropy.total if config.entropy_coef else loss
+    metrics["loss"] = Sum(loss, total)
     return loss, metrics
 
 
-def _check(algorithm: str, dual_clip: float | None, kl_estimator: str) -> None:
-    if algorithm not in ALGORITHMS:
-        raise ValueError(f"algorithm {algorithm!r} is unknown: use one of {', '.join(ALGORITHMS)}")
-    if kl_estimator not in KL_ESTIMATORS:
-        raise ValueError(f"kl_estimator {kl_estimator!r} is unknown: use one of {', '.join(KL_ESTIMATORS)}")
-    if dual_clip is not None and dual_clip <= 1:
-        raise ValueError(f"dual_clip {dual_clip} must be above 1, or None for no dual clip")
-
-
-def _check_needs(
-    kl_coef: float,
-    ref_logprobs_BT: jax.Array | None,
-    importance_cap: float | None,
-    sampler_logprobs_BT: jax.Array | None,
-    entropy_coef: float,
-    entropy_BT: jax.Array | None,
-) -> None:
-    if kl_coef and ref_logprobs_BT is None:
-        raise ValueError(f"kl_coef is {kl_coef}, which needs ref_logprobs_BT; give them, or set it to 0")
-    if entropy_coef and entropy_BT is None:
-        raise ValueError(f"entropy_coef is {entropy_coef}, which needs entropy_BT; give it, or set it to 0")
-    if importance_cap is not None and (importance_cap <= 0 or sampler_logprobs_BT is None):
+def _check_needs(entropy_BT: jax.Array | None, inputs: LossInputs, config: LossConfig) -> None:
+    if config.kl_coef and inputs.ref_logprobs is None:
         raise ValueError(
-            f"importance_cap is {importance_cap}: it must be above 0 with sampler_logprobs_BT given, or None"
+            f"kl_coef is {config.kl_coef}, which needs ref_logprobs_BT; give them, or set it to 0"
         )
+    if config.entropy_coef and entropy_BT is None:
+        raise ValueError(
+            f"entropy_coef is {config.entropy_coef}, which needs entropy_BT; give it, or set it to 0"
+        )
+    if config.importance_cap is not None and inputs.sampler_logprobs is None:
+        raise ValueError(f"importance_cap is {config.importance_cap}, which needs sampler_logprobs_BT")
 
 
-def _clipped_objective(
-    ratio_BT: jax.Array, advantages_BT: jax.Array, clip_low: float, clip_high: float, dual_clip: float | None
-) -> jax.Array:
-    clipped_BT = jnp.clip(ratio_BT, 1.0 - clip_low, 1.0 + clip_high)
-    objective_BT = jnp.minimum(ratio_BT * advantages_BT, clipped_BT * advantages_BT)
-    if dual_clip is None:
-        return objective_BT
-    floored_BT = jnp.maximum(objective_BT, dual_clip * advantages_BT)
-    return jnp.where(advantages_BT < 0, floored_BT, objective_BT)
+def _clipped(ratio_BT: jax.Array, advantages_BT: jax.Array, config: LossConfig) -> dict[str, jax.Array]:
+    """Which tokens lost their gradient to a clip, by the clip's name; bool [B, T] each."""
+    highest = jnp.inf if config.dual_clip is None else config.dual_clip
+    return {
+        "clip_low": (advantages_BT < 0) & (ratio_BT < 1.0 - config.clip_low),
+        "clip_high": (advantages_BT > 0) & (ratio_BT > 1.0 + config.clip_high),
+        "dual_clip": (advantages_BT < 0) & (ratio_BT > highest),
+    }
 
 
 def _sequence_mean(x_BT: jax.Array, mask_BT: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
@@ -219,33 +324,9 @@ def _sequence_mean(x_BT: jax.Array, mask_BT: jax.Array, segment_ids_BT: jax.Arra
     length = mask_BT.shape[1]
 
     def of_row(x_T: jax.Array, mask_T: jax.Array, ids_T: jax.Array) -> jax.Array:
-        slots_T = jnp.searchsorted(jnp.sort(ids_T), ids_T)  # ids may be any integers; slots are below T
-        sums = jax.ops.segment_sum(x_T, slots_T, length)
-        counts = jax.ops.segment_sum(mask_T.astype(jnp.float32), slots_T, length)
-        return (sums / jnp.maximum(counts, 1.0))[slots_T]
+        index_T = jnp.searchsorted(jnp.sort(ids_T), ids_T)  # ids may be any integers; indices are below T
+        sums = jax.ops.segment_sum(x_T, index_T, length)
+        counts = jax.ops.segment_sum(mask_T.astype(jnp.float32), index_T, length)
+        return (sums / jnp.maximum(counts, 1.0))[index_T]
 
     return jnp.where(mask_BT, jax.vmap(of_row)(x_BT, mask_BT, segment_ids_BT), 0.0)
-
-
-def _ratio_metrics(
-    ratio_BT: jax.Array,
-    advantages_BT: jax.Array,
-    weight_BT: jax.Array,
-    mask_BT: jax.Array,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-) -> dict[str, jax.Array]:
-    def weight_where(condition_BT: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(condition_BT, weight_BT, 0.0))
-
-    highest = jnp.inf if dual_clip is None else dual_clip
-    return {
-        "weight": jnp.sum(weight_BT),
-        "ratio": jnp.sum(weight_BT * ratio_BT),
-        "ratio_min": jnp.min(jnp.where(mask_BT, ratio_BT, jnp.inf)),
-        "ratio_max": jnp.max(jnp.where(mask_BT, ratio_BT, -jnp.inf)),
-        "clip_low": weight_where((advantages_BT < 0) & (ratio_BT < 1.0 - clip_low)),
-        "clip_high": weight_where((advantages_BT > 0) & (ratio_BT > 1.0 + clip_high)),
-        "dual_clip": weight_where((advantages_BT < 0) & (ratio_BT > highest)),
-    }

@@ -1,13 +1,13 @@
-"""Rewards -> credit: the advantage of each response, and the share of the loss of each of its tokens (NumPy).
+"""Rewards -> advantages, and each response token's share of the loss (NumPy).
 
-Owns what the settings do to rewards between grading and packing: penalties for length, responses and groups
-that are left out, the figures of both; and the weights of tokens, from the counts of the whole optimiser step
-on all hosts. Must not know how rewards were graded, nor how rows are packed.
+Owns what the objective's settings do between grading and packing: length penalties, responses and groups that
+are left out of the update, the metrics of both, and the token weights, which are computed from the counts of
+the whole optimiser step on all hosts. Must not know how rewards were graded, nor how rows are packed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,100 +16,92 @@ from ngrpo_jax.algo.objectives import group_advantages, overlong_penalty, varied
 from ngrpo_jax.rollout.trajectory import Trajectories
 from ngrpo_jax.settings import ObjectiveSettings
 
-Gather = Callable[[Any], list[Any]]  # what every host says (by its number), given what this one says
+Allgather = Callable[[Any], list[Any]]  # this host's JSON value -> the values of all hosts, in host order
 
 
-class Credit(NamedTuple):
-    """P groups of G responses, in the order of their trajectories.
+class Advantages(NamedTuple):
+    """Advantages of P groups of G responses, in the order of their trajectories.
 
     Attributes:
       advantages_PG: float32.
-      counted_PG: bool, the responses that take part in the update; the others get weight 0, KL included. They
-        still count in the mean and deviation of their group.
-      figures: for the step's metrics.
+      included_PG: bool, the responses that take part in the update. The others get weight 0, in the KL term
+        as well, but still count in the mean and standard deviation of their group.
+      metrics: of all hosts, for the step's row.
     """
 
     advantages_PG: np.ndarray
-    counted_PG: np.ndarray
-    figures: dict[str, float]
+    included_PG: np.ndarray
+    metrics: dict[str, float]
 
 
-def assign(
-    rewards_PG: np.ndarray, trajectories: Trajectories, objective: ObjectiveSettings, limit: int
-) -> Credit:
-    """(12), after what `objective` does to responses that are too long and to groups of equal rewards.
+def single_host(value: Any) -> list[Any]:
+    """The `Allgather` of a run on one host."""
+    return [value]
 
-    `limit`: tokens at which a response is cut off. Groups are judged by their rewards less any penalty.
+
+def compute_advantages(
+    rewards_PG: np.ndarray,
+    trajectories: Trajectories,
+    objective: ObjectiveSettings,
+    allgather: Allgather = single_host,
+) -> Advantages:
+    """(12), after length penalties; responses and groups that `objective` leaves out are marked.
+
+    A group is left out for having equal rewards by its rewards after the penalty. All hosts hold equally many
+    groups; each group is whole on its host, so only the metrics are gathered.
     """
-    figures: dict[str, float] = {}
-    counted_PG = np.ones(rewards_PG.shape, bool)
+    metrics: dict[str, float] = {}
+    included_PG = np.ones(rewards_PG.shape, bool)
     if objective.overlong == "penalize":
         penalty_B = overlong_penalty(
             trajectories.lengths_B,
             trajectories.stopped_B,
-            limit=limit,
+            limit=trajectories.tokens_BT.shape[1],
             interval=objective.overlong_interval,
             size=objective.overlong_penalty,
         )
         rewards_PG = rewards_PG - penalty_B.reshape(rewards_PG.shape)
-        figures["reward/overlong_penalty"] = float(penalty_B.mean())
+        metrics["reward/overlong_penalty"] = float(np.mean(allgather(float(penalty_B.mean()))))
     if objective.overlong == "mask":
-        counted_PG &= trajectories.stopped_B.reshape(rewards_PG.shape)
+        included_PG &= trajectories.stopped_B.reshape(rewards_PG.shape)
     if objective.skip_zero_variance:
         varied_P = varied_groups(rewards_PG)
-        counted_PG &= varied_P[:, None]
-        figures["groups/left_out"] = float((~varied_P).sum())
+        included_PG &= varied_P[:, None]
+        metrics["groups/left_out"] = float(sum(allgather(int((~varied_P).sum()))))
     if objective.overlong == "mask" or objective.skip_zero_variance:
-        figures["responses/left_out"] = float((~counted_PG).sum())
+        metrics["responses/left_out"] = float(sum(allgather(int((~included_PG).sum()))))
     advantages_PG = group_advantages(rewards_PG, scale_by_std=objective.scale_by_std)
-    return Credit(np.asarray(advantages_PG), counted_PG, figures)
-
-
-def join_figures(parts: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Figures of equal parts of a step -> of the whole: what is left out is a sum, the rest are means."""
-    return {
-        name: sum(part[name] for part in parts) / (1 if name.endswith("/left_out") else len(parts))
-        for name in parts[0]
-    }
-
-
-def one_host(value: Any) -> list[Any]:
-    """The `Gather` of a run on one host."""
-    return [value]
+    return Advantages(np.asarray(advantages_PG), included_PG, metrics)
 
 
 def token_weights(
-    lengths_B: np.ndarray,
-    mixed_BT: np.ndarray,
-    *,
-    aggregate: str,
-    loss_on_mixed: bool,
-    max_new_tokens: int,
-    counted_B: np.ndarray | None = None,
-    gather: Gather = one_host,
+    trajectories: Trajectories,
+    objective: ObjectiveSettings,
+    included_B: np.ndarray | None = None,
+    allgather: Allgather = single_host,
 ) -> np.ndarray:
     """Each response token's share of an optimiser step's loss, float32 [B, T].
 
     Args:
-      lengths_B: response lengths of this host's sequences of the step.
-      mixed_BT: positions whose input was mixed.
-      aggregate: "sequence": mean over each response, then over responses (13); "token": mean over all
-        tokens; "constant": sum over tokens, divided by responses × max_new_tokens.
-      loss_on_mixed: false gives mixed positions weight 0 and leaves the other weights as they are.
-      counted_B: bool, the sequences that take part, all by default; the others get weight 0, and the means
-        above are over the rest. With none left all weights are 0.
-      gather: asks the other hosts of the step for their counts.
+      trajectories: this host's sequences of the step; T is the limit of new tokens.
+      objective: `aggregate` "sequence" is the mean over each response's tokens, then over responses (13);
+        "token" the mean over all tokens; "constant" the sum over tokens divided by responses × T.
+        `loss_on_mixed` false gives weight 0 to tokens written at mixed steps, and leaves the other weights as
+        they are.
+      included_B: bool, the sequences that take part, all by default. The others get weight 0, and the means
+        are over the rest; without any all weights are 0.
     """
-    counted_B = np.ones(len(lengths_B), bool) if counted_B is None else counted_B
-    counts = gather([int(counted_B.sum()), int(lengths_B[counted_B].sum())])
-    count, total = (max(sum(of_hosts), 1) for of_hosts in zip(*counts, strict=True))
-    real_BT = (np.arange(mixed_BT.shape[1]) < lengths_B[:, None]) & counted_B[:, None]
+    lengths_B, mixed_BT = trajectories.lengths_B, trajectories.mixed_BT
+    time = mixed_BT.shape[1]
+    included_B = np.ones(len(lengths_B), bool) if included_B is None else included_B
+    counts = allgather([int(included_B.sum()), int(lengths_B[included_B].sum())])
+    responses, tokens = (max(sum(of_hosts), 1) for of_hosts in zip(*counts, strict=True))
     share_B = {
-        "sequence": 1.0 / (count * lengths_B),
-        "token": np.full(len(lengths_B), 1.0 / total),
-        "constant": np.full(len(lengths_B), 1.0 / (count * max_new_tokens)),
-    }[aggregate]
-    weight_BT = np.where(real_BT, share_B[:, None], 0.0)
-    if not loss_on_mixed:
-        weight_BT = np.where(mixed_BT, 0.0, weight_BT)
-    return weight_BT.astype(np.float32)
+        "sequence": 1.0 / (responses * lengths_B),
+        "token": np.full(len(lengths_B), 1.0 / tokens),
+        "constant": np.full(len(lengths_B), 1.0 / (responses * time)),
+    }[objective.aggregate]
+    weighted_BT = (np.arange(time) < lengths_B[:, None]) & included_B[:, None]
+    if not objective.loss_on_mixed:
+        weighted_BT &= ~mixed_BT
+    return np.where(weighted_BT, share_B[:, None], 0.0).astype(np.float32)

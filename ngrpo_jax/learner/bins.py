@@ -1,4 +1,4 @@
-"""Lengths into as few bins as first-fit decreasing finds. Knows neither rows nor tokens."""
+"""First-fit decreasing bin packing of lengths. Must not know what a length stands for."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ def first_fit_groups(
 
     Args:
       groups: of each sequence; those of one group have equal prefixes.
-      prefixes, counts: tokens that a group pays once a bin, and that a sequence pays for itself.
+      prefixes, counts: tokens that a group needs once a bin, and that a sequence needs for itself.
       capacity: of a bin, at least prefix + count of every sequence.
 
     Returns:
@@ -26,20 +26,21 @@ def first_fit_groups(
         size[group] += count
     order = sorted(range(len(counts)), key=lambda i: (-size[groups[i]], groups[i], -counts[i], i))
     bins: list[list[int]] = []
-    room: list[int] = []
-    homes: list[int] = []  # bins that hold the present group
-    for place, index in enumerate(order):
-        if place and groups[index] != groups[order[place - 1]]:
-            homes = []
-        fitting = next((home for home in homes if counts[index] <= room[home]), None)
-        if fitting is None:
+    free: list[int] = []  # tokens left in each bin
+    of_group: list[int] = []  # bins that have the prefix of the current group
+    current = None
+    for index in order:
+        if groups[index] != current:
+            current, of_group = groups[index], []
+        chosen = next((i for i in of_group if counts[index] <= free[i]), None)
+        if chosen is None:
             cost = prefixes[index] + counts[index]
-            fitting = next((number for number, left in enumerate(room) if cost <= left), len(bins))
-            if fitting == len(bins):
+            chosen = next((i for i, left in enumerate(free) if cost <= left), len(bins))
+            if chosen == len(bins):
                 bins.append([])
-                room.append(capacity)
-            homes.append(fitting)
-            room[fitting] -= prefixes[index]
-        bins[fitting].append(index)
-        room[fitting] -= counts[index]
+                free.append(capacity)
+            of_group.append(chosen)
+            free[chosen] -= prefixes[index]
+        bins[chosen].append(index)
+        free[chosen] -= counts[index]
     return bins

@@ -1,13 +1,23 @@
 """Trajectories -> packed rows of a fixed number of tokens, in NumPy.
 
-A row holds several sequences (prompt + response) end to end, told apart by segment ids. Each position
-predicts the next token of its own segment, so a sequence of P prompt and n response tokens takes P + n - 1
-positions: the last response token is a target and never an input. Every token carries its share of the loss
-(credit.py), so that neither packing nor microbatches bias it.
+A row holds several sequences (prompt + response), told apart by segment ids. Each position predicts the next
+token of its own segment, so a sequence of P prompt and n response tokens takes P + n - 1 positions: the last
+response token is a target and never an input. Each token carries its share of the loss (advantages.py), so
+neither packing nor microbatches change the mean.
 
-With shared prompts, responses to one prompt that lie in one row have it once: the P - 1 first prompt tokens
-are a segment, and each response is another that sees it as its prefix. The last prompt token, which predicts
-the first of the response, starts every response's segment, and positions go on from the prompt's.
+With shared prompts, responses to the same prompt that are packed into the same row share one copy of it: the
+first P - 1 prompt tokens are one segment, and each response is a segment with the prompt as its prefix, which
+it attends to besides itself. Every response's segment starts with the last prompt token, because that is the
+input that predicts the first response token. Positions continue the prompt's. A row with the prompt "a b c",
+its responses "u v w" and "x y", and the prompt "d e" with its response "z":
+
+    input      a  b  c  u  v  c  x  .  d  e  .  .    . is padding; a segment starts at a multiple of the
+    segment    1  1  2  2  2  3  3  0  4  5  0  0    attention block while the row has positions to spare
+    prefix     0  0  1  1  1  1  1  0  0  4  0  0
+    position   0  1  2  3  4  2  3  0  0  1  0  0
+    target     .  .  u  v  w  x  y  .  .  z  .  .    response_mask is true where there is a target
+
+Must not know how tokens were weighted, how rows are split over devices, or what the loss is.
 """
 
 from __future__ import annotations
@@ -19,7 +29,7 @@ import jax
 import numpy as np
 
 from ngrpo_jax.algo.mixture import Mixture
-from ngrpo_jax.learner.advantages import Gather, one_host, token_weights
+from ngrpo_jax.learner.advantages import Allgather, single_host, token_weights
 from ngrpo_jax.learner.bins import first_fit, first_fit_groups
 from ngrpo_jax.model.attention import BLOCK
 from ngrpo_jax.rollout.trajectory import Trajectories
@@ -28,19 +38,58 @@ from ngrpo_jax.settings import ObjectiveSettings
 Array = Any  # np.ndarray while rows are packed, jax.Array once they are on the devices
 
 
+class Batch(NamedTuple):
+    """B responses with their advantages: the data of one or more optimiser steps, on this host.
+
+    Attributes:
+      prompts: token ids of each response's prompt (repeated within a group).
+      trajectories: the responses.
+      advantages_B: float32.
+      included_B: bool, the responses that take part in the update; None for all.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    trajectories: Trajectories
+    advantages_B: np.ndarray
+    included_B: np.ndarray | None = None
+
+    def part(self, start: int, stop: int) -> Batch:
+        """Responses start..stop."""
+        return Batch(
+            self.prompts[start:stop],
+            self.trajectories.part(start, stop),
+            self.advantages_B[start:stop],
+            None if self.included_B is None else self.included_B[start:stop],
+        )
+
+
+class RowLayout(NamedTuple):
+    """The shape of packed rows.
+
+    Attributes:
+      row_tokens: T, positions of a row.
+      rows: rows of a microbatch, on all devices of this host.
+      share_prompts: whether equal prompts within a row are packed once.
+    """
+
+    row_tokens: int
+    rows: int
+    share_prompts: bool = False
+
+
 class Rows(NamedTuple):
     """R packed rows of T positions.
 
     Attributes:
       inputs: mixtures [R, T, C]; ordinary tokens are one-hot.
-      positions_RT: int32, position within the segment.
-      segment_ids_RT: int32, 1.. rising along each row; 0 is padding, between them and at the end.
-      prefix_ids_RT: int32, the segment that a token sees besides its own: a shared prompt; 0 for none.
-      targets_RT: int32, the token that follows; 0 where weight is 0.
+      positions_RT: int32, position within the sequence, for the rotary angles.
+      segment_ids_RT: int32, 1.. rising along each row; 0 is padding, between segments and at the end.
+      prefix_ids_RT: int32, the segment that a token attends to besides its own (a shared prompt); 0 for none.
+      targets_RT: int32, the token that follows; 0 outside of `response_mask_RT`.
       weight_RT: float32, the token's share of the loss; 0 at prompts and padding.
-      response_RT: bool, whether the target is a response token (whatever its weight).
-      advantages_RT: float32, the sequence's advantage; 0 at a shared prompt, which is of several.
-      sampler_logprobs_RT: float32, log-probability of the target when the sampler wrote it.
+      response_mask_RT: bool, whether the target is a response token (whatever its weight).
+      advantages_RT: float32, the sequence's advantage; 0 in the segment of a shared prompt.
+      sampler_logprobs_RT: float32, the target's log-probability under the sampler.
     """
 
     inputs: Mixture
@@ -49,73 +98,56 @@ class Rows(NamedTuple):
     prefix_ids_RT: Array
     targets_RT: Array
     weight_RT: Array
-    response_RT: Array
+    response_mask_RT: Array
     advantages_RT: Array
     sampler_logprobs_RT: Array
 
 
-def pack(
-    prompts: Sequence[Sequence[int]],
-    trajectories: Trajectories,
-    advantages_B: np.ndarray,
-    weight_BT: np.ndarray,
-    *,
-    row_tokens: int,
-    rows_multiple: int,
-    share_prompts: bool = False,
-) -> Rows:
-    """Packs sequences into as few rows as first-fit decreasing finds; empty rows fill up to a multiple.
+def pack(batch: Batch, weight_BT: np.ndarray, layout: RowLayout) -> Rows:
+    """Packs sequences into as few rows as first-fit decreasing finds; empty rows fill up the last microbatch.
 
     Args:
-      prompts: token ids of each sequence's prompt, one a sequence (repeated within a group).
-      trajectories: the B responses.
-      advantages_B: one a sequence.
       weight_BT: share of the loss of each response token.
-      row_tokens: T.
-      rows_multiple: R becomes a multiple of it (rows of a microbatch on all devices).
-      share_prompts: whether equal prompts that stand in one row are laid out once.
+
+    Returns:
+      rows whose number is a multiple of `layout.rows`.
 
     Raises:
       ValueError: a sequence longer than a row.
     """
-    prefixes = [len(prompt) - 1 for prompt in prompts]
-    counts = [int(n) for n in trajectories.lengths_B]
+    prefixes = [len(prompt) - 1 for prompt in batch.prompts]
+    counts = [int(n) for n in batch.trajectories.lengths_B]
     lengths = [prefix + count for prefix, count in zip(prefixes, counts, strict=True)]
-    if max(lengths) > row_tokens:
+    if max(lengths) > layout.row_tokens:
         raise ValueError(
             f"sequence {int(np.argmax(lengths))} takes {max(lengths)} positions, more than a row of "
-            f"train.row_tokens = {row_tokens}."
+            f"train.row_tokens = {layout.row_tokens}."
         )
     groups = None
-    if share_prompts:
+    if layout.share_prompts:
         known: dict[tuple[int, ...], int] = {}
-        groups = [known.setdefault(tuple(prompt), len(known)) for prompt in prompts]
-        bins = first_fit_groups(groups, prefixes, counts, row_tokens)
+        groups = [known.setdefault(tuple(prompt), len(known)) for prompt in batch.prompts]
+        bins = first_fit_groups(groups, prefixes, counts, layout.row_tokens)
     else:
-        bins = first_fit(lengths, row_tokens)
-    rows = empty_rows(-(-len(bins) // rows_multiple) * rows_multiple, row_tokens, trajectories.mixtures)
+        bins = first_fit(lengths, layout.row_tokens)
+    count = -(-len(bins) // layout.rows) * layout.rows
+    rows = empty_rows(count, layout.row_tokens, batch.trajectories.mixtures)
     for row, members in enumerate(bins):
         segments = _segments(members, groups, prefixes, counts)
-        starts = _starts([segment.tokens for segment in segments], row_tokens)
+        starts = _starts([segment.tokens for segment in segments], layout.row_tokens)
         for number, (segment, start) in enumerate(zip(segments, starts, strict=True), 1):
-            here = slice(start, start + segment.tokens)
-            _write_tokens(rows, row, here, segment, prompts[segment.sequence], trajectories)
-            rows.segment_ids_RT[row, here] = number
-            rows.prefix_ids_RT[row, here] = segment.prefix
-            rows.advantages_RT[row, here] = advantages_B[segment.sequence] if segment.response else 0.0
-            answer = slice(here.stop - segment.response, here.stop)
-            rows.weight_RT[row, answer] = weight_BT[segment.sequence, : segment.response]
+            _write(rows, row, start, number, segment, batch, weight_BT)
     return rows
 
 
 class _Segment(NamedTuple):
-    """Tokens of a sequence that stand together in a row: some of its prompt, then its response or nothing."""
+    """Consecutive positions of a row: some tokens of a sequence's prompt, then its response or nothing."""
 
     sequence: int
-    first: int  # place of the first token in the sequence
+    first: int  # position of the first token within the sequence
     prompt: int  # tokens of the prompt
     response: int  # tokens of the response, of which the last is a target alone
-    prefix: int  # number of the segment that it sees besides itself, 0 for none
+    prefix: int  # number of the segment that it attends to besides itself, 0 for none
 
     @property
     def tokens(self) -> int:
@@ -130,49 +162,56 @@ def _segments(
     if groups is None:
         return [_Segment(i, 0, prefixes[i] + 1, counts[i], 0) for i in members]
     segments: list[_Segment] = []
-    shared = 0
-    for place, i in enumerate(members):
-        if place == 0 or groups[i] != groups[members[place - 1]]:
+    shared, group = 0, None
+    for i in members:
+        if groups[i] != group:
             segments.append(_Segment(i, 0, prefixes[i], 0, 0))
-            shared = len(segments)
+            shared, group = len(segments), groups[i]
         segments.append(_Segment(i, prefixes[i], 1, counts[i], shared))
     return segments
 
 
 def _starts(lengths: Sequence[int], row_tokens: int) -> list[int]:
-    """Where the segments of a row start: with a block of attention as long as the row has room for the gaps.
+    """First position of each segment: the next multiple of the attention block while unused positions remain.
 
-    Whoever starts within a block makes it and its neighbours pairs of blocks in which few see anybody.
+    A segment that starts in the middle of a block overlaps one block more than it needs, and blockwise
+    attention computes every pair of blocks that share a segment, even if only a few of their tokens do.
     """
-    room, end = row_tokens - sum(lengths), 0
+    unused, end = row_tokens - sum(lengths), 0
     starts = []
     for length in lengths:
         gap = -end % BLOCK
-        gap = gap if gap <= room else 0
+        gap = gap if gap <= unused else 0
         starts.append(end + gap)
-        room, end = room - gap, end + gap + length
+        unused, end = unused - gap, end + gap + length
     return starts
 
 
-def _write_tokens(
-    rows: Rows, row: int, here: slice, segment: _Segment, prompt: Sequence[int], trajectories: Trajectories
+def _write(
+    rows: Rows, row: int, start: int, number: int, segment: _Segment, batch: Batch, weight_BT: np.ndarray
 ) -> None:
-    """Lays a segment's inputs and targets into a row: each input of the response as the rollout had it."""
-    rows.positions_RT[row, here] = segment.first + np.arange(segment.tokens)
-    of_prompt = slice(here.start, here.start + segment.prompt)
-    rows.inputs.ids[row, of_prompt, 0] = prompt[segment.first : segment.first + segment.prompt]
-    if not segment.response:
-        return
+    """Writes a segment into a row in place; the inputs of the response are the mixtures of the rollout."""
+    stop, prompt_stop = start + segment.tokens, start + segment.prompt
     sequence, count = segment.sequence, segment.response
+    rows.segment_ids_RT[row, start:stop] = number
+    rows.prefix_ids_RT[row, start:stop] = segment.prefix
+    rows.positions_RT[row, start:stop] = segment.first + np.arange(segment.tokens)
+    prompt = batch.prompts[sequence][segment.first : segment.first + segment.prompt]
+    rows.inputs.ids[row, start:prompt_stop, 0] = prompt
+    if not count:
+        return
+    trajectories = batch.trajectories
 
     def replay(row_leaf: np.ndarray, leaf: np.ndarray) -> None:
-        row_leaf[row, of_prompt.stop : here.stop] = leaf[sequence, : count - 1]
+        row_leaf[row, prompt_stop:stop] = leaf[sequence, : count - 1]
 
     jax.tree.map(replay, rows.inputs, trajectories.mixtures)
-    answer = slice(here.stop - count, here.stop)  # from the prompt's last token on
-    rows.targets_RT[row, answer] = trajectories.response(sequence)
-    rows.response_RT[row, answer] = True
-    rows.sampler_logprobs_RT[row, answer] = trajectories.logprobs_BT[sequence, :count]
+    predicting = slice(stop - count, stop)  # from the last prompt token on
+    rows.advantages_RT[row, start:stop] = batch.advantages_B[sequence]
+    rows.targets_RT[row, predicting] = trajectories.response(sequence)
+    rows.response_mask_RT[row, predicting] = True
+    rows.weight_RT[row, predicting] = weight_BT[sequence, :count]
+    rows.sampler_logprobs_RT[row, predicting] = trajectories.logprobs_BT[sequence, :count]
 
 
 def empty_rows(count: int, length: int, like: Mixture) -> Rows:
@@ -190,79 +229,51 @@ def empty_rows(count: int, length: int, like: Mixture) -> Rows:
         prefix_ids_RT=zeros(np.int32),
         targets_RT=zeros(np.int32),
         weight_RT=zeros(np.float32),
-        response_RT=zeros(bool),
+        response_mask_RT=zeros(bool),
         advantages_RT=zeros(np.float32),
         sampler_logprobs_RT=zeros(np.float32),
     )
 
 
 def mini_batches(
-    prompts: Sequence[Sequence[int]],
-    trajectories: Trajectories,
-    advantages_B: np.ndarray,
+    batch: Batch,
     objective: ObjectiveSettings,
+    layout: RowLayout,
     *,
     count: int,
-    row_tokens: int,
-    rows: int,
-    max_new_tokens: int,
-    counted_B: np.ndarray | None = None,
-    share_prompts: bool = False,
-    gather: Gather = one_host,
+    allgather: Allgather = single_host,
 ) -> list[list[Rows]]:
-    """A rollout batch as `count` mini-batches (optimiser steps), each a list of microbatches of `rows` rows.
+    """A rollout batch as `count` mini-batches (optimiser steps), each a list of microbatches of rows.
 
-    Every host has its share of each mini-batch, and as many microbatches of it as the others: those that it
-    has no rows for are empty.
+    Every host packs its share of each mini-batch. All hosts return equally many microbatches of it: a host
+    with fewer rows adds empty ones.
 
     Args:
-      prompts: one a sequence, in the order of the trajectories; all are this host's.
+      batch: this host's responses; `count` divides their number.
       objective: how tokens are weighted (`aggregate`, `loss_on_mixed`).
-      count: divides the number of sequences.
-      row_tokens: T of the rows.
-      rows: rows of a microbatch, over all devices of this host.
-      max_new_tokens: the constant of aggregate "constant".
-      counted_B: bool, the sequences that take part in the update; all by default.
-      share_prompts: as for `pack`.
-      gather: asks the other hosts.
     """
-    size = len(prompts) // count
-    counted_B = np.ones(len(prompts), bool) if counted_B is None else counted_B
+    size = len(batch.prompts) // count
     batches = []
-    for start in range(0, len(prompts), size):
-        part = trajectories.part(start, start + size)
-        weight_BT = token_weights(
-            part.lengths_B,
-            part.mixed_BT,
-            aggregate=objective.aggregate,
-            loss_on_mixed=objective.loss_on_mixed,
-            max_new_tokens=max_new_tokens,
-            counted_B=counted_B[start : start + size],
-            gather=gather,
-        )
-        packed = pack(
-            prompts[start : start + size],
-            part,
-            advantages_B[start : start + size],
-            weight_BT,
-            row_tokens=row_tokens,
-            rows_multiple=rows,
-            share_prompts=share_prompts,
-        )
-        batch = [take(packed, first, rows) for first in range(0, len(packed.targets_RT), rows)]
-        longest = max(gather(len(batch)))
-        batches.append(batch + [empty_rows(rows, row_tokens, packed.inputs)] * (longest - len(batch)))
+    for start in range(0, len(batch.prompts), size):
+        part = batch.part(start, start + size)
+        weight_BT = token_weights(part.trajectories, objective, part.included_B, allgather)
+        packed = pack(part, weight_BT, layout)
+        rows = [
+            slice_rows(packed, first, layout.rows) for first in range(0, len(packed.targets_RT), layout.rows)
+        ]
+        missing = max(allgather(len(rows))) - len(rows)
+        batches.append(rows + [empty_rows(layout.rows, layout.row_tokens, packed.inputs)] * missing)
     return batches
 
 
-def take(rows: Rows, start: int, count: int) -> Rows:
+def slice_rows(rows: Rows, start: int, count: int) -> Rows:
     """Rows start..start + count."""
     return jax.tree.map(lambda leaf: leaf[start : start + count], rows)
 
 
-def fill(batches: Sequence[Sequence[Rows]], gather: Gather = one_host) -> float:
+def fill_fraction(batches: Sequence[Sequence[Rows]], allgather: Allgather = single_host) -> float:
     """Share of the computed positions that hold a token, over all hosts."""
-    rows = [part.segment_ids_RT for batch in batches for part in batch]
-    counts = gather([sum(int((ids > 0).sum()) for ids in rows), sum(ids.size for ids in rows)])
+    ids = [rows.segment_ids_RT for microbatches in batches for rows in microbatches]
+    counts = allgather([sum(int((x > 0).sum()) for x in ids), sum(x.size for x in ids)])
     filled, computed = map(sum, zip(*counts, strict=True))
     return filled / computed

@@ -188,3 +188,9 @@ def _rematerialised(run_layer: Callable, remat: str, *, in_scan: bool) -> Callab
 def parameter_shapes(config: ModelConfig) -> Any:
     """The learner's parameter tree as jax.ShapeDtypeStruct, float32."""
     return jax.eval_shape(lambda key: init(key, config), jax.random.key(0))
+
+
+@functools.cache
+def parameter_count(config: ModelConfig) -> int:
+    """Number of parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(parameter_shapes(config)))

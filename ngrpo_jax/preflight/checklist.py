@@ -168,7 +168,7 @@ def _sizes(settings: Settings, model: tuple[pathlib.Path, Any], tokenizer: Any) 
     config = model[1] or warm_start_config(settings.warm_start, tokenizer)
     config = dataclasses.replace(config, dtype=settings.model.dtype)
     fit.check_positions(settings, config)
-    count = console.format_count(memory.parameter_count(config))
+    count = console.format_count(decoder.parameter_count(config))
     return config, f"{config.architecture}, {count} parameters, {config.max_positions} positions"
 
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 from ngrpo_jax.model import inference
 from ngrpo_jax.model.config import ModelConfig
+from ngrpo_jax.model.decoder import parameter_count
 from ngrpo_jax.runtime.console import format_bytes
 from ngrpo_jax.settings import Settings
 
@@ -68,29 +69,6 @@ class RolloutSizes:
         tensor = grid.tensor if settings.rollout.layout == "tensor" else 1
         shards = grid.data * grid.fsdp * grid.tensor // tensor
         return cls(slots, max(1, slots // samples), longest, longest + new_tokens, shards, tensor)
-
-
-def parameter_count(model: Any) -> int:
-    """Number of parameters of a decoder with these sizes."""
-    D, F, H = model.hidden_size, model.intermediate_size, model.head_dim
-    N, K = model.num_heads, model.num_kv_heads
-    layer = 2 * D + 2 * D * N * H + 2 * D * K * H + 3 * D * F
-    layer += (N + 2 * K) * H * model.qkv_bias + 2 * H * model.qk_norm
-    tables = model.vocab_size * D * (1 if model.tie_embeddings else 2)
-    return tables + D + model.num_layers * layer
-
-
-def forward_flops(model: Any, prompt_tokens: int, response_tokens: int) -> float:
-    """Operations of the products that one pass over a sequence needs: two for each weight and token.
-
-    The head counts at response positions alone, the embedding's look-up not at all, and attention with what
-    a causal mask leaves of it.
-    """
-    tokens = prompt_tokens + response_tokens - 1
-    tables = model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
-    body = 2 * (parameter_count(model) - tables) * tokens
-    seen = 2 * model.num_layers * model.num_heads * model.head_dim * tokens * (tokens + 1)
-    return float(body + seen + 2 * model.vocab_size * model.hidden_size * response_tokens)
 
 
 def training_estimate(

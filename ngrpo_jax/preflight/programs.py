@@ -19,7 +19,7 @@ from ngrpo_jax.rollout import compiling, engine
 from ngrpo_jax.rollout.trajectory import Trajectories
 from ngrpo_jax.runtime import console, mesh
 from ngrpo_jax.settings import Settings
-from ngrpo_jax.setup.learner import make_learner, old_logprobs
+from ngrpo_jax.setup.learner import make_learner, old_logprobs, row_layout
 from ngrpo_jax.setup.policy import evaluation_draws, plan_of, training_draws
 from ngrpo_jax.setup.tokenizer_info import TokenizerInfo
 
@@ -27,35 +27,39 @@ from ngrpo_jax.setup.tokenizer_info import TokenizerInfo
 def compile_update(
     settings: Settings, config: ModelConfig, devices: jax.sharding.Mesh, _: Any = None
 ) -> tuple[Any, str]:
-    """Compiles scoring, accumulation and the optimiser step; returns them by name, and a remark."""
+    """Compiles log-probabilities, accumulation and the optimiser step; returns them by name, and a remark."""
     begun = time.monotonic()
     programs, _, abstract, shardings = make_learner(settings, config, devices)
     state = mesh.shapes_on(abstract, shardings)
-    of_stack = update.stack_sharding(mesh.rows_sharding(devices))
-    count = settings.train.rows_per_device * settings.mesh.data * settings.mesh.fsdp
+    layout = row_layout(settings, hosts=1)
+    sharded = update.microbatches_sharding(mesh.rows_sharding(devices))
     mixing = settings.mixing.method(()) if settings.mixing.active else engine.NO_MIXING
     like = Trajectories.empty(1, 1, mixing.candidates, noisy=mixing.noisy).mixtures
     rows = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((update.STACK, *leaf.shape), leaf.dtype, sharding=of_stack),
-        packing.empty_rows(count, settings.row_tokens, like),
+        lambda leaf: jax.ShapeDtypeStruct(
+            (update.MICROBATCHES_PER_CALL, *leaf.shape), leaf.dtype, sharding=sharded
+        ),
+        packing.empty_rows(layout.rows, layout.row_tokens, like),
     )
-    stack = update.Stack(rows, jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh.replicated(devices)))
+    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh.replicated(devices))
     source = old_logprobs(settings)
     old = None if source == "update" else rows.sampler_logprobs_RT
     reference = rows.sampler_logprobs_RT if settings.objective.kl_coef > 0 else None
-    scored = update.Scored(stack, old, reference)
-    zeros = programs.zeros.lower(state.params, scored).compile()
-    sums = mesh.shapes_on(jax.eval_shape(programs.zeros, state.params, scored), zeros.output_shardings)
-    # The learner's parameters are scored in float32, the reference model in the dtype that it is kept in.
+    microbatches = update.Microbatches(rows, count, old, reference)
+    zeros = programs.zeros.lower(state.params, microbatches).compile()
+    sums = mesh.shapes_on(jax.eval_shape(programs.zeros, state.params, microbatches), zeros.output_shardings)
+    # The learner's parameters are float32, the reference model's in the dtype that it is kept in.
     of_learner = ["float32"] if source == "learner" else []
     dtypes = dict.fromkeys(of_learner if reference is None else [*of_learner, config.dtype])
     compiled = {
         **{
-            f"score {dtype}": programs.score.lower(_in(dtype, state.params), stack).compile()
+            f"score {dtype}": programs.logprobs.lower(
+                _in(dtype, state.params), update.Microbatches(rows, count)
+            ).compile()
             for dtype in dtypes
         },
         "zeros": zeros,
-        "accumulate": programs.accumulate.lower(sums, state.params, scored).compile(),
+        "accumulate": programs.accumulate.lower(sums, state.params, microbatches).compile(),
         "apply": programs.apply.lower(state, sums).compile(),
     }
     analysis = compiled["accumulate"].memory_analysis()

@@ -13,7 +13,7 @@ import numpy as np
 
 from ngrpo_jax.evaluation.cosines import COSINE_SAMPLE, cosines_at, mixtures_at
 from ngrpo_jax.evaluation.statistics import geometry
-from ngrpo_jax.preflight import memory
+from ngrpo_jax.model.flops import forward_flops
 from ngrpo_jax.rollout.trajectory import Trajectories
 from ngrpo_jax.run.state import Run
 from ngrpo_jax.runtime import distributed, hardware
@@ -153,7 +153,7 @@ def device_metrics(run: Run, rollout: Rollout, seconds: dict[str, float]) -> dic
     device, group = jax.local_devices()[0], settings.rollout.group
     prompts_B = [len(prompt) for prompt in rollout.batch.prompts for _ in range(group)]
     lengths = list(zip(prompts_B, rollout.trajectories.lengths_B.tolist(), strict=True))
-    forward = sum(memory.forward_flops(config, *length) for length in lengths)
+    forward = sum(forward_flops(config, *length) for length in lengths)
     own = [sum(map(sum, lengths)), forward, hardware.peak_memory(device)]
     of_tokens, of_work, of_memory = zip(*distributed.allgather("speed", own), strict=True)
     metrics = {"speed/update_tokens": sum(of_tokens) / seconds["update"]}

@@ -80,10 +80,10 @@ def begin(run: Run, params: Any, checkpoints: Checkpoints) -> tuple[Run, RunStat
         # A copy, even where the dtype is the same: the learner donates its own parameters at every step.
         dtype = run.model_spec.config.dtype
         copy = jax.tree.map(lambda leaf: jnp.array(leaf, dtype, copy=True), params)
-        run = dataclasses.replace(run, reference=run.learner.programs.reference.store(copy))
+        run = dataclasses.replace(run, reference=run.learner.programs.reference_offload.to_host(copy))
     step = checkpoints.latest_step()
     state = _first_state(run, params) if step is None else restore(run, checkpoints, step)
-    opt_state = run.learner.programs.optimizer.store(state.train_state.opt_state)
+    opt_state = run.learner.programs.optimizer_offload.to_host(state.train_state.opt_state)
     return run, dataclasses.replace(state, train_state=state.train_state._replace(opt_state=opt_state))
 
 

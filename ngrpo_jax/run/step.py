@@ -15,13 +15,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from ngrpo_jax.learner import advantages, packing, update
+from ngrpo_jax.learner import packing, update
+from ngrpo_jax.learner.advantages import compute_advantages
 from ngrpo_jax.rollout.trajectory import Trajectories
 from ngrpo_jax.run.metrics import Rollout, gather_responses, response_metrics, sample_rows, step_row
 from ngrpo_jax.run.neighbor_table import add_drift, copy_rows, neighbors, refresh_table
 from ngrpo_jax.run.state import Run, RunState, Table
 from ngrpo_jax.runtime import distributed
-from ngrpo_jax.setup.learner import old_logprobs
+from ngrpo_jax.setup.learner import old_logprobs, row_layout
 from ngrpo_jax.setup.policy import (
     Policy,
     failures,
@@ -115,36 +116,33 @@ def learn(
       train_state: donated.
       seconds: the wall time of the phases is added to it.
     """
-    settings, hosts = run.settings, distributed.process().count
-    gather = functools.partial(distributed.allgather, "learning")
-    earned = advantages.assign(
-        rollout.rewards_PG, rollout.trajectories, settings.objective, settings.rollout.max_new_tokens
-    )
-    batches = packing.mini_batches(
-        [prompt for prompt in rollout.batch.prompts for _ in range(settings.rollout.group)],
-        rollout.trajectories,
-        earned.advantages_PG.reshape(-1),
+    settings = run.settings
+    allgather = functools.partial(distributed.allgather, "learning")
+    computed = compute_advantages(rollout.rewards_PG, rollout.trajectories, settings.objective, allgather)
+    rows = packing.mini_batches(
+        packing.Batch(
+            [prompt for prompt in rollout.batch.prompts for _ in range(settings.rollout.group)],
+            rollout.trajectories,
+            computed.advantages_PG.reshape(-1),
+            computed.included_PG.reshape(-1),
+        ),
         settings.objective,
+        row_layout(settings, distributed.process().count),
         count=settings.mini_batches,
-        row_tokens=settings.row_tokens,
-        rows=settings.train.rows_per_device * settings.mesh.data * settings.mesh.fsdp // hosts,
-        max_new_tokens=settings.rollout.max_new_tokens,
-        counted_B=earned.counted_PG.reshape(-1),
-        share_prompts=settings.train.share_prompts,
-        gather=gather,
+        allgather=allgather,
     )
     programs, old = run.learner.programs, old_logprobs(settings)
     with _timed(seconds, "logprobs"):
-        scored = update.score(programs, train_state.params, run.reference, batches, old=old)
-        jax.block_until_ready(scored)
+        batches = update.compute_logprobs(programs, train_state.params, run.reference, rows, old=old)
+        jax.block_until_ready(batches)
     before_VD = copy_rows(run, table, train_state.params)
     with _timed(seconds, "update"):
-        train_state, steps = update.update(programs, train_state, scored)
-        metrics = update.figures(jax.device_get(steps), gap_of_first=old == "sampler")
+        train_state, steps = update.update(programs, train_state, batches)
+        metrics = update.batch_metrics(jax.device_get(steps), gap_of_first=old == "sampler")
     with _timed(seconds, "table"):
         table = add_drift(run, table, before_VD, train_state.params)
-    metrics |= advantages.join_figures(gather(earned.figures))
-    return train_state, table, {**metrics, "rows/fill": packing.fill(batches, gather)}
+    metrics |= computed.metrics
+    return train_state, table, {**metrics, "rows/fill": packing.fill_fraction(rows, allgather)}
 
 
 def _not_finite(run: Run, found: str) -> FloatingPointError:

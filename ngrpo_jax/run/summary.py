@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from ngrpo_jax.errors import UserError
-from ngrpo_jax.model import hf
+from ngrpo_jax.model import decoder, hf
 from ngrpo_jax.preflight import fit, memory
 from ngrpo_jax.run.state import Run, RunState
 from ngrpo_jax.runtime import console, distributed, files, mesh, metrics
@@ -45,7 +45,7 @@ def announce(run: Run, state: RunState) -> None:
         return
     settings, model_spec = run.settings, run.model_spec
     mixing = settings.mixing
-    count = memory.parameter_count(model_spec.config)
+    count = decoder.parameter_count(model_spec.config)
     size = f"{console.format_count(count)} parameters"
     print(f"model      {model_spec.directory} ({model_spec.config.architecture}, {size})")
     print(

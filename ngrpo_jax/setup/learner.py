@@ -1,4 +1,7 @@
-"""The learner of a run: its compiled programs, its optimiser, and the shapes and shardings of its state."""
+"""The learner of a run: its programs, its optimiser, and the shapes and shardings of its state.
+
+Owns how settings become the arguments of learner/. Must not know rollouts, nor the order of a step.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import jax
 from ngrpo_jax.learner import update
 from ngrpo_jax.learner.loss import ForwardOptions
 from ngrpo_jax.learner.optimizer import make_optimizer
+from ngrpo_jax.learner.packing import RowLayout
 from ngrpo_jax.model import attention, decoder
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.runtime import mesh
@@ -31,7 +35,7 @@ def make_learner(settings: Settings, config: ModelConfig, devices: jax.sharding.
     abstract = jax.eval_shape(lambda params: update.init_state(params, optimizer), shapes)
     shardings = mesh.state_shardings(devices, abstract)
     programs = update.compile_programs(
-        computation(settings, config, devices),
+        forward_options(settings, config, devices),
         settings.objective,
         optimizer,
         state_shardings=shardings,
@@ -41,25 +45,30 @@ def make_learner(settings: Settings, config: ModelConfig, devices: jax.sharding.
     return Learner(programs, optimizer, abstract, shardings)
 
 
-def computation(settings: Settings, config: ModelConfig, devices: jax.sharding.Mesh) -> ForwardOptions:
+def forward_options(settings: Settings, config: ModelConfig, devices: jax.sharding.Mesh) -> ForwardOptions:
     """How the learner computes log-probabilities in this run."""
     train = settings.train
-    name = attention_name(settings)
     return ForwardOptions(
         config,
         settings.rollout.temperature,
         remat=train.remat,
         logprob_chunk=train.logprob_chunk * settings.mesh.data * settings.mesh.fsdp,
-        attend=attention.make(name, devices),
+        attend=attention.make(attention_name(settings), devices),
         unroll=train.unroll,
-        table=mesh.lookup_sharding(devices),
+        embed_sharding=mesh.lookup_sharding(devices),
     )
 
 
-def old_logprobs(settings: Settings) -> str:
-    """Where the update's old log-probabilities come from, as `update.score` takes it.
+def row_layout(settings: Settings, hosts: int) -> RowLayout:
+    """The packed rows of one of so many hosts."""
+    rows = settings.train.rows_per_device * settings.mesh.data * settings.mesh.fsdp
+    return RowLayout(settings.row_tokens, rows // hosts, settings.train.share_prompts)
 
-    The first optimiser step of a batch computes them itself: they are its own.
+
+def old_logprobs(settings: Settings) -> str:
+    """Where the update's old log-probabilities come from, as `update.compute_logprobs` takes it.
+
+    A batch of one optimiser step needs no pass for them: they are the log-probabilities of that step.
     """
     if settings.objective.old_logprobs == "sampler":
         return "sampler"
