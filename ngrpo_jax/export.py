@@ -8,13 +8,11 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Sequence
 
-import jax
-
 from ngrpo_jax import flags
-from ngrpo_jax.model import decoder, hf
+from ngrpo_jax.model import decoder
 from ngrpo_jax.runtime import console, distributed, mesh
 from ngrpo_jax.settings import resolve
-from ngrpo_jax.setup.model_spec import open_checkpoint, open_model_spec
+from ngrpo_jax.setup.model_spec import open_checkpoint, open_model_spec, save_model
 from ngrpo_jax.setup.resume import best_key
 
 
@@ -28,13 +26,7 @@ def main(argv: Sequence[str]) -> None:
     devices = mesh.make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
     model_spec = open_model_spec(settings, workdir)
     step, params = open_checkpoint(model_spec, workdir, devices, options["step"], best_key(settings))
-    hf.save(
-        out,
-        model_spec.config,
-        jax.device_get(params),
-        tokenizer_from=model_spec.directory,
-        dtype=model_spec.config.dtype,
-    )
+    save_model(model_spec, params, out)
     size = sum(file.stat().st_size for file in out.iterdir())
     count = console.format_count(decoder.parameter_count(model_spec.config))
     print(f"exported   step {step} of {workdir}: {count} parameters in {model_spec.config.dtype}")

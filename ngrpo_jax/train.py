@@ -3,8 +3,9 @@
     python -m ngrpo_jax.train --config=configs/NAME.py --workdir=DIR [--config.a.b=value] [--preflight]
 
 prompts -> rollout -> reward -> update -> next rollout, with an evaluation before, on a schedule, and after.
-A workdir that holds a checkpoint is resumed from it; one that is finished says so. `--preflight` trains
-nothing: it says whether this run could start here and would fit (commands/checklist.py).
+A run is resumed from the latest checkpoint of its workdir; a finished one prints its summary again.
+`--preflight` trains nothing and prints whether this run could start here and would fit
+(preflight/checklist.py).
 """
 
 from __future__ import annotations
@@ -37,8 +38,11 @@ def main(argv: Sequence[str]) -> None:
     process = distributed.initialize()
     fit.check_hosts(settings, process.count)
     distributed.check_shared(workdir)
-    finished = summary.already_finished(settings, workdir)
-    if any(distributed.allgather("finished", finished)):  # shared storage may show it to some before others
+    # Of all processes: shared storage may show a file to some before the others.
+    summaries = distributed.allgather("finished", summary.read_finished(workdir, settings.train.steps))
+    if any(summaries):
+        if process.primary:
+            summary.print_finished(next(filter(None, summaries)), settings, workdir)
         return
     devices = mesh.make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
     hf.check_replaceable(workdir / "export")

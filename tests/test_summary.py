@@ -1,40 +1,79 @@
-"""What a run says at its end, and how its processes get there together."""
+"""What a run writes and prints at its end, and how its processes get there together."""
 
+import json
 import types
 
-import jax.numpy as jnp
+import jax
+import numpy as np
 import pytest
 
+from configs import tiny
+from ngrpo_jax.model import decoder, hf
+from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.run import summary
-from ngrpo_jax.runtime import distributed, files
+from ngrpo_jax.run.state import Run, RunState
+from ngrpo_jax.runtime import distributed
+from ngrpo_jax.settings import resolve
+from ngrpo_jax.setup.model_spec import ModelSpec
+
+CONFIG = ModelConfig("qwen2", 32, 16, 32, 2, 4, 2, 4, tie_embeddings=True)
+ROW = {"groups/zero_variance": 0.25, "rollout/mixed_fraction": 0.1, "gap/max": 1e-5}
+MIXED = {"rollout/mix_cosine_mean": 0.5, "rollout/mix_cosine_min": 0.25}
+ROWS = [{"step": 1, **ROW, **MIXED}, {"step": 2, **ROW, "gap/max": 3e-5, "eval/mean_at_n": 0.75}]
+BEFORE = {"mean_at_n": 0.5, "pass_at_k": 0.6, "length_mean": 7.0}
+AFTER = {"mean_at_n": 0.75, "pass_at_k": 0.8, "length_mean": 5.0}
+
+
+def _finished(workdir):
+    """A run of two steps at its end, with random parameters; of its checkpoints, step 2 is the best."""
+    (workdir / "source").mkdir(parents=True)
+    (workdir / "source" / "tokenizer.json").write_text("{}")
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    settings = resolve(tiny.get_config())
+    spec = ModelSpec(str(workdir / "source"), CONFIG, None)
+    run = Run(settings, workdir, None, spec, None, None, None)
+    params = decoder.init(jax.random.key(0), CONFIG)
+    state = RunState(2, types.SimpleNamespace(params=params), None, BEFORE)
+    return run, state, types.SimpleNamespace(best_step=lambda: 2)
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_every_process_waits_until_the_first_has_exported(monkeypatch, index):
-    done = []
-    monkeypatch.setattr(distributed, "place", lambda: distributed.Process(index, 2))
-    monkeypatch.setattr(distributed, "exchange", lambda name, value: done.append("together"))
-    monkeypatch.setattr(summary, "_write", lambda *_: done.append("written"))
-    state = types.SimpleNamespace(state=types.SimpleNamespace(params={"w": jnp.ones(2)}))
-    summary.finish(None, state, {}, None, 1.0)
-    assert done == (["written", "together"] if index == 0 else ["together"])
+def test_the_first_process_exports_and_sums_up_before_any_process_ends(monkeypatch, tmp_path, index):
+    run, state, checkpoints = _finished(tmp_path)
+    there = []
+    monkeypatch.setattr(distributed, "process", lambda: distributed.Process(index, 2))
+    monkeypatch.setattr(
+        distributed, "allgather", lambda name, value: there.append((tmp_path / "summary.json").is_file())
+    )
+    summary.finish(run, state, AFTER, checkpoints, 1.0)
+    assert there == [index == 0]
+    assert (tmp_path / "export").is_dir() == (index == 0)
+
+
+def test_a_finished_run_is_summed_up_on_disk_and_in_print(tmp_path, capsys):
+    run, state, checkpoints = _finished(tmp_path)
+    summary.finish(run, state, AFTER, checkpoints, 90.0)
+    written = json.loads((tmp_path / "summary.json").read_text())
+    assert written["mean_at_n_before"] == 0.5 and written["mean_at_n_after"] == 0.75
+    assert written["pass_at_k_before"] == 0.6 and written["pass_at_k_after"] == 0.8
+    assert (written["steps"], written["seconds"]) == (2, 90.0)
+    assert (written["best_step"], written["best_value"]) == (2, 0.75)
+    assert written["sampler_learner_gap_max"] == 3e-5
+    assert written["mix_cosine_mean"] == 0.5, "the step without mixed inputs is not counted"
+    printed = capsys.readouterr().out
+    assert f"best       {tmp_path}/checkpoints/2 (step 2, mean_at_n 0.75 held out)" in printed
+    exported = hf.load(tmp_path / "export")[1]
+    jax.tree.map(np.testing.assert_array_equal, exported, state.train_state.params)
+
+
+def test_only_a_summary_of_as_many_steps_counts_as_finished(tmp_path):
+    assert summary.read_finished(tmp_path, 1) is None
+    (tmp_path / "summary.json").write_text('{"steps": 2}')
+    assert summary.read_finished(tmp_path, 2) == {"steps": 2} and summary.read_finished(tmp_path, 3) is None
 
 
 def test_a_damaged_summary_is_named(tmp_path):
     (tmp_path / "summary.json").write_text('{"steps": 1')
     with pytest.raises(ValueError, match=r"summary\.json is no JSON .*; remove it") as refusal:
-        summary.already_finished(types.SimpleNamespace(), tmp_path)
+        summary.read_finished(tmp_path, 1)
     assert "\n" not in str(refusal.value)
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "summary.json"
-    files.write_json(path, {"steps": 1})
-
-    def broken(*_):
-        raise OSError("no space left")
-
-    monkeypatch.setattr(files.os, "replace", broken)
-    with pytest.raises(OSError, match="no space"):
-        files.write_json(path, {"steps": 2})
-    assert path.read_text() == '{\n "steps": 1\n}\n'

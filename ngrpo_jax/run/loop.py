@@ -31,7 +31,8 @@ def train(run: Run, state: RunState, grader: Grader, checkpoints: Checkpoints, b
     """Steps until `train.steps`, then evaluates, exports and sums up."""
     settings, process = run.settings, distributed.process()
     resume = state.step or None
-    summary.announce(run, state)
+    if process.primary:
+        summary.announce(run, state)
     compile_rollouts(run, state)
     if not state.initial_evaluation:
         state = dataclasses.replace(

@@ -1,48 +1,44 @@
-"""What a training run says: before it starts, at each step, and at its end (summary.json and the table)."""
+"""What a training run prints before its first step, after each and at its end, and its summary.json.
+
+Must not decide anything about the run.
+"""
 
 from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from ngrpo_jax.errors import UserError
-from ngrpo_jax.model import decoder, hf
+from ngrpo_jax.model import decoder
 from ngrpo_jax.preflight import fit, memory
 from ngrpo_jax.run.state import Run, RunState
-from ngrpo_jax.runtime import console, distributed, files, mesh, metrics
+from ngrpo_jax.runtime import console, distributed, files, metrics
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.settings import Settings
+from ngrpo_jax.setup.model_spec import save_model
 from ngrpo_jax.setup.resume import best_key
 
 
-def already_finished(settings: Settings, workdir: pathlib.Path) -> bool:
-    """Whether the workdir's run has reached `train.steps`; if so, prints its summary again."""
+def read_finished(workdir: pathlib.Path, steps: int) -> dict[str, Any] | None:
+    """What summary.json holds, None where no run has reached `steps`; UserError where the file is damaged."""
     path = workdir / "summary.json"
     if not path.is_file():
-        return False
+        return None
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is no JSON ({error}); remove it, and the run goes on.") from error
-    if summary["steps"] < settings.train.steps:
-        return False
-    if distributed.process().primary:
-        print(
-            f"{workdir} holds a finished run of {summary['steps']} steps; another --workdir starts a new one."
-        )
-        print_summary(summary, settings, workdir)
-    return True
+    return summary if summary["steps"] >= steps else None
 
 
 def announce(run: Run, state: RunState) -> None:
-    """What this run is, before it starts; said by the first process."""
+    """Prints what this run is, before its first step."""
     process = distributed.process()
-    if not process.primary:
-        return
     settings, model_spec = run.settings, run.model_spec
     mixing = settings.mixing
     count = decoder.parameter_count(model_spec.config)
@@ -68,7 +64,7 @@ def announce(run: Run, state: RunState) -> None:
 
 
 def step_line(step: int, row: dict[str, float], steps: int, pace: float) -> str:
-    """One line a step: what was learnt, what it cost, how long it still takes (`pace`: seconds a step)."""
+    """The line of a step: what was learnt, what it cost, how long the rest takes (`pace`: seconds a step)."""
     parts = [
         f"step {step}/{steps}",
         f"reward {row['reward/mean']:.3f}",
@@ -90,62 +86,73 @@ def step_line(step: int, row: dict[str, float], steps: int, pace: float) -> str:
 def finish(
     run: Run, state: RunState, after: dict[str, float], checkpoints: Checkpoints, seconds: float
 ) -> None:
-    """Exports the last parameters, writes summary.json, prints the table: the first process alone.
+    """Exports the last parameters, writes summary.json and prints the table, all by the first process.
 
-    The others wait for it: a process that left would have jax abort all of them after five minutes.
+    The others wait for it: a process that ended would make jax abort all of them after five minutes.
+
+    Args:
+      after: held-out metrics of the last parameters.
+      seconds: since the command began.
     """
-    params = jax.tree.map(mesh.to_host, state.train_state.params)
+    save_model(run.model_spec, state.train_state.params, run.workdir / "export")
     if distributed.process().primary:
-        _write(run, state, params, after, checkpoints, seconds)
+        rows = metrics.read_rows(run.workdir / "metrics.jsonl")
+        summary = summarize(run, state, after, rows, checkpoints.best_step()) | {"seconds": seconds}
+        files.write_json(run.workdir / "summary.json", summary)
+        print_summary(summary, run.settings, run.workdir)
     distributed.allgather("the run is summed up", None)
 
 
-def _write(
+def summarize(
     run: Run,
     state: RunState,
-    params: Any,
     after: dict[str, float],
-    checkpoints: Checkpoints,
-    seconds: float,
-) -> None:
-    settings, model_spec = run.settings, run.model_spec
-    export = run.workdir / "export"
-    hf.save(
-        export, model_spec.config, params, tokenizer_from=model_spec.directory, dtype=model_spec.config.dtype
-    )
-    rows = metrics.read_rows(run.workdir / "metrics.jsonl")
+    rows: Sequence[dict[str, Any]],
+    best_step: int | None,
+) -> dict[str, Any]:
+    """A finished run in numbers and paths, but for its time: what summary.json holds.
+
+    Args:
+      rows: those of metrics.jsonl.
+      best_step: the step of the best checkpoint, None where no step was evaluated.
+    """
+    before, checkpoints = state.initial_evaluation, run.workdir / "checkpoints"
     mixed = [row for row in rows if "rollout/mix_cosine_mean" in row]
-    best = checkpoints.best_step()
-    scores = {row["step"]: row.get(best_key(settings)) for row in rows}
-    summary = {
-        "mean_at_n_before": state.initial_evaluation["mean_at_n"],
+    scores = {row["step"]: row.get(best_key(run.settings)) for row in rows}
+
+    def mean(name: str, rows: Sequence[dict[str, Any]]) -> float | None:
+        return float(np.mean([row[name] for row in rows])) if rows else None
+
+    return {
+        "mean_at_n_before": before["mean_at_n"],
         "mean_at_n_after": after["mean_at_n"],
-        "pass_at_k_before": state.initial_evaluation["pass_at_k"],
+        "pass_at_k_before": before["pass_at_k"],
         "pass_at_k_after": after["pass_at_k"],
-        "length_before": state.initial_evaluation["length_mean"],
+        "length_before": before["length_mean"],
         "length_after": after["length_mean"],
-        "seconds": seconds,
         "steps": state.step,
-        "best_step": best,
-        "best_metric": settings.checkpoint.best_metric,
-        "best_value": None if best is None else scores.get(best),
-        "best_checkpoint": None if best is None else str(run.workdir / "checkpoints" / str(best)),
-        "zero_variance": float(np.mean([row["groups/zero_variance"] for row in rows])),
-        "mixed_fraction": float(np.mean([row["rollout/mixed_fraction"] for row in rows])),
-        "mix_cosine_mean": float(np.mean([row["rollout/mix_cosine_mean"] for row in mixed]))
-        if mixed
-        else None,
+        "best_step": best_step,
+        "best_metric": run.settings.checkpoint.best_metric,
+        "best_value": None if best_step is None else scores.get(best_step),
+        "best_checkpoint": None if best_step is None else str(checkpoints / str(best_step)),
+        "zero_variance": mean("groups/zero_variance", rows),
+        "mixed_fraction": mean("rollout/mixed_fraction", rows),
+        "mix_cosine_mean": mean("rollout/mix_cosine_mean", mixed),
         "mix_cosine_min": min((row["rollout/mix_cosine_min"] for row in mixed), default=None),
         "sampler_learner_gap_max": max(row["gap/max"] for row in rows),
-        "checkpoint": str(run.workdir / "checkpoints" / str(state.step)),
-        "export": str(export),
+        "checkpoint": str(checkpoints / str(state.step)),
+        "export": str(run.workdir / "export"),
     }
-    files.write_json(run.workdir / "summary.json", summary)
-    print_summary(summary, settings, run.workdir)
+
+
+def print_finished(summary: dict[str, Any], settings: Settings, workdir: pathlib.Path) -> None:
+    """Prints that the workdir's run is finished, and its summary again."""
+    print(f"{workdir} holds a finished run of {summary['steps']} steps; another --workdir starts a new one.")
+    print_summary(summary, settings, workdir)
 
 
 def print_summary(summary: dict[str, Any], settings: Settings, workdir: pathlib.Path) -> None:
-    """The table that ends a run: before and after, mixing, where things are, what to run next."""
+    """Prints the table of a finished run: before and after, mixing, its directories, what to run next."""
     rows: list[tuple[str, float | None, float | None]] = [
         (f"Mean@{settings.eval.samples}", summary["mean_at_n_before"], summary["mean_at_n_after"]),
         (f"Pass@{settings.eval.largest_k}", summary["pass_at_k_before"], summary["pass_at_k_after"]),
@@ -162,7 +169,7 @@ def print_summary(summary: dict[str, Any], settings: Settings, workdir: pathlib.
     print(f"groups     {100 * summary['zero_variance']:.1f} % without variance (all responses graded alike)")
     print(f"time       {console.format_seconds(summary['seconds'])} for {summary['steps']} steps")
     print(f"latest     {summary['checkpoint']} (step {summary['steps']})")
-    best = "none, for no step was evaluated on the way"
+    best = "none, since no step was evaluated"
     if summary["best_step"] is not None:
         value = summary["best_value"]
         scored = "" if value is None else f", {summary['best_metric']} {value:.4g} held out"

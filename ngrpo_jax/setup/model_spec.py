@@ -21,7 +21,7 @@ from ngrpo_jax.choices import WARM_START
 from ngrpo_jax.errors import UserError
 from ngrpo_jax.model import decoder, hf
 from ngrpo_jax.model.config import ModelConfig
-from ngrpo_jax.runtime import mesh
+from ngrpo_jax.runtime import distributed, mesh
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.settings import Settings
 from ngrpo_jax.setup.tokenizer_info import TokenizerInfo, make_tokenizer_info
@@ -56,6 +56,21 @@ def load_params(model_spec: ModelSpec, devices: jax.sharding.Mesh) -> Any:
         return mesh.put(leaf, functools.reduce(operator.getitem, path, shardings))
 
     return hf.read(model_spec.directory, dtype="float32", place=place)[1]
+
+
+def save_model(model_spec: ModelSpec, params: Any, directory: pathlib.Path) -> None:
+    """Writes parameters as a Hugging Face directory in `model.dtype`: the first process alone.
+
+    Every process calls this, since a leaf that is split over hosts is gathered by all of them. Each holds one
+    leaf at a time, and the first besides the tensors of the file that it writes.
+    """
+    config = model_spec.config
+    if distributed.process().primary:
+        source = model_spec.directory
+        hf.save(directory, config, params, tokenizer_from=source, dtype=config.dtype, to_host=mesh.to_host)
+        return
+    for leaf in hf.leaves(config, params):
+        mesh.to_host(leaf)
 
 
 def locate_model(settings: Settings, workdir: pathlib.Path, *, weights: bool = True) -> pathlib.Path:
