@@ -5,7 +5,7 @@
 prompts -> rollout -> reward -> update -> next rollout, with an evaluation before, on a schedule, and after.
 A run is resumed from the latest checkpoint of its workdir; a finished one prints its summary again.
 `--preflight` trains nothing and prints whether this run could start here and would fit
-(preflight/checklist.py).
+(preflight/checks.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from ngrpo_jax import flags
 from ngrpo_jax.model import hf
-from ngrpo_jax.preflight import checklist, fit
+from ngrpo_jax.preflight import checks, fit
 from ngrpo_jax.run import summary
 from ngrpo_jax.run.loop import train
 from ngrpo_jax.run.start import begin, compose
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
     config, options = flags.parse_flags(argv, preflight=False)
     workdir = pathlib.Path(options["workdir"])
     if options["preflight"]:
-        raise SystemExit(checklist.run(config, workdir))
+        raise SystemExit(checks.run(config, workdir))
     settings = resolve(config)
     process = distributed.initialize()
     fit.check_hosts(settings, process.count)

@@ -229,7 +229,7 @@ def test_export_is_the_checkpoint(finished, tmp_path, capsys):
 
 
 def test_report_makes_a_page(finished):
-    assert report.main([f"--workdir={finished}"]) == 0
+    report.main(["report", f"--workdir={finished}"])
     assert "Mean@" in (finished / "report.html").read_text()
 
 

@@ -51,11 +51,11 @@ def model(tmp_path_factory):
     return folder / "model"
 
 
-def _run(model, workdir, *flags, **changes):
+def _run(model, workdir, *words, **changes):
     settings = SMALL | {name.replace("__", "."): value for name, value in changes.items()}
     overrides = [f"--config.{name}={value}" for name, value in settings.items()]
     argv = ["evaluate", f"--config={TINY}", f"--workdir={workdir}", f"--config.model.path={model}"]
-    flags.run_command(evaluate.main, [*argv, *overrides, *flags])
+    flags.run_command(evaluate.main, [*argv, *overrides, *words])
 
 
 def _stored(*arguments):
@@ -246,7 +246,7 @@ def test_what_cannot_be_read_or_compared_is_one_sentence(whole, tmp_path, capsys
 
 
 @pytest.mark.parametrize(
-    ("changes", "flags", "words"),
+    ("changes", "given", "words"),
     [
         ({"eval__pass_k": "(1,4)"}, (), "eval.pass_k is 4 but eval.samples is 3"),
         (
@@ -267,9 +267,9 @@ def test_what_cannot_be_read_or_compared_is_one_sentence(whole, tmp_path, capsys
         ({"eval__problems": 4}, (), "problems "),
     ],
 )
-def test_what_cannot_be_evaluated_is_one_sentence(changes, flags, words, whole, model, capsys):
+def test_what_cannot_be_evaluated_is_one_sentence(changes, given, words, whole, model, capsys):
     before = whole[1].read_bytes()
-    assert words in _refused(capsys, _run, model, whole[0], *flags, **changes)
+    assert words in _refused(capsys, _run, model, whole[0], *given, **changes)
     assert whole[1].read_bytes() == before
 
 
@@ -292,26 +292,31 @@ def test_another_set_of_problems_is_another_evaluation(whole):
 
 
 def _reported(capsys, *arguments):
-    status = report.main([str(argument) for argument in arguments])
+    """(exit status, standard output, standard error) of the report command."""
+    status = 0
+    try:
+        flags.run_command(report.main, ["report", *map(str, arguments)])
+    except SystemExit as ended:
+        status = ended.code
     captured = capsys.readouterr()
     return status, captured.out, captured.err
 
 
 def test_report_lists_neighbours_and_draws_the_plane(model, tmp_path, capsys):
-    flags = [f"--config={TINY}", f"--workdir={tmp_path}", f"--config.model.path={model}"]
-    flags.append("--config.mesh.data=8")
-    status, out, _ = _reported(capsys, "neighbors", "--tokens=7, +", "--count=3", *flags)
+    settings = [f"--config={TINY}", f"--workdir={tmp_path}", f"--config.model.path={model}"]
+    settings.append("--config.mesh.data=8")
+    status, out, _ = _reported(capsys, "neighbors", "--tokens=7, +", "--count=3", *settings)
     assert status == 0 and "cosine in the embedding, k 3: the first 2 are mixed in" in out
     lines = out.rstrip().split("\n")
     assert [line.split()[0] for line in lines[-2:]] == ["7", "+"] and lines[-1].count(".") == 3
-    status, out, _ = _reported(capsys, "pca", "--tokens", "7,+", *flags)
+    status, out, _ = _reported(capsys, "pca", "--tokens", "7,+", *settings)
     page = (tmp_path / "pca.html").read_text()
     assert status == 0 and "pca.html" in out and "<svg" in page and "neighbour mixing" in page
-    status, _, err = _reported(capsys, "neighbors", "--tokens=77", *flags)
+    status, _, err = _reported(capsys, "neighbors", "--tokens=77", *settings)
     assert status == 2 and "'77' is several tokens" in err and err.count("\n") == 1
-    status, _, err = _reported(capsys, "neighbors", *flags)
+    status, _, err = _reported(capsys, "neighbors", *settings)
     assert status == 2 and "--tokens is missing" in err
-    status, _, err = _reported(capsys, "neighbours", *flags)
+    status, _, err = _reported(capsys, "neighbours", *settings)
     assert status == 2 and "it has neighbors, pca, diversity" in err
 
 

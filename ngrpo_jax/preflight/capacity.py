@@ -11,7 +11,7 @@ import shutil
 
 import jax
 
-from ngrpo_jax.errors import UserError
+from ngrpo_jax.errors import require
 from ngrpo_jax.runtime.console import format_bytes
 
 
@@ -37,27 +37,34 @@ def check_workdir(workdir: str | os.PathLike[str], needed_bytes: int = 0) -> Non
     """Checks that the workdir can be written, or made, and has room; writes nothing.
 
     Raises:
-        ValueError: it is a file, may not be written, or lies on a disk with less free than `needed_bytes`.
+        UserError: it is a file, may not be written, or lies on a disk with less free than `needed_bytes`.
     """
     path = pathlib.Path(workdir)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"--workdir {path} is a file; name a directory")
-    existing = path.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        raise UserError(
-            f"--workdir {path} cannot be made, because {existing} is a file; name another directory"
-        )
-    if not os.access(existing, os.W_OK | os.X_OK):
-        verb = "written" if path.exists() else f"made, because {existing} may not be written"
-        raise UserError(f"--workdir {path} cannot be {verb}; name another directory")
+    require(path.is_dir() or not path.exists(), f"--workdir {path} is a file; name a directory.")
+    existing = nearest_existing(path)
+    require(
+        existing.is_dir(),
+        f"--workdir {path} cannot be made, because {existing} is a file; name another directory.",
+    )
+    verb = "written" if path.exists() else f"made, because {existing} may not be written"
+    require(is_writable(existing), f"--workdir {path} cannot be {verb}; name another directory.")
     free = shutil.disk_usage(existing).free
-    if free < needed_bytes:
-        raise UserError(
-            f"--workdir {path} lies on a disk with {format_bytes(free)} free, and the checkpoints of this "
-            f"model need {format_bytes(needed_bytes)}; name a directory on another disk"
-        )
+    require(
+        free >= needed_bytes,
+        f"--workdir {path} lies on a disk with {format_bytes(free)} free, and the checkpoints of this model "
+        f"need {format_bytes(needed_bytes)}; name a directory on another disk.",
+    )
+
+
+def nearest_existing(path: pathlib.Path) -> pathlib.Path:
+    """The path itself, or the nearest of its parents that exists."""
+    path = path.absolute()
+    return next(each for each in (path, *path.parents) if each.exists())
+
+
+def is_writable(folder: pathlib.Path) -> bool:
+    """Whether files can be made in a folder."""
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
 
 
 def _meminfo_available(path: str = "/proc/meminfo") -> int | None:

@@ -1,13 +1,13 @@
-"""The environment variables that have to be right before jax is imported.
+"""The environment variables that must be right before jax is imported.
 
-Owns what may be said in them, not who says it: the scripts of launch/ set them.
+Owns which values they may have. The scripts of launch/ set them.
 """
 
-import os
 import pathlib
 from collections.abc import Mapping
 
-from ngrpo_jax.errors import UserError
+from ngrpo_jax.errors import require
+from ngrpo_jax.preflight.capacity import is_writable, nearest_existing
 from ngrpo_jax.runtime import distributed
 
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
@@ -17,25 +17,26 @@ PLATFORMS = ("cpu", "gpu", "cuda", "rocm", "tpu")
 
 
 def check(variables: Mapping[str, str]) -> tuple[Mapping[str, str], str]:
-    """Returns the variables, and a remark on those that only make a run slower or its log late.
+    """Returns the variables, and a remark on those whose absence makes starts slow or logs late.
 
     Raises:
-        ValueError: one that jax would misread, or refuse late and without its name.
+        UserError: a value that jax would misread, or refuse late and without the variable's name.
     """
     distributed.explicit(variables)
     for name in FLAGS:
         wrong = [word for word in variables.get(name, "").split() if not word.startswith("-")]
-        if wrong:
-            raise UserError(f"{name} has {wrong[0]!r}, which is no flag; each begins with --.")
+        require(not wrong, f"{name} has {''.join(wrong[:1])!r}, which is no flag; each begins with --.")
     fraction = variables.get(FRACTION)
-    if fraction is not None and not _is_share(fraction):
-        raise UserError(f"{FRACTION} is {fraction!r}; it must be a share of memory between 0 and 1.")
+    require(
+        fraction is None or _is_share(fraction),
+        f"{FRACTION} is {fraction!r}; it must be a share of memory between 0 and 1.",
+    )
     for name in filter(None, variables.get("JAX_PLATFORMS", "").split(",")):
-        if name not in PLATFORMS:
-            raise UserError(f"JAX_PLATFORMS has {name!r}; it may hold {', '.join(PLATFORMS)}.")
+        require(name in PLATFORMS, f"JAX_PLATFORMS has {name!r}; it may hold {', '.join(PLATFORMS)}.")
     cache = variables.get(CACHE)
     if cache and "://" not in cache:
-        _check_cache(pathlib.Path(cache))
+        writable = is_writable(nearest_existing(pathlib.Path(cache)))
+        require(writable, f"{CACHE} is {cache}, which cannot be written; name a folder that can.")
     remarks = [] if cache else [f"{CACHE} is not set: every start compiles anew"]
     if not variables.get("PYTHONUNBUFFERED"):
         remarks.append("PYTHONUNBUFFERED is not set: a log file lags behind")
@@ -47,11 +48,3 @@ def _is_share(text: str) -> bool:
         return 0 < float(text) <= 1
     except ValueError:
         return False
-
-
-def _check_cache(folder: pathlib.Path) -> None:
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{CACHE} is {folder}, which cannot be written; name a folder that can.")

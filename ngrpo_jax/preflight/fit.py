@@ -49,15 +49,22 @@ def check_positions(settings: Settings, config: ModelConfig) -> None:
     _refuse_too_long(settings, config, new_tokens, named)
 
 
-def check_memory(settings: Settings, config: ModelConfig) -> None:
-    """Refuses a run that is too large for its devices by the estimate."""
-    _refuse_too_large(training_memory(settings, config))
+def check_memory(settings: Settings, config: ModelConfig) -> list[memory.Allocation]:
+    """Refuses a run that is too large for its devices by the estimate, which it returns."""
+    allocations = training_memory(settings, config)
+    _refuse_too_large(allocations)
+    return allocations
 
 
-def check_evaluation(settings: Settings, config: ModelConfig) -> None:
-    """Refuses an evaluation longer than the model's positions, or too large for its devices."""
+def check_evaluation(settings: Settings, config: ModelConfig) -> int:
+    """Refuses an evaluation longer than the model's positions, or too large for its devices.
+
+    Returns the bytes that it needs on each device, by estimate.
+    """
     _refuse_too_long(settings, config, settings.eval.max_new_tokens, "eval.max_new_tokens")
-    _refuse_too_large(memory.evaluation_estimate(settings, config))
+    allocations = memory.evaluation_estimate(settings, config)
+    _refuse_too_large(allocations)
+    return memory.peak(allocations)[0]
 
 
 def training_memory(settings: Settings, config: ModelConfig) -> list[memory.Allocation]:

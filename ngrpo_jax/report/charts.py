@@ -1,7 +1,7 @@
-"""Charts as SVG text, ready to stand inside a page. Owns their look; must not know what a metric means.
+"""Charts as SVG text for an HTML page. Owns how charts look; must not know what a metric means.
 
-Matplotlib draws with its SVG backend and no window system. Text stays text, so that it takes the page's font,
-and the same data give the same bytes.
+Matplotlib draws with its SVG backend, which needs no display. Text stays text in the SVG, so that it has the
+page's font, and equal data give equal bytes.
 """
 
 import io
@@ -17,11 +17,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from ngrpo_jax.runtime.console import format_count
 
-# Okabe and Ito's order of hues, darkened for lines on white: told apart with any colour vision.
+# The hues of Okabe and Ito, darkened for lines on white: distinguishable with any colour vision.
 COLORS = ("#2563c9", "#d9730d", "#0e8f76", "#a5447f", "#6b7280")
 _INK, _GRID = "#5b6470", "#e8eaee"
-_SIZE = (4.4, 2.3)  # inches; scaled to the width of its panel
-_SMOOTH_FROM = 30  # points from which a running mean is drawn
+_SIZE = (4.4, 2.3)  # inches; the page scales a chart to the width of its panel
+_SMOOTH_FROM = 30  # a line of at least so many points gets a running mean
 
 
 class Series(NamedTuple):
@@ -43,12 +43,12 @@ class Cloud(NamedTuple):
 
 
 def window(points: int) -> int:
-    """Width of the running mean for so many points; 1 is none."""
+    """Width of the running mean of a line with so many points; 1 means that none is drawn."""
     return max(3, points // 15) if points >= _SMOOTH_FROM else 1
 
 
 def line_chart(series: Sequence[Series], *, unit: str = "", log: bool = False) -> str:
-    """Lines over steps; long ones thin, with their running mean in bold."""
+    """Lines over steps, as SVG; a long one is thin, with its running mean in bold."""
     figure, axes = _axes(unit)
     for one in series:
         steps, values = np.asarray(one.steps), np.asarray(one.values, dtype=float)
@@ -71,7 +71,7 @@ def line_chart(series: Sequence[Series], *, unit: str = "", log: bool = False) -
 
 
 def stack_chart(series: Sequence[Series], *, unit: str = "") -> str:
-    """Areas on top of one another over the steps that all series have."""
+    """Stacked areas over the steps that all series have, as SVG."""
     figure, axes = _axes(unit)
     steps = sorted(set.intersection(*(set(one.steps) for one in series)))
     found = [dict(zip(one.steps, one.values, strict=True)) for one in series]
@@ -93,7 +93,7 @@ def stack_chart(series: Sequence[Series], *, unit: str = "") -> str:
 def scatter_chart(
     clouds: Sequence[Cloud], labels: Sequence[tuple[str, np.ndarray]], axis_labels: tuple[str, str]
 ) -> str:
-    """Clouds of points, the later above the earlier, some places named."""
+    """Clouds of points, later ones drawn over earlier ones, with text at some points [2], as SVG."""
     figure, axes = _axes("")
     figure.set_size_inches(7.2, 5.0)
     for cloud in clouds:
@@ -101,7 +101,7 @@ def scatter_chart(
             cloud.points[:, 0], cloud.points[:, 1], s=cloud.size, color=cloud.color, alpha=0.55, linewidths=0
         )
     for text, (x, y) in labels:
-        # A dollar sign would begin matplotlib's own mathematics.
+        # Matplotlib would read a dollar sign as the start of a formula.
         name = text.replace("$", r"\$")
         axes.annotate(name, (x, y), xytext=(3, 3), textcoords="offset points", fontsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -111,13 +111,13 @@ def scatter_chart(
 
 
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """Centred mean over `width` points, over fewer at the ends; [T] -> [T]."""
+    """Centred mean over `width` points, at both ends over fewer; [T] -> [T]."""
     kernel = np.ones(width)
     return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
 
 
 def tick(value: float, unit: str) -> str:
-    """An axis label: no rounding noise, no offset to add in one's head."""
+    """An axis label: the whole value, without rounding noise."""
     if unit == "%":
         return f"{100 * value:.4g} %".replace("-", "\u2212")
     text = format_count(value) if abs(value) >= 10_000 else f"{value:.4g}"
@@ -140,19 +140,19 @@ def _axes(unit: str) -> tuple[Figure, Axes]:
 
 
 def _set_steps(axes: Axes, steps: set[int]) -> None:
-    """With few steps, a tick at each: there is nothing between them."""
+    """Few steps get a tick each: matplotlib's own choice would put ticks between them."""
     if len(steps) <= 5:
         axes.set_xticks(sorted(steps))
         axes.set_xlim(min(steps) - 0.5, max(steps) + 0.5)
 
 
 def _set_range(axes: Axes, values: Sequence[float]) -> None:
-    """Room around the data; a flat line stands in the middle rather than being blown up to rounding noise."""
+    """Leaves room around the data; a constant line is drawn in the middle, without its rounding noise."""
     low, high = min(values), max(values)
     spread = high - low
     room = 0.08 * spread if spread > 1e-6 * abs(high) else 0.05 * abs(high) or 1.0
     floor = low - room
-    # A quantity that is never negative should not seem to dip below zero.
+    # The axis of a quantity that is never negative does not go below zero.
     axes.set_ylim(0 if low >= 0 > floor else floor, high + room)
 
 
@@ -165,7 +165,7 @@ def _svg(figure: Figure) -> str:
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    # Charts share a page: an id that nothing points to would only collide with those of the others.
+    # Charts share a page: ids that nothing refers to are dropped, since they could repeat in another chart.
     used = set(re.findall(r'(?:href="#|url\(#)([\w.-]+)', text))
     text = re.sub(r' id="([\w.-]+)"', lambda found: found[0] if found[1] in used else "", text)
     return re.sub(r"\s*\n\s*", "\n", text).strip()

@@ -1,6 +1,6 @@
-"""One run -> one HTML page that needs nothing else: figures first, then curves, responses, settings.
+"""One run -> one self-contained HTML page: key metrics, curves, responses, all metrics, settings.
 
-Owns the page's order and words. Every text that comes from the run is escaped. Reads and writes no file.
+Owns the order and words of the page. Escapes every text that comes from the run. Reads and writes no file.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from typing import Any
 
 from ngrpo_jax.report import charts, panels
 from ngrpo_jax.report.samples import samples_section
-from ngrpo_jax.report.style import CSS
+from ngrpo_jax.report.style import document
 from ngrpo_jax.report.workdir import Run
 from ngrpo_jax.runtime.console import format_seconds
 
@@ -30,16 +30,11 @@ def render(run: Run) -> str:
         _heading("All metrics") + _metrics_table(run),
         _heading("Settings") + _settings(run.config) if run.config else "",
     ]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(run.name)} · N-GRPO</title><style>{CSS}</style></head>"
-        f"<body><main>{''.join(body)}</main></body></html>\n"
-    )
+    return document(run.name, "".join(body))
 
 
 def number(value: Any) -> str:
-    """A figure at a readable precision: counts whole, the rest to four digits."""
+    """A value at a readable precision: whole numbers in full, others to four digits."""
     if value is None:
         return "–"
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -50,7 +45,7 @@ def number(value: Any) -> str:
 
 
 def quantity(value: float, unit: str) -> str:
-    """A figure with its unit, as a panel gives it."""
+    """A value with its unit, as a panel shows it."""
     if unit == "%":
         return f"{100 * value:.1f} %"
     return format_seconds(value) if unit == "s" else number(value)
@@ -108,7 +103,7 @@ def _cards(run: Run) -> str:
     if gaps:
         _, largest = run.values("gap/max")
         detail = f"at most {max(largest):.2g} nats" if largest else "nats, mean"
-        cards.append(_card("Sampler/trainer gap", f"{fmean(gaps):.2g}", detail))
+        cards.append(_card("Sampler/learner gap", f"{fmean(gaps):.2g}", detail))
     return f'<div class="cards">{"".join(cards)}</div>'
 
 
@@ -136,7 +131,7 @@ def _notes(run: Run) -> str:
     text = f'<div class="box"><dl class="facts">{items}</dl></div>' if items else ""
     width = charts.window(len(run.rows))
     if width > 1:
-        text += f'<p class="note">Curves: thin is every step, bold the running mean over {width}.</p>'
+        text += f'<p class="note">Thin curves show every step, bold ones the running mean over {width}.</p>'
     if run.missing:
         lines = "".join(f"<li>{escape(sentence)}</li>" for sentence in run.missing)
         text += f'<div class="box warn">Not in this workdir:<ul>{lines}</ul></div>'
@@ -144,9 +139,9 @@ def _notes(run: Run) -> str:
 
 
 def _section(run: Run, section: panels.Section) -> str:
-    figures = "".join(_panel(run, panel) for panel in section.panels)
+    drawn = "".join(_panel(run, panel) for panel in section.panels)
     note = f'<p class="soft">{escape(section.note)}</p>'
-    return f'{_heading(section.title)}{note}<div class="panels">{figures}</div>'
+    return f'{_heading(section.title)}{note}<div class="panels">{drawn}</div>'
 
 
 def _panel(run: Run, panel: panels.Panel) -> str:

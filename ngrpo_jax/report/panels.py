@@ -1,6 +1,6 @@
-"""Which metrics are drawn together, under which heading, and how each is to be read.
+"""Which metrics share a chart, under which heading, with which labels.
 
-Owns the table of panels and the rule for metrics that are not in it. Draws nothing.
+Owns the table of panels, and the rule for metrics that are not in it. Draws nothing.
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ class Panel(NamedTuple):
 
 
 class Section(NamedTuple):
-    """Panels under one heading, with a sentence on what they tell."""
+    """Panels under one heading, with a sentence on what they show."""
 
     title: str
     note: str
@@ -28,8 +28,8 @@ class Section(NamedTuple):
 SECTIONS = (
     Section(
         "Learning",
-        "Does the model get better? Reward is that of the training rollouts; held-out problems are "
-        "never trained on.",
+        "Whether the model gets better. Rewards are those of the training rollouts; held-out problems "
+        "are never trained on.",
         (
             Panel("Mean reward", {"reward/mean": "training rollouts"}),
             Panel(
@@ -39,15 +39,15 @@ SECTIONS = (
             ),
             Panel(
                 "Groups without variance",
-                {"groups/zero_variance": "rewards all alike"},
+                {"groups/zero_variance": "rewards all equal"},
                 "%",
-                note="As graded. Its advantage is 0, unless a penalty for length tells it apart.",
+                note="By the grader's rewards. Advantages are 0 there, unless a penalty for length differs.",
             ),
         ),
     ),
     Section(
         "Responses",
-        "What is written, and how freely.",
+        "How long responses are, how they end, and how uncertain the policy is.",
         (
             Panel(
                 "Response length",
@@ -63,7 +63,7 @@ SECTIONS = (
             Panel("Entropy of the policy", {"learner/entropy": "mean a token"}, "nats"),
             Panel(
                 "Responses without a verdict",
-                {"reward/no_verdict": "past the deadline, or beyond the grader"},
+                {"reward/no_verdict": "past the deadline, or the grader failed"},
                 "%",
                 note="Their reward is 0.",
             ),
@@ -72,18 +72,18 @@ SECTIONS = (
     ),
     Section(
         "Mixing",
-        "How often the next input was a mixture of neighbours, and how far it lay from the anchor.",
+        "How often the next input was a mixture of neighbours, and how close it was to its anchor.",
         (
             Panel("Mixed tokens", {"rollout/mixed_fraction": "share of response tokens"}, "%"),
             Panel("Cosine of mixed input to anchor", {"rollout/mix_cosine_mean": "mean"}),
-            Panel("Smallest such cosine", {"rollout/mix_cosine_min": "of a step"}),
+            Panel("Smallest cosine of mixed input to anchor", {"rollout/mix_cosine_min": "of a step"}),
             Panel("Mixed inputs below cosine 0.95", {"rollout/mix_cosine_below_095": "share"}, "%"),
             Panel("Weight of the anchor", {"rollout/mix_anchor_weight": "mean over mixed inputs"}),
         ),
     ),
     Section(
         "Update",
-        "How far a step moves the policy.",
+        "How far a step moves the policy from the old policy and the reference.",
         (
             Panel(
                 "KL to the reference",
@@ -96,8 +96,8 @@ SECTIONS = (
             Panel(
                 "Clipped tokens",
                 {
-                    "learner/clip_low": "ratio fell",
-                    "learner/clip_high": "ratio rose",
+                    "learner/clip_low": "ratio below its range",
+                    "learner/clip_high": "ratio above its range",
                     "learner/dual_clip": "dual clip",
                 },
                 "%",
@@ -107,23 +107,25 @@ SECTIONS = (
                 {"learner/ratio": "mean", "learner/ratio_max": "largest", "learner/ratio_min": "least"},
             ),
             Panel("Loss", {"learner/loss": "with KL", "learner/policy_loss": "without"}),
-            Panel("Importance weights, trainer to sampler", {"learner/importance": "mean a token"}),
+            Panel("Importance weights, learner to sampler", {"learner/importance": "mean a token"}),
             Panel("Importance weights at their cap", {"learner/importance_capped": "share of tokens"}, "%"),
-            Panel("Groups left out of the update", {"groups/left_out": "rewards all alike"}),
-            Panel("Responses left out of the update", {"responses/left_out": "of such a group, or cut off"}),
+            Panel("Groups left out of the update", {"groups/left_out": "rewards all equal"}),
+            Panel(
+                "Responses left out of the update", {"responses/left_out": "of a group left out, or cut off"}
+            ),
         ),
     ),
     Section(
-        "Sampler against trainer",
-        "Both should give a token the same probability; what is left here is rounding, or a fault.",
+        "Sampler against learner",
+        "Both should give a token the same probability: a difference beyond rounding is a fault.",
         (
-            Panel("|log π sampler − log π trainer|", {"gap/mean": "mean", "gap/max": "largest"}, kind="log"),
-            Panel("KL of sampler and trainer", {"gap/kl": "mean a token"}),
+            Panel("|log π sampler − log π learner|", {"gap/mean": "mean", "gap/max": "largest"}, kind="log"),
+            Panel("KL of sampler and learner", {"gap/kl": "mean a token"}),
         ),
     ),
     Section(
         "Speed",
-        "Where the time goes.",
+        "Seconds of a step by phase, and tokens a second.",
         (
             Panel(
                 "Time a step, by phase",
@@ -147,13 +149,17 @@ SECTIONS = (
                 {"speed/update_tokens": "update", "speed/logprob_tokens": "log-probabilities"},
                 "tokens/s",
             ),
-            Panel("Arithmetic of the update", {"speed/update_mfu": "share of the devices' peak"}, "%"),
+            Panel(
+                "Model FLOP utilisation of the update",
+                {"speed/update_mfu": "share of the devices' peak"},
+                "%",
+            ),
             Panel("Peak memory", {"memory/peak": "fullest device"}, "bytes"),
             Panel("Verdicts a second", {"speed/verdicts": "grading"}, "verdicts/s"),
             Panel("Packed rows filled", {"rows/fill": "tokens that are not padding"}, "%"),
             Panel("Refresh of the neighbour table", {"table/cost": "share of a build's cost"}, "%"),
             Panel(
-                "Work of such a refresh",
+                "Work of a refresh of the neighbour table",
                 {"table/rescored": "rows scored again", "table/searched": "rows searched again"},
                 "%",
             ),
@@ -161,34 +167,27 @@ SECTIONS = (
     ),
 )
 REST_TITLE = "Everything else"
-# Metrics that follow from what the named panel shows, or add little to it: no chart of their own.
-_COVERED = {
-    "time/step": "Time a step, by phase",
-    "reward/std": "Mean reward",
-    "speed/reward_tokens": "Verdicts a second",
-}
+# Metrics without a chart: "Time a step, by phase", "Mean reward" and "Verdicts a second" show as much.
+_NO_CHART = {"time/step", "reward/std", "speed/reward_tokens"}
 
 
 def present(keys: Iterable[str]) -> list[Section]:
-    """The sections for metrics that exist, without empty panels; unknown metrics follow, one chart each."""
-    have = list(keys)
-    sections, used, titles = [], set(), set()
-    for section in SECTIONS:
-        panels = []
-        for panel in section.panels:
-            series = {key: label for key, label in panel.series.items() if key in have}
-            if series:
-                panels.append(panel._replace(series=series))
-                used |= set(series)
-                titles.add(panel.title)
-        if panels:
-            sections.append(section._replace(panels=tuple(panels)))
-    rest = [key for key in have if key not in used and _COVERED.get(key) not in titles]
-    if rest:
-        sections.append(
-            Section(REST_TITLE, "Metrics by their own names.", tuple(map(_own_panel, sorted(rest))))
-        )
-    return sections
+    """The sections of the metrics `keys`, without empty panels; a metric of no panel gets one at the end."""
+    have = set(keys)
+    sections = [section._replace(panels=_with_metrics(section.panels, have)) for section in SECTIONS]
+    known = {key for section in sections for panel in section.panels for key in panel.series}
+    own = tuple(_own_panel(key) for key in sorted(have - known - _NO_CHART))
+    sections.append(Section(REST_TITLE, "Metrics by their own names.", own))
+    return [section for section in sections if section.panels]
+
+
+def _with_metrics(panels: Iterable[Panel], have: set[str]) -> tuple[Panel, ...]:
+    """The panels with the series of these metrics alone, less those that have none."""
+    kept = (
+        panel._replace(series={key: label for key, label in panel.series.items() if key in have})
+        for panel in panels
+    )
+    return tuple(panel for panel in kept if panel.series)
 
 
 def _own_panel(key: str) -> Panel:

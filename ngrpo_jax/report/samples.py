@@ -1,15 +1,15 @@
-"""Responses as HTML, their mixed tokens marked. Owns the choice of which to show and the marking."""
+"""Responses as HTML with their mixed tokens marked. Owns which responses are shown, and the marking."""
 
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-_MOST = 24  # responses on a page; the file has them all
-_OPEN = 1  # of those, unfolded
+_MOST = 24  # responses on a page; samples.jsonl has all
+_OPEN = 1  # of these are unfolded
 
 
 def samples_section(samples: Sequence[dict[str, Any]], heading: str) -> str:
-    """A folded block a response, spread evenly over the run."""
+    """One folded block for each shown response; those are spread evenly over the run."""
     shown = spread(samples, _MOST)
     count = (
         f"{len(shown)} of {len(samples)}, spread over the run"
@@ -31,7 +31,7 @@ def spread(items: Sequence[Any], most: int) -> list[Any]:
 
 
 def highlight(text: str, spans: Sequence[Sequence[int]]) -> str:
-    """`text` escaped, with `[start, end)` character spans marked; spans outside the text are cut to it."""
+    """`text` escaped, with `[start, end)` character spans marked; a span that exceeds the text is cut."""
     pieces, at = [], 0
     for start, end in sorted((max(0, int(s)), min(len(text), int(e))) for s, e in spans):
         start = max(start, at)

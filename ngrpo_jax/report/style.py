@@ -1,4 +1,9 @@
-"""The look of the report: one style sheet, for a phone first and wider screens after. Owns CSS alone."""
+"""The frame of a page of the report: HTML head and style sheet, for phones and for wide screens.
+
+Owns CSS and the head. Must not know what a page shows.
+"""
+
+from html import escape
 
 CSS = """
 :root { color-scheme: light; --ink: #1b2027; --soft: #5b6470; --line: #e3e6eb; --page: #f6f7f9; --card: #fff;
@@ -69,3 +74,13 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; }
 th { color: var(--soft); font-weight: 600; }
 code { font-size: .92em; font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 """
+
+
+def document(title: str, body: str) -> str:
+    """A whole HTML document; `title` is escaped, `body` is HTML."""
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)} · N-GRPO</title><style>{CSS}</style></head>"
+        f"<body><main>{body}</main></body></html>\n"
+    )
