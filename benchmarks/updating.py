@@ -40,7 +40,7 @@ OBJECTIVE = ObjectiveSettings(
     overlong="keep",
     overlong_penalty=1.0,
     overlong_interval=0,
-    old_logprobs="trainer",
+    old_logprobs="learner",
     importance_cap=None,
     entropy_coef=0.0,
 )

@@ -10,7 +10,7 @@ import pathlib
 import sys
 from typing import Any
 
-from ngrpo_jax import flags
+from ngrpo_jax import flags, schema
 
 DOCUMENT = pathlib.Path(__file__).parent / "paper.md"
 CONFIGS = DOCUMENT.parent.parent / "configs"
@@ -23,7 +23,7 @@ def values(path: pathlib.Path) -> dict[str, Any]:
     """Dotted leaf -> value of a config file."""
     config = flags.load_config(str(path))
     found = {}
-    for leaf in flags.leaves(config):
+    for leaf in schema.flatten(config.to_dict()):
         value: Any = config
         for name in leaf.split("."):
             value = value[name]

@@ -15,11 +15,8 @@ import os
 import pathlib
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
-
-from absl import flags as absl_flags
-from ml_collections import config_flags
 
 from ngrpo_jax.errors import Preempted, UserError, is_storage_failure, require
 from ngrpo_jax.runtime import ending
@@ -104,7 +101,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def parse_flags(argv: Sequence[str], **extra: str | bool | None) -> tuple[Any, dict[str, Any]]:
-    """Command line -> (ConfigDict, other flags). ValueError with one sentence on anything wrong.
+    """Command line -> (ConfigDict, other flags). UserError with one sentence on anything wrong.
 
     Args:
       argv: program name first, then `--config=FILE`, `--workdir=DIR`, `--config.a.b=value`, extra flags.
@@ -113,56 +110,44 @@ def parse_flags(argv: Sequence[str], **extra: str | bool | None) -> tuple[Any, d
     Returns:
       The locked ConfigDict with its overrides applied, and a dict of `workdir` and the extra flags.
     """
-    values = absl_flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config", None, "settings: a file of configs/", flag_values=values, sys_argv=list(argv)
+    from ngrpo_jax.settings import Settings, former  # here alone: settings import jax
+
+    parser = ArgumentParser(argv[0])
+    for name, default in {"config": None, "workdir": None, **extra}.items():
+        action = "store_true" if default is False else "store"
+        parser.add_argument(f"--{name}", action=action, default=default)
+    options, rest = parser.parse_known_args(argv[1:])
+    values = vars(options)
+    path = values.pop("config")
+    require(path is not None, "--config=configs/NAME.py is missing; configs/tiny.py is a good first one.")
+    require(
+        pathlib.Path(path).is_file(), f"the config {path!r} does not exist; see configs/ for those that do."
     )
-    absl_flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
-    for name, default in extra.items():
-        if isinstance(default, bool):
-            absl_flags.DEFINE_boolean(name, default, name, flag_values=values)
-        else:
-            absl_flags.DEFINE_string(name, default, name, flag_values=values)
-    _check_flag_names(argv, extra)
-    try:
-        rest = values([argument for argument in argv if not _is_none(argument)])
-    except absl_flags.Error as error:
-        raise UserError(f"{error}".splitlines()[0]) from error
-    for name in (argument.partition("=")[0] for argument in argv if _is_none(argument)):
-        _set_none(values.config, name.removeprefix("--config."))
-    require(len(rest) == 1, f"unexpected argument {rest[-1]!r}; settings are given as --config.a.b=value.")
-    require(values.workdir is not None, "--workdir=DIR is missing; it names the folder of the run.")
-    return values.config, {name: getattr(values, name) for name in ("workdir", *extra)}
+    config, kinds = load_config(path), Settings.kinds()
+    flags = {f"--config.{name}": name for name in kinds}
+    for argument in rest:
+        require(argument.startswith("-"), f"unexpected argument {argument!r}; write --FLAG=VALUE.")
+        flag, equals, text = argument.partition("=")
+        name = flag.removeprefix("--config.")
+        require(
+            flag in flags, former(name) or _unknown(flag, [*flags, *(f"--{option}" for option in values)])
+        )
+        require(bool(equals), f"{flag} has no value; write {flag}=VALUE.")
+        section, _, leaf = name.rpartition(".")
+        (config[section] if section else config)[leaf] = kinds[name].read(name, text)
+    require(values["workdir"] is not None, "--workdir=DIR is missing; it names the folder of the run.")
+    return config, values
 
 
-def _is_none(argument: str) -> bool:
-    return argument.startswith("--config.") and argument.endswith("=None")
-
-
-def _set_none(config: Any, leaf: str) -> None:
-    """absl has no word for None. Whether the leaf may be None is for `settings.resolve` to say."""
-    *sections, name = leaf.split(".")
-    for section in sections:
-        config = config[section]
-    config[name] = None
-
-
-def _check_flag_names(argv: Sequence[str], extra: Mapping[str, str | bool | None]) -> None:
-    """Names the unknown flag or setting, and the nearest one that exists, before absl parses anything."""
-    given = [argument.partition("=")[0].lstrip("-") for argument in argv[1:] if argument.startswith("-")]
-    paths = [argument.partition("=")[2] for argument in argv[1:] if argument.startswith("--config=")]
-    require(bool(paths), "--config=configs/NAME.py is missing; configs/tiny.py is a good first one.")
-    file = pathlib.Path(paths[0].partition(":")[0])
-    require(file.is_file(), f"the config {str(file)!r} does not exist; see configs/ for those that do.")
-    known = ["config", "workdir", *extra, *(f"config.{leaf}" for leaf in leaves(load_config(paths[0])))]
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise UserError(f"unknown setting --{name}" + (f"; did you mean --{near[0]}?" if near else "."))
+def _unknown(flag: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(flag, known, n=1)
+    return f"unknown setting {flag}" + (f"; did you mean {near[0]}?" if near else ".")
 
 
 def load_config(path: str) -> Any:
     """The ConfigDict that a file of configs/ makes."""
+    from ngrpo_jax.settings import REMOVED, RENAMED, former
+
     spec = importlib.util.spec_from_file_location("ngrpo_config", path)
     require(spec is not None and spec.loader is not None, f"{path!r} is no Python file.")
     assert spec is not None and spec.loader is not None
@@ -171,13 +156,10 @@ def load_config(path: str) -> Any:
         spec.loader.exec_module(module)
         require(hasattr(module, "get_config"), "it defines no get_config().")
         return module.get_config()
-    except Exception as error:  # a config is the user's own code: whatever it raises is theirs to read
-        raise UserError(f"the config {path} cannot be loaded: {type(error).__name__}: {error}") from error
-
-
-def leaves(config: Any, prefix: str = "") -> list[str]:
-    """Dotted names of all settings of a ConfigDict, in its order."""
-    names: list[str] = []
-    for name, value in config.items():
-        names += leaves(value, f"{prefix}{name}.") if hasattr(value, "items") else [prefix + name]
-    return names
+    except Exception as error:  # a config is the user's own code, so that any exception is the user's to mend
+        text = pathlib.Path(path).read_text(encoding="utf-8", errors="replace")
+        reason = next((former(name) for name in (*RENAMED, *REMOVED) if f".{name}" in text), None)
+        reason = reason or (
+            f"{error}" if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        )
+        raise UserError(f"the config {path} cannot be loaded: {reason}") from error

@@ -1,100 +1,84 @@
-"""Settings: a ConfigDict from configs/ becomes frozen dataclasses, once, with every check made here.
+"""Every setting, once: its name, type, default and meaning; and the rules between settings.
 
-`configs/base.py` declares each leaf with its default; the dataclasses below mirror its sections name for
-name, and say what a value must be. Nothing else in the program sees a ConfigDict. A setting that cannot be
-right raises ValueError with one sentence that names it. ml_collections is imported only where a ConfigDict
-is at hand, so that the library rooms run without it.
+The defaults are those of the paper (N-GRPO on DeepSeek-R1-Distill-Qwen-1.5B, arXiv 2606.10768). The type of a
+setting says which values it may have (schema.py). `configs/base.py` is these defaults as a ConfigDict, the
+other files of configs/ change some of them, `resolve` makes frozen dataclasses of the result, once. No other
+code uses a ConfigDict. ml_collections is imported only in the functions that need it, so that rollout and
+learner run without it.
 """
 
-from __future__ import annotations
-
 import dataclasses
-import math
 import typing
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 from ngrpo_jax import choices
-from ngrpo_jax.algo.mixture import Mixing
+from ngrpo_jax.algo.mixture import METRICS, STRATEGIES, TABLES, TOKENS, WEIGHTS, Mixing
 from ngrpo_jax.algo.objectives import ALGORITHMS, KL_ESTIMATORS
-from ngrpo_jax.errors import UserError, require
+from ngrpo_jax.errors import require
+from ngrpo_jax.schema import (
+    Check,
+    Count,
+    Decay,
+    Natural,
+    NonNegative,
+    Positive,
+    Probability,
+    Section,
+    flatten,
+    one_of,
+)
 
-
-def _positive(section: str, owner: object, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        require(value > 0, f"{section}.{name} is {value}; it must be above 0.")
-
-
-def _one_of(name: str, value: str, known: Sequence[str]) -> None:
-    require(value in known, f"{name} is {value!r}; it must be one of {', '.join(known)}.")
+BELONG_TO_NEIGHBOR = ("table", "weights", "token", "distinct_spelling")  # settings of one mixing strategy
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelSettings:
+class ModelSettings(Section, prefix="model."):
     """Which checkpoint, and the dtype of its matrix products."""
 
-    path: str
-    revision: str | None
-    dtype: str
-
-    def __post_init__(self) -> None:
-        _one_of("model.dtype", self.dtype, choices.DTYPES)
+    path: str = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"  # directory, hub name, or "warm-start"
+    revision: str | None = None  # branch, tag or commit of a hub name; None: its default branch
+    # Of matrix products. Master parameters are always float32.
+    dtype: Annotated[str, one_of(choices.DTYPES)] = "bfloat16"
 
 
 @dataclasses.dataclass(frozen=True)
-class WarmStartSettings:
+class WarmStartSettings(Section, prefix="warm_start."):
     """The small model that `model.path = "warm-start"` makes, and its supervised training."""
 
-    num_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    steps: int
-    batch: int
-    learning_rate: float
-    confidence_penalty: float
+    num_layers: Count = 4
+    hidden_size: Count = 192
+    intermediate_size: Count = 512
+    num_heads: Count = 6
+    num_kv_heads: Count = 2
+    steps: Count = 600  # optimiser steps of supervised training
+    batch: Count = 64  # worked solutions a step
+    learning_rate: Positive = 3e-3  # the peak, after a linear warm-up and before a cosine decay
+    confidence_penalty: Decay = 0.0  # weight of an entropy bonus: above 0 leaves the model less certain
 
-    def __post_init__(self) -> None:
-        names = [field.name for field in dataclasses.fields(self) if field.name != "confidence_penalty"]
-        _positive("warm_start", self, *names)
-        require(
-            0 <= self.confidence_penalty < 1,
-            f"warm_start.confidence_penalty is {self.confidence_penalty}; it must lie in [0, 1).",
-        )
-        require(
-            self.hidden_size % self.num_heads == 0,
-            f"warm_start.hidden_size {self.hidden_size} is no multiple of "
-            f"warm_start.num_heads {self.num_heads}.",
-        )
-        require(
-            self.num_heads % self.num_kv_heads == 0,
-            f"warm_start.num_heads {self.num_heads} is no multiple of "
-            f"warm_start.num_kv_heads {self.num_kv_heads}.",
-        )
+    def rules(self) -> Iterator[tuple[bool, str]]:
+        for size, divisor in (("hidden_size", "num_heads"), ("num_heads", "num_kv_heads")):
+            whole, part = getattr(self, size), getattr(self, divisor)
+            yield (
+                whole % part == 0,
+                f"warm_start.{size} {whole} is no multiple of warm_start.{divisor} {part}.",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
-class DataSettings:
+class DataSettings(Section, prefix="data."):
     """Where problems come from and how they become prompts."""
 
-    train: str
-    eval: str
-    train_size: int | None
-    prompt: str
-    chat_template: str | None
-    max_prompt_tokens: int
-    overlap_with: str | None
-    drop_overlap: bool
-
-    def __post_init__(self) -> None:
-        _one_of("data.prompt", self.prompt, choices.PROMPTS)
-        _positive("data", self, "max_prompt_tokens")
-        require(
-            self.train_size is None or self.train_size > 0,
-            f"data.train_size is {self.train_size}; it must be above 0, or None for all problems.",
-        )
+    # Sources: tfds:, jsonl:, json:, csv:, parquet:, arithmetic:, package.module:function.
+    train: str = "tfds:deepscaler"
+    eval: str = "tfds:aime24"  # held-out problems
+    train_size: Count | None = None  # take this many problems of the source; None: all
+    # The sentence that follows a problem.
+    prompt: Annotated[str, one_of(choices.PROMPTS)] = "math"
+    chat_template: str | None = None  # None: the tokenizer's own; a Jinja file; or "plain"
+    max_prompt_tokens: Count = 4096  # longer prompts are left out and counted
+    overlap_with: str | None = None  # further sources, joined by ";", whose problems are not to be trained on
+    drop_overlap: bool = False  # true: leaves problems out of training that `eval` or `overlap_with` contain
 
     @property
     def held_apart(self) -> tuple[str, ...]:
@@ -104,94 +88,57 @@ class DataSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class RolloutSettings:
-    """How responses are drawn in training."""
+class RolloutSettings(Section, prefix="rollout."):
+    """How responses are sampled in training: from the whole distribution, without top-p or top-k."""
 
-    prompts: int
-    group: int
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    slots: int
-    chunk: int
-    layout: str
-
-    def __post_init__(self) -> None:
-        _one_of("rollout.layout", self.layout, choices.LAYOUTS)
-        _positive("rollout", self, "prompts", "max_new_tokens", "slots", "chunk")
-        require(
-            self.group >= 2,
-            f"rollout.group is {self.group}; advantages compare the responses of a group, so it must be "
-            "2 or more.",
-        )
-        require(
-            self.temperature > 0,
-            f"rollout.temperature is {self.temperature}; training divides logits by it, so it must be "
-            "above 0.",
-        )
-        require(
-            self.top_p == 1.0,
-            f"rollout.top_p is {self.top_p}; training needs the untruncated law, so it must be 1.0.",
-        )
-        require(
-            self.top_k == 0,
-            f"rollout.top_k is {self.top_k}; training needs the untruncated law, so it must be 0.",
-        )
+    prompts: Count = 64  # problems a step
+    # Responses a problem (G).
+    group: Annotated[int, Check(lambda n: n >= 2, "2 or above: advantages compare a group's responses")] = 4
+    max_new_tokens: Count = 8192
+    temperature: Positive = 0.7  # tau: divides the logits in rollout and learner alike
+    slots: Count = 64  # sequences decoded side by side
+    chunk: Count = 32  # decode steps between two checks of which sequences have ended
+    # Parameters split over mesh.tensor, or "replicated": a whole copy on each device.
+    layout: Annotated[str, one_of(choices.LAYOUTS)] = "tensor"
 
 
 @dataclasses.dataclass(frozen=True)
-class MixingSettings:
-    """Semantic Neighbor Mixing in rollouts (docs/method.md): strategy, rate rho, k with the anchor."""
+class MixingSettings(Section, prefix="mixing."):
+    """Semantic Neighbor Mixing in rollouts (docs/method.md)."""
 
-    strategy: str
-    rate: float
-    k: int
-    metric: str
-    until: str | None
-    refresh_every: int
-    table: str
-    weights: str
-    token: str
-    sigma: float
-    keep_out: str | None
-    distinct_spelling: bool
+    strategy: Annotated[str, one_of(STRATEGIES)] = "neighbor"
+    rate: Probability = 0.1  # rho: the share of thinking steps whose input is mixed; 0 is plain GRPO
+    k: Count = 3  # candidates, the anchor included; strategy "noise" has the written token alone
+    metric: Annotated[str, one_of(METRICS)] = "cosine"  # nearness of embedding rows
+    until: str | None = "</think>"  # mixing ends for good once the response contains this; None: never
+    refresh_every: Count = 1  # rollouts between two refreshes of the neighbour table
+    # Whose rows are compared for neighbours: the input embedding's, or those of the output "head".
+    table: Annotated[str, one_of(TABLES)] = "embedding"
+    # Of the candidates: softmax of their logits (9), or of their "probs".
+    weights: Annotated[str, one_of(WEIGHTS)] = "logits"
+    # Written at a step that is mixed from neighbours: the anchor, or the "sampled" token.
+    token: Annotated[str, one_of(TOKENS)] = "anchor"
+    sigma: NonNegative = 0.33  # of strategy "noise", in multiples of the rms of the token's embedding
+    # A regular expression: tokens whose text matches it are not mixed; None: every token may be.
+    keep_out: Annotated[str, Check(bool, "a text that is not empty: every token matches that")] | None = None
+    distinct_spelling: bool = False  # true: neighbours differ by more than case or a leading space
 
-    def __post_init__(self) -> None:
-        self.method(())
-        _positive("mixing", self, "refresh_every")
-        require(
-            self.keep_out != "",
-            "mixing.keep_out is empty, which every token matches; set it to None to keep none out.",
-        )
-        if self.strategy in ("soft", "gumbel", "noise"):
-            for name, plain in dict(
-                table="embedding", weights="logits", token="anchor", distinct_spelling=False
-            ).items():
-                value = getattr(self, name)
-                require(
-                    value == plain,
-                    f"mixing.{name} is {value!r}, which mixing.strategy {self.strategy!r} has no use for; it "
-                    "belongs to strategy 'neighbor'.",
-                )
+    def rules(self) -> Iterator[tuple[bool, str]]:
+        if self.strategy in ("neighbor", "none"):
+            return
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            yield (
+                field.name not in BELONG_TO_NEIGHBOR or value == field.default,
+                f"mixing.{field.name} is {value!r}, but belongs to mixing.strategy 'neighbor'; with "
+                f"{self.strategy!r} it must be {field.default!r}.",
+            )
 
     def method(self, until_ids: tuple, keep_out_ids: tuple[int, ...] = ()) -> Mixing:
         """The algorithm's own description of these settings; ids stand for `until` and `keep_out`."""
-        try:
-            return Mixing(
-                strategy=self.strategy,
-                rate=self.rate,
-                k=self.k,
-                metric=self.metric,
-                until_ids=until_ids,
-                table=self.table,
-                weights=self.weights,
-                token=self.token,
-                sigma=self.sigma,
-                keep_out_ids=keep_out_ids,
-            )
-        except ValueError as error:
-            raise UserError(f"mixing: {error}") from error
+        names = {field.name for field in dataclasses.fields(Mixing)} & set(self.kinds())
+        same = {name: getattr(self, name) for name in names}
+        return Mixing(until_ids=until_ids, keep_out_ids=keep_out_ids, **same)
 
     @property
     def active(self) -> bool:
@@ -200,202 +147,130 @@ class MixingSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class ObjectiveSettings:
+class ObjectiveSettings(Section, prefix="objective."):
     """The loss (13), and the choices around it.
 
-    `importance_cap` and `old_logprobs` "sampler" are two answers to the gap between sampler and trainer. With
-    "trainer" the ratio is π_θ/π_trainer, and the cap adds weights min(π_trainer/π_sampler, cap), which needs
-    both. With "sampler" the ratio π_θ/π_sampler holds that correction already.
+    `importance_cap` and `old_logprobs` "sampler" are two corrections of the gap between sampler and learner.
+    With "learner" the ratio is π_θ/π_learner, and the cap adds weights min(π_learner/π_sampler, cap), which
+    needs both. With "sampler" the ratio π_θ/π_sampler contains that correction already.
     """
 
-    algorithm: str
-    clip_low: float
-    clip_high: float
-    dual_clip: float | None
-    kl_coef: float
-    scale_by_std: bool
-    aggregate: str
-    loss_on_mixed: bool
-    kl_estimator: str
-    skip_zero_variance: bool
-    overlong: str
-    overlong_penalty: float
-    overlong_interval: int
-    old_logprobs: str
-    importance_cap: float | None
-    entropy_coef: float
+    algorithm: Annotated[str, one_of(ALGORITHMS)] = "grpo"
+    clip_low: Annotated[float, Check(lambda value: 0 < value < 1, "above 0 and below 1")] = 0.2
+    clip_high: Positive = 0.2
+    # Bound on the loss of a bad response whose probability has grown; None: no bound.
+    dual_clip: Annotated[float, Check(lambda value: value > 1, "above 1")] | None = 3.0
+    kl_coef: NonNegative = 0.001  # beta, of the KL term in the loss; 0: no reference model is loaded
+    kl_estimator: Annotated[str, one_of(KL_ESTIMATORS)] = "k3"
+    scale_by_std: bool = True  # divide advantages by the group's standard deviation
+    # Of token losses: mean over each response, then over responses; or over tokens; or a constant divisor.
+    aggregate: Annotated[str, one_of(choices.AGGREGATES)] = "sequence"
+    loss_on_mixed: bool = True  # false: tokens written at mixed steps have weight 0
+    skip_zero_variance: bool = False  # true: groups of equal rewards are left out of the update, KL included
+    # Responses cut off at the limit: "mask" leaves them out, "penalize" lowers their rewards.
+    overlong: Annotated[str, one_of(choices.OVERLONG)] = "keep"
+    overlong_penalty: Positive = 1.0  # what "penalize" takes off the reward of a response at its limit
+    # Tokens before the limit over which the penalty grows from 0; 0: only cut-off responses have a penalty.
+    overlong_interval: Natural = 0
+    # Of the ratio: computed anew, or recorded by the "sampler", which saves a pass.
+    old_logprobs: Annotated[str, one_of(choices.OLD_LOGPROBS)] = "learner"
+    # Upper bound of the weights π_learner/π_sampler in the loss; None: no weights.
+    importance_cap: Positive | None = None
+    entropy_coef: NonNegative = 0.0  # of an entropy bonus in the loss
 
-    def __post_init__(self) -> None:
-        _one_of("objective.algorithm", self.algorithm, tuple(ALGORITHMS))
-        _one_of("objective.aggregate", self.aggregate, choices.AGGREGATES)
-        _one_of("objective.kl_estimator", self.kl_estimator, tuple(KL_ESTIMATORS))
-        _one_of("objective.overlong", self.overlong, choices.OVERLONG)
-        _one_of("objective.old_logprobs", self.old_logprobs, choices.OLD_LOGPROBS)
-        self._check_clips()
-        self._check_overlong()
-        require(self.kl_coef >= 0, f"objective.kl_coef is {self.kl_coef}; it must be 0 or above.")
-        require(
-            self.entropy_coef >= 0, f"objective.entropy_coef is {self.entropy_coef}; it must be 0 or above."
+    def rules(self) -> Iterator[tuple[bool, str]]:
+        yield (
+            self.importance_cap is None or self.old_logprobs == "learner",
+            "objective.importance_cap is set with objective.old_logprobs 'sampler', whose ratio contains the "
+            "correction already; use old_logprobs 'learner', or set importance_cap to None.",
         )
-        require(
-            self.importance_cap is None or self.importance_cap > 0,
-            f"objective.importance_cap is {self.importance_cap}; it must be above 0, or None.",
+        yield (
+            self.algorithm != "gspo" or self.aggregate != "token",
+            "objective.aggregate is 'token' with objective.algorithm 'gspo'; a ratio per sequence needs "
+            "'sequence' or 'constant'.",
         )
-        require(
-            self.importance_cap is None or self.old_logprobs == "trainer",
-            "objective.importance_cap is set with objective.old_logprobs 'sampler', whose ratio holds the "
-            "correction already; use old_logprobs 'trainer', or set importance_cap to None.",
-        )
-
-    def _check_overlong(self) -> None:
-        require(
-            self.overlong_penalty > 0,
-            f"objective.overlong_penalty is {self.overlong_penalty}; it must be above 0 (it is taken off).",
-        )
-        require(
-            self.overlong_interval >= 0,
-            f"objective.overlong_interval is {self.overlong_interval}; it must be 0 or above.",
-        )
-        require(
+        yield (
             self.overlong_interval == 0 or self.overlong == "penalize",
             f"objective.overlong_interval is {self.overlong_interval} with objective.overlong "
             f"{self.overlong!r}; it belongs to 'penalize'.",
         )
 
-    def _check_clips(self) -> None:
-        require(
-            not (self.algorithm == "gspo" and self.aggregate == "token"),
-            "objective.aggregate is 'token' with objective.algorithm 'gspo'; a ratio per sequence needs "
-            "'sequence' or 'constant'.",
-        )
-        require(
-            0 < self.clip_low < 1 and self.clip_high > 0,
-            f"objective.clip_low is {self.clip_low} and objective.clip_high {self.clip_high}; they must lie "
-            "above 0, and clip_low below 1.",
-        )
-        require(
-            self.dual_clip is None or self.dual_clip > 1,
-            f"objective.dual_clip is {self.dual_clip}; it must be above 1, or None.",
-        )
-
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerSettings:
+class OptimizerSettings(Section, prefix="optimizer."):
     """AdamW with a constant rate after a linear warm-up."""
 
-    learning_rate: float
-    warmup_steps: int
-    b1: float
-    b2: float
-    eps: float
-    weight_decay: float
-    clip_norm: float
-
-    def __post_init__(self) -> None:
-        _positive("optimizer", self, "learning_rate", "eps", "clip_norm")
-        require(
-            self.warmup_steps >= 0 and self.weight_decay >= 0,
-            f"optimizer.warmup_steps is {self.warmup_steps} and optimizer.weight_decay {self.weight_decay}; "
-            "both must be 0 or above.",
-        )
-        require(
-            0 <= self.b1 < 1 and 0 <= self.b2 < 1,
-            f"optimizer.b1 is {self.b1} and optimizer.b2 {self.b2}; both must lie in [0, 1).",
-        )
+    learning_rate: Positive = 1e-6
+    warmup_steps: Natural = 0
+    b1: Decay = 0.9
+    b2: Decay = 0.999
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.01
+    clip_norm: Positive = 1.0  # of the global gradient
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainSettings:
+class TrainSettings(Section, prefix="train."):
     """The loop and the layout of an update."""
 
-    steps: int
-    mini_batch_prompts: int
-    row_tokens: int | None
-    rows_per_device: int
-    remat: str
-    logprob_chunk: int
-    attention: str
-    unroll: bool
-    share_prompts: bool
-    offload: str
-    profile_from: int | None
-    profile_steps: int
-
-    def __post_init__(self) -> None:
-        _positive("train", self, "steps", "mini_batch_prompts", "rows_per_device", "logprob_chunk")
-        _positive("train", self, "profile_steps")
-        require(
-            self.profile_from is None or self.profile_from > 0,
-            f"train.profile_from is {self.profile_from}; steps count from 1, and None traces none.",
-        )
-        _one_of("train.remat", self.remat, choices.REMAT)
-        _one_of("train.attention", self.attention, choices.ATTENTION)
-        _one_of("train.offload", self.offload, choices.OFFLOAD)
+    steps: Count = 625  # rollout batches: one epoch of 40k problems by 64
+    mini_batch_prompts: Count = 16  # prompts an optimiser step
+    row_tokens: Count | None = None  # tokens of a packed row; None: the longest prompt + response
+    rows_per_device: Count = 1  # packed rows computed at once on each data shard
+    remat: Annotated[str, one_of(choices.REMAT)] = "full"  # what the backward pass recomputes
+    logprob_chunk: Count = 1024  # tokens whose logits exist at once, on each data shard
+    # plain, chunked (anywhere), cudnn (NVIDIA), splash (TPU); auto: the fastest that the device has.
+    attention: Annotated[str, one_of(choices.ATTENTION)] = "auto"
+    unroll: bool = False  # true: layers written out, not scanned: a little faster, longer to compile
+    share_prompts: bool = False  # true: a row has the prompt of a group once; pays where prompts are long
+    # To host memory between uses: "optimizer" (its state), "reference" (its parameters), "both".
+    offload: Annotated[str, one_of(choices.OFFLOAD)] = "none"
+    profile_from: Count | None = None  # first step that is traced into WORKDIR/profile; None: no trace
+    profile_steps: Count = 1  # steps that are traced
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshSettings:
-    """Devices along each axis: copies of the data, sharded parameters, sharded matrix products."""
+class MeshSettings(Section, prefix="mesh."):
+    """Devices along each axis; the product must be the number of devices."""
 
-    data: int
-    fsdp: int
-    tensor: int
-
-    def __post_init__(self) -> None:
-        _positive("mesh", self, "data", "fsdp", "tensor")
+    data: Count = 1  # copies of the parameters
+    fsdp: Count = 1  # shards of parameters and optimiser state
+    tensor: Count = 1  # shards of matrix products
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointSettings:
-    """How often the run can be resumed from, and which held-out figure makes a checkpoint the best."""
+class CheckpointSettings(Section, prefix="checkpoint."):
+    """How often a checkpoint is made, and which metric of an evaluation makes one the best."""
 
-    every: int
-    best_metric: str
-
-    def __post_init__(self) -> None:
-        _positive("checkpoint", self, "every")
-        _one_of("checkpoint.best_metric", self.best_metric, choices.BEST_METRICS)
+    every: Count = 20  # steps between two checkpoints; the last step always has one
+    best_metric: Annotated[str, one_of(choices.BEST_METRICS)] = "mean_at_n"
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalSettings:
-    """Held-out figures: before, during (`every` steps) and after training, and by `evaluate`."""
+class EvalSettings(Section, prefix="eval."):
+    """Evaluation before, during (`every` steps) and after training, and by `evaluate`."""
 
-    every: int | None
-    problems: int | None
-    samples: int
-    temperature: float
-    top_p: float
-    top_k: int
-    max_new_tokens: int
-    pass_k: tuple[int, ...]
-    mixing: bool
-    sets: tuple[str, ...]
+    every: Count | None = 20  # steps between two evaluations; None: only before and after training
+    problems: Count | None = None  # the first so many held-out problems; None: all
+    samples: Count = 32  # responses a problem (n of Mean@n)
+    temperature: NonNegative = 0.6  # 0: greedy decoding
+    top_p: Annotated[float, Check(lambda value: 0 < value <= 1, "above 0, at most 1")] = 0.95
+    top_k: Natural = 0  # 0: all tokens
+    max_new_tokens: Count = 8192
+    # Each k of Pass@k; training reports the largest.
+    pass_k: Annotated[
+        tuple[int, ...], Check(lambda ks: ks and min(ks) > 0, "whole numbers above 0, such as (16, 32)")
+    ] = (16, 32)
+    mixing: bool = False  # true: evaluation mixes as the rollouts do
+    sets: tuple[str, ...] = ()  # of `evaluate`, each a source and options (docs/evaluation.md); (): data.eval
 
-    def __post_init__(self) -> None:
-        _positive("eval", self, "samples", "max_new_tokens")
-        require(
-            bool(self.pass_k) and all(type(k) is int and k > 0 for k in self.pass_k),
-            f"eval.pass_k is {self.pass_k}; it must be whole numbers above 0, such as (16, 32).",
-        )
-        require(
-            all(isinstance(entry, str) for entry in self.sets),
-            f"eval.sets is {self.sets}; it must be texts, each a data source with its options.",
-        )
-        require(
-            self.temperature >= 0 and 0 < self.top_p <= 1 and self.top_k >= 0,
-            f"eval.temperature {self.temperature} must be 0 or above, eval.top_p {self.top_p} in (0, 1], "
-            f"eval.top_k {self.top_k} 0 or above.",
-        )
-        require(
+    def rules(self) -> Iterator[tuple[bool, str]]:
+        yield (
             self.largest_k <= self.samples,
             f"eval.pass_k is {self.largest_k} but eval.samples is {self.samples}; Pass@k needs k samples.",
         )
-        for name in ("every", "problems"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"eval.{name} is {value}; it must be above 0, or None.")
-        require(
-            not (self.mixing and self.temperature == 0),
+        yield (
+            not self.mixing or self.temperature > 0,
             "eval.mixing is true at eval.temperature 0; the weights of a mixture need a temperature above 0.",
         )
 
@@ -406,56 +281,50 @@ class EvalSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class RewardSettings:
+class RewardSettings(Section, prefix="reward."):
     """The grader and the limits of its worker processes."""
 
-    kind: str
-    workers: int
-    deadline_s: float
-    memory_mb: int
-
-    def __post_init__(self) -> None:
-        _positive("reward", self, "workers", "deadline_s")
-        require(
-            self.memory_mb >= choices.LEAST_GRADER_MB,
-            f"reward.memory_mb is {self.memory_mb}; a grader's process needs at least "
-            f"{choices.LEAST_GRADER_MB}.",
-        )
+    kind: str = "math"  # "math", "choice" or package.module:function
+    workers: Count = 8  # grading processes
+    deadline_s: Positive = 5.0  # seconds for one answer; a slower one is wrong
+    # MiB of one grading process.
+    memory_mb: Annotated[
+        int, Check(lambda mb: mb >= choices.LEAST_GRADER_MB, f"{choices.LEAST_GRADER_MB} or above")
+    ] = 2048
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(Section, prefix=""):
     """All settings of a run, checked one by one and against each other."""
 
-    seed: int
-    model: ModelSettings
-    warm_start: WarmStartSettings
-    data: DataSettings
-    rollout: RolloutSettings
-    mixing: MixingSettings
-    objective: ObjectiveSettings
-    optimizer: OptimizerSettings
-    train: TrainSettings
-    mesh: MeshSettings
-    checkpoint: CheckpointSettings
-    eval: EvalSettings
-    reward: RewardSettings
+    seed: Natural = 0  # of data order, rollouts and, with model.path "warm-start", of the model
+    model: ModelSettings = ModelSettings()
+    warm_start: WarmStartSettings = WarmStartSettings()  # read only with model.path "warm-start"
+    data: DataSettings = DataSettings()
+    rollout: RolloutSettings = RolloutSettings()
+    mixing: MixingSettings = MixingSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    train: TrainSettings = TrainSettings()
+    mesh: MeshSettings = MeshSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    eval: EvalSettings = EvalSettings()
+    reward: RewardSettings = RewardSettings()
 
-    def __post_init__(self) -> None:
+    def rules(self) -> Iterator[tuple[bool, str]]:
         rollout, train = self.rollout, self.train
-        require(self.seed >= 0, f"seed is {self.seed}; it must be 0 or above.")
-        require(
+        yield (
             rollout.prompts % train.mini_batch_prompts == 0,
             f"rollout.prompts is {rollout.prompts}, no multiple of train.mini_batch_prompts "
-            f"{train.mini_batch_prompts}; every optimiser step must see the same number of prompts.",
+            f"{train.mini_batch_prompts}; every optimiser step must have the same number of prompts.",
         )
         longest = self.data.max_prompt_tokens + rollout.max_new_tokens
-        require(
+        yield (
             train.row_tokens is None or train.row_tokens >= longest,
             f"train.row_tokens is {train.row_tokens}, shorter than the longest sequence of "
             f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}.",
         )
-        require(
+        yield (
             self.objective.overlong_interval < rollout.max_new_tokens,
             f"objective.overlong_interval is {self.objective.overlong_interval}; it must be below "
             f"rollout.max_new_tokens {rollout.max_new_tokens}.",
@@ -468,32 +337,34 @@ class Settings:
 
     @property
     def row_tokens(self) -> int:
-        """Tokens of a packed row: the longest sequence where nothing else is asked for."""
+        """Tokens of a packed row: those of the longest sequence unless train.row_tokens is set."""
         return self.train.row_tokens or self.data.max_prompt_tokens + self.rollout.max_new_tokens
 
 
+# What became of settings of earlier versions: for a resumed run, and for a config or a flag that names them.
+RENAMED: dict[str, str] = {}
+RENAMED_VALUES: dict[tuple[str, Any], Any] = {("objective.old_logprobs", "trainer"): "learner"}
+# Removed setting -> its last default, and what to use in its place.
+REMOVED: dict[str, tuple[Any, str]] = {
+    "rollout.top_p": (1.0, "training samples from the whole distribution; leave it out"),
+    "rollout.top_k": (0, "training samples from the whole distribution; leave it out"),
+}
+
+
+def former(name: str) -> str | None:
+    """The sentence about a setting that earlier versions had; None where there was no such setting."""
+    if name in RENAMED:
+        return f"the setting {name} is called {RENAMED[name]} now."
+    return f"the setting {name} has been removed: {REMOVED[name][1]}." if name in REMOVED else None
+
+
 def resolve(config: Any) -> Settings:
-    """A (locked) ConfigDict made by configs/*.py -> Settings. ValueError names the setting at fault."""
-    values = config.to_dict()
-    sections = typing.get_type_hints(Settings)
-    _same_names("the config", values, sections)
-    resolved: dict[str, Any] = {}
-    for name, kind in sections.items():
-        if kind is int:
-            resolved[name] = values[name]
-            continue
-        wanted = typing.get_type_hints(kind)
-        _same_names(f"section {name!r} of the config", values[name], wanted)
-        for leaf, value in values[name].items():
-            optional = type(None) in typing.get_args(wanted[leaf])
-            require(value is not None or optional, f"{name}.{leaf} is None; it needs a value.")
-            endless = isinstance(value, float) and not math.isfinite(value)
-            require(not endless, f"{name}.{leaf} is {value}; it must be a finite number.")
-        resolved[name] = kind(**values[name])
-    return Settings(**resolved)
+    """A ConfigDict of configs/ -> Settings, every setting checked.
 
-
-def _same_names(what: str, given: Any, wanted: Any) -> None:
-    missing, unknown = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
-    require(not missing, f"{what} lacks {', '.join(missing)}; derive it from configs/base.py.")
-    require(not unknown, f"{what} has unknown settings: {', '.join(unknown)}; configs/base.py has them all.")
+    A setting that the ConfigDict lacks has its default. Raises UserError, naming the setting at fault.
+    """
+    tree, known = config.to_dict(), Settings.kinds()
+    for name in flatten(tree):
+        require(name in known, former(name) or f"the config has an unknown setting, {name}.")
+    types = typing.get_type_hints(Settings)
+    return Settings(**{name: types[name](**x) if isinstance(x, dict) else x for name, x in tree.items()})

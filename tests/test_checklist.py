@@ -42,7 +42,7 @@ def _refuses(*_):
 
 
 FAULTS = {
-    "settings": ({"rollout__top_p": 0.9}, "rollout.top_p is 0.9"),
+    "settings": ({"rollout__temperature": 0.0}, "rollout.temperature is 0.0"),
     "mesh": ({"mesh__data": 3}, "mesh.data 3"),
     "model": ({"model__path": "no/such-model-anywhere"}, "no/such-model-anywhere"),
     "tokenizer": ({"data__chat_template": "missing.jinja"}, "missing.jinja"),

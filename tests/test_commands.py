@@ -274,7 +274,7 @@ REFUSALS = {
         "--config.mixing.rat; did you mean --config.mixing.rate",
     ),
     "wrong type": ([], {"train__steps": "many"}, "many"),
-    "rate": ([], {"mixing__rate": 1.5}, "rate 1.5"),
+    "rate": ([], {"mixing__rate": 1.5}, "mixing.rate is 1.5"),
     "k": ([], {"mixing__k": 200}, "mixing.k is 200"),
     "mesh": ([], {"mesh__data": 3}, "mesh.data 3"),
     "mesh axis": (
@@ -295,7 +295,7 @@ REFUSALS = {
     "offload": ([], {"train__offload": "both"}, "train.offload is 'both', but devices of cpu have no memory"),
     "attention": ([], {"train__attention": "cudnn"}, "train.attention is 'cudnn', which needs an NVIDIA GPU"),
     "mini-batches": ([], {"train__mini_batch_prompts": 3}, "rollout.prompts is 4, no multiple"),
-    "top_p": ([], {"rollout__top_p": 0.9}, "rollout.top_p is 0.9"),
+    "removed setting": ([], {"rollout__top_p": 0.9}, "rollout.top_p has been removed"),
     "group of one": ([], {"rollout__group": 1}, "rollout.group is 1"),
     "no such model": ([], {"model__path": "no/such-model-anywhere"}, "no/such-model-anywhere"),
     "prompts too long": ([], {"data__max_prompt_tokens": 2}, "data.max_prompt_tokens = 2"),

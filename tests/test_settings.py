@@ -1,13 +1,16 @@
 """Settings: every config resolves, every leaf is read, and what cannot be right is refused by name."""
 
 import ast
+import dataclasses
 import pathlib
 
 import pytest
 
 from configs import base
 from ngrpo_jax import flags
-from ngrpo_jax.settings import resolve
+from ngrpo_jax.algo.mixture import Mixing
+from ngrpo_jax.errors import UserError
+from ngrpo_jax.settings import REMOVED, Settings, resolve
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.py") if path.name != "__init__.py")
@@ -23,23 +26,64 @@ def test_every_config_resolves_and_says_how_it_is_run(path):
             assert word in text, f"{path.name}: its docstring does not say {word}"
 
 
-def test_every_leaf_is_read_somewhere():
+SECTIONS = {
+    field.name: type(field.default)
+    for field in dataclasses.fields(Settings)
+    if dataclasses.is_dataclass(field.default)
+}
+
+
+def _section_of(node, known):
+    """The section that an expression stands for: `ANYTHING.rollout`, or a name that is known to be one."""
+    if isinstance(node, ast.Attribute) and node.attr in SECTIONS:
+        return node.attr
+    return known.get(node.id) if isinstance(node, ast.Name) else None
+
+
+def _reads(function, known):
+    """Settings that a function reads, as SECTION.NAME: from a section that it was given or has a name for."""
+    classes = {kind.__name__: name for name, kind in SECTIONS.items()}
+    for argument in [*function.args.args, *function.args.kwonlyargs]:
+        if isinstance(argument.annotation, ast.Name) and argument.annotation.id in classes:
+            known[argument.arg] = classes[argument.annotation.id]
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign) and len(node.targets) == 1:
+            target, value = node.targets[0], node.value
+            pairs = (
+                zip(target.elts, value.elts, strict=True) if _unpacks(target, value) else [(target, value)]
+            )
+            for name, expression in pairs:
+                if isinstance(name, ast.Name) and (section := _section_of(expression, known)):
+                    known[name.id] = section
+    for node in ast.walk(function):
+        if isinstance(node, ast.Attribute) and (section := _section_of(node.value, known)):
+            yield f"{section}.{node.attr}"
+        elif isinstance(node, ast.Attribute) and ast.unparse(node).endswith("settings.seed"):
+            yield "seed"
+
+
+def _unpacks(target, value):
+    return isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
+
+
+def _functions(tree, section=None):
+    """Every function of a file, with the section that it is a method of. `rules` do not count as a use."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef) and node.name != "rules":
+            yield node, {"self": section} if section else {}
+        names = [name for name, kind in SECTIONS.items() if kind.__name__ == getattr(node, "name", None)]
+        yield from _functions(node, names[0] if names else section)
+
+
+def test_every_setting_is_read_somewhere():
     read = set()
     for path in (ROOT / "ngrpo_jax").rglob("*.py"):
-        if path.name == "settings.py":
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            # The checks of __post_init__ do not count as a use; properties and methods do.
-            bodies = [
-                node
-                for node in ast.walk(tree)
-                if isinstance(node, ast.FunctionDef) and node.name != "__post_init__"
-            ]
-        else:
-            bodies = [ast.parse(path.read_text(encoding="utf-8"))]
-        for body in bodies:
-            read |= {node.attr for node in ast.walk(body) if isinstance(node, ast.Attribute)}
-    for leaf in flags.leaves(base.get_config()):
-        assert leaf.rpartition(".")[2] in read, f"nothing reads the setting {leaf}"
+        for function, known in _functions(ast.parse(path.read_text(encoding="utf-8"))):
+            read |= set(_reads(function, known))
+    assert "mixing.method" in read  # which hands these on by their names
+    read |= {f"mixing.{field.name}" for field in dataclasses.fields(Mixing)}
+    unread = sorted(set(Settings.kinds()) - read)
+    assert not unread, f"nothing reads {', '.join(unread)}"
 
 
 def test_base_is_the_papers_table_of_hyperparameters():
@@ -71,15 +115,19 @@ def test_base_is_the_papers_table_of_hyperparameters():
 @pytest.mark.parametrize(
     ("leaf", "value", "sentence"),
     [
-        ("mixing.rate", 1.5, "mixing rate 1.5"),
-        ("mixing.k", 0, "mixing k 0"),
-        ("mixing.metric", "angle", "metric 'angle'"),
-        ("mixing.strategy", "blend", "strategy 'blend'"),
-        ("mixing.table", "output", "mixing table 'output' is unknown: use one of embedding, head"),
-        ("mixing.weights", "softmax", "mixing weights 'softmax' is unknown: use one of logits, probs"),
-        ("mixing.token", "argmax", "mixing token 'argmax' is unknown: use one of anchor, sampled"),
-        ("mixing.sigma", -1.0, "mixing sigma -1.0"),
-        ("mixing.keep_out", "", "mixing.keep_out is empty"),
+        ("mixing.rate", 1.5, "mixing.rate is 1.5; it must be between 0 and 1."),
+        ("mixing.k", 0, "mixing.k is 0; it must be above 0."),
+        ("mixing.metric", "angle", "mixing.metric is 'angle'; it must be one of cosine, l2, l1, dot."),
+        ("mixing.strategy", "blend", "mixing.strategy is 'blend'; it must be one of "),
+        ("mixing.table", "output", "mixing.table is 'output'; it must be one of embedding, head."),
+        ("mixing.weights", "softmax", "mixing.weights is 'softmax'; it must be one of logits, probs."),
+        ("mixing.token", "argmax", "mixing.token is 'argmax'; it must be one of anchor, sampled."),
+        ("mixing.sigma", -1.0, "mixing.sigma is -1.0; it must be 0 or above."),
+        (
+            "mixing.keep_out",
+            "",
+            "mixing.keep_out is ''; it must be a text that is not empty: every token matches that, or None.",
+        ),
         ("objective.kl_estimator", "k4", "objective.kl_estimator is 'k4'; it must be one of k1, k2, k3"),
         (
             "objective.overlong",
@@ -95,13 +143,11 @@ def test_base_is_the_papers_table_of_hyperparameters():
         (
             "objective.old_logprobs",
             "actor",
-            "objective.old_logprobs is 'actor'; it must be one of trainer, sampler",
+            "objective.old_logprobs is 'actor'; it must be one of learner, sampler",
         ),
         ("objective.importance_cap", 0.0, "objective.importance_cap is 0.0; it must be above 0, or None"),
         ("objective.entropy_coef", -0.1, "objective.entropy_coef is -0.1"),
         ("rollout.group", 1, "rollout.group is 1"),
-        ("rollout.top_p", 0.9, "rollout.top_p is 0.9"),
-        ("rollout.top_k", 5, "rollout.top_k is 5"),
         ("rollout.temperature", 0.0, "rollout.temperature is 0.0"),
         ("rollout.prompts", 63, "rollout.prompts is 63, no multiple of train.mini_batch_prompts 16"),
         ("train.row_tokens", 100, "train.row_tokens is 100, shorter than the longest sequence"),
@@ -128,7 +174,7 @@ def test_base_is_the_papers_table_of_hyperparameters():
             "optimizer.learning_rate is inf; it must be a finite",
         ),
         ("objective.kl_coef", float("nan"), "objective.kl_coef is nan; it must be a finite number"),
-        ("reward.memory_mb", 64, "reward.memory_mb is 64; a grader's process needs at least 128"),
+        ("reward.memory_mb", 64, "reward.memory_mb is 64; it must be 128 or above."),
         ("seed", -1, "seed is -1"),
     ],
 )
@@ -146,12 +192,15 @@ def test_a_wrong_value_is_one_sentence_naming_the_setting(leaf, value, sentence)
     [
         (
             {"mixing.strategy": "soft", "mixing.table": "head"},
-            "mixing.table is 'head', which mixing.strategy 'soft'",
+            "mixing.table is 'head', but belongs to mixing.strategy 'neighbor'; with 'soft' it must be",
         ),
-        ({"mixing.strategy": "noise", "mixing.token": "sampled"}, "mixing.token is 'sampled', which"),
+        (
+            {"mixing.strategy": "noise", "mixing.token": "sampled"},
+            "mixing.token is 'sampled', but belongs to",
+        ),
         (
             {"mixing.strategy": "gumbel", "mixing.distinct_spelling": True},
-            "mixing.distinct_spelling is True, which",
+            "mixing.distinct_spelling is True, but belongs to",
         ),
         (
             {"objective.old_logprobs": "sampler", "objective.importance_cap": 2.0},
@@ -187,8 +236,12 @@ def test_gspo_with_token_means_is_refused():
             ["--config.rollout.grup=4"],
             "unknown setting --config.rollout.grup; did you mean --config.rollout.group?",
         ),
-        (["--config.mixing.rate=often"], "often"),
-        (["--config.train.steps=1.5"], "1.5"),
+        (["--config.mixing.rate=often"], "mixing.rate is 'often'; it must be a finite number."),
+        (["--config.train.steps=1.5"], "train.steps is 1.5; it must be a whole number."),
+        (["--config.train.steps"], "--config.train.steps has no value; write --config.train.steps=VALUE."),
+        (["--config.eval.mixing=1"], "eval.mixing is '1'; it must be true or false."),
+        (["--config.eval.pass_k=1,x"], "eval.pass_k is ('1,x',); it must be a tuple, each a whole number."),
+        (["--config.rollout.top_p=1.0"], "the setting rollout.top_p has been removed: training samples"),
         (["--confg=x"], "unknown setting --confg"),
         (["stray"], "unexpected argument 'stray'"),
     ],
@@ -236,3 +289,38 @@ def test_none_is_a_value_where_a_setting_is_optional():
     for leaf in ("mixing.k", "model.path", "optimizer.learning_rate", "objective.loss_on_mixed"):
         with pytest.raises(ValueError, match=f"{leaf} is None; it needs a value"):
             parsed(f"--config.{leaf}=None")
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_a_config_that_sets_a_removed_setting_is_refused_with_what_to_use(name, tmp_path):
+    file = tmp_path / "old.py"
+    lines = ["from configs import base", "def get_config():", "    config = base.get_config()"]
+    file.write_text("\n".join([*lines, f"    config.{name} = {REMOVED[name][0]!r}", "    return config"]))
+    with pytest.raises(UserError) as refusal:
+        flags.load_config(str(file))
+    assert f"the setting {name} has been removed: {REMOVED[name][1]}." in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("3", (3,)), ("(1, 8)", (1, 8)), ("1,8", (1, 8)), ("[8]", (8,))],
+)
+def test_a_tuple_is_read_from_one_number_or_several(text, value):
+    argv = [
+        "train",
+        f"--config={ROOT / 'configs' / 'base.py'}",
+        "--workdir=w",
+        f"--config.eval.pass_k={text}",
+    ]
+    assert resolve(flags.parse_flags(argv)[0]).eval.pass_k == value
+
+
+def test_numbers_of_a_float_may_be_written_as_whole_ones():
+    argv = [
+        "train",
+        f"--config={ROOT / 'configs' / 'base.py'}",
+        "--workdir=w",
+        "--config.rollout.temperature=1",
+    ]
+    temperature = resolve(flags.parse_flags(argv)[0]).rollout.temperature
+    assert (temperature, type(temperature)) == (1.0, float)

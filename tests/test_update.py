@@ -308,7 +308,7 @@ def test_a_tied_table_gets_the_gradients_of_both_its_uses_as_they_come(algorithm
 @pytest.mark.parametrize("old", ["learner", "update", "sampler"])
 def test_sampler_gap_is_nothing_in_float32_and_is_seen_when_temperatures_differ(old):
     """The parameters are those that wrote the batch, so that all three sources of π_old agree."""
-    objective = dataclasses.replace(OBJECTIVE, old_logprobs="sampler" if old == "sampler" else "trainer")
+    objective = dataclasses.replace(OBJECTIVE, old_logprobs="sampler" if old == "sampler" else "learner")
     grads, gap, calls, _ = _gradients(params_seed=0, old=old, objective=objective)
     assert (calls[0].old_logprobs_MRT is None) == (old == "update")
     assert 0 < gap["gap/max"] <= 1e-4 and gap["gap/mean"] <= gap["gap/max"] and abs(gap["gap/kl"]) < 1e-7

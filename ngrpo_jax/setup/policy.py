@@ -90,7 +90,7 @@ class Draws:
 def training_draws(settings: Settings) -> Draws:
     """The rollouts of training."""
     own = settings.rollout
-    return Draws(own.group, own.max_new_tokens, own.temperature, own.top_p, own.top_k, settings.mixing.active)
+    return Draws(own.group, own.max_new_tokens, own.temperature, 1.0, 0, settings.mixing.active)
 
 
 def evaluation_draws(settings: Settings) -> Draws:
