@@ -40,49 +40,50 @@ def run_command(command: Callable[[Sequence[str]], None], argv: Sequence[str] | 
     try:
         with report_fatal():
             command(words)
-    except Preempted as stopped:
-        print(stopped, file=sys.stderr)
-        raise SystemExit(128 + stopped.signal) from None
-    except KeyboardInterrupt:
-        print("stopped by the keyboard; the run goes on from its last checkpoint.", file=sys.stderr)
-        raise SystemExit(130) from None
-    except Exception as error:
+    except SystemExit:
+        raise
+    except BaseException as error:
         _print_error(error)
         raise SystemExit(_status(error)) from None
-    finally:
-        ending.say_goodbye()
 
 
 @contextlib.contextmanager
 def report_fatal() -> Iterator[None]:
-    """Ends a process of several at its first exception, and tells the other processes why.
+    """Prints the first exception of a process of several, and ends the process at once (`ending.shutdown`).
 
-    Nothing is unwound: what would be closed on the way may wait for the other processes, which wait for this
-    one. What all processes raise together passes, and so does everything in a run of one process.
+    What all processes raise together passes, and so does everything in a run of one process.
     """
     try:
         yield
     except AGREED:
         raise
     except BaseException as error:
-        if not ending.watched():
+        if not ending.several():
             raise
-        text = " ".join(str(error).split()) or type(error).__name__
-        status = 130 if isinstance(error, KeyboardInterrupt) else _status(error)
-        news = ending.announce_end(text, status, communication=ending.is_communication_error(error))
-        if news is None:
+        lost = ending.lost_connection(error)
+        if lost is None:
             _print_error(error)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status if news is None else news["status"])
+        else:
+            print(f"error: {lost}", file=sys.stderr)
+        ending.shutdown(_status(error), lost_connection=lost is not None)
 
 
 def _status(error: BaseException) -> int:
+    if isinstance(error, Preempted):
+        return 128 + error.signal
+    if isinstance(error, KeyboardInterrupt):
+        return 130
     return 2 if isinstance(error, MENDABLE) else 1
 
 
 def _print_error(error: BaseException) -> None:
-    """One sentence for the user's mistakes and for storage that fails; the traceback of everything else."""
+    """One sentence for what ends a run in a known way; the traceback of everything else."""
+    if isinstance(error, KeyboardInterrupt):
+        print("stopped by the keyboard; the run goes on from its last checkpoint.", file=sys.stderr)
+        return
+    if isinstance(error, Preempted):
+        print(error, file=sys.stderr)
+        return
     known = isinstance(error, MENDABLE) or is_storage_failure(error)
     if not known or os.environ.get(DEBUG):
         traceback.print_exception(error)

@@ -151,9 +151,11 @@ def test_local_counts_no_gpu_where_all_are_left_out(machine, tmp_path):
 
 def test_local_ends_all_processes_when_one_fails(machine, tmp_path):
     words = ["--config=configs/tiny.py", f"--workdir={tmp_path}/run", "--processes=3"]
-    result = machine.run("gpu/local.sh", *words, FAIL="2", CUDA_VISIBLE_DEVICES="0,1,2")
+    result = machine.run(
+        "gpu/local.sh", *words, FAIL="2", CUDA_VISIBLE_DEVICES="0,1,2", NGRPO_END_SECONDS="1"
+    )
     assert result.returncode == 7
-    assert "status 7" in result.stderr
+    assert "error: process 2 ended with status 7" in result.stderr
 
 
 def test_slurm_starts_a_process_for_each_task(machine, tmp_path):

@@ -13,7 +13,8 @@
 #   --dry-run       print what would be started and start nothing
 #
 # From the environment: NGRPO_CONFIG, NGRPO_WORKDIR, NGRPO_CACHE_DIR, NGRPO_PYTHON (.venv/bin/python of this clone),
-# and CUDA_VISIBLE_DEVICES to leave GPUs out.
+# CUDA_VISIBLE_DEVICES to leave GPUs out, and NGRPO_END_SECONDS (60: how long the other processes may take to end
+# after one has failed).
 
 # shellcheck source-path=SCRIPTDIR
 # shellcheck source=../lib.sh
@@ -40,32 +41,33 @@ start_process() {
   pids+=($!)
 }
 
-# Ends with the status of the first process that fails. The others learn of it and end by themselves; what is left
-# after half a minute is killed.
+# Names each process that fails, and ends with the status of the first; with 2 (a mistake of the user) where any
+# process has it. jax ends the others within 45 seconds; what is left after a minute is killed.
 wait_for_all() {
-  local status=0 ended
-  trap 'kill -KILL "${pids[@]}" ${timer:+"$timer"} 2>/dev/null || true' EXIT
-  # They agree on the step after which all stop, and write a checkpoint.
+  local status=0 process ended deadline=""
+  trap 'kill -KILL "${pids[@]}" 2>/dev/null || true' EXIT
+  # The processes agree on the step after which all of them stop, and write a checkpoint.
   trap 'note "stopping after this step"; kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM
-  for ((left = processes; left > 0; left--)); do
-    ended=0
-    wait -n || ended=$?
-    if ((ended > 128)) && (($(jobs -pr | wc -l) >= left)); then
-      left=$((left + 1)) # a signal to this script ended the wait, not a process
-    elif ((ended != 0 && status == 0)); then
-      status=$ended
-      note "error: a process ended with status $status; see $NGRPO_WORKDIR/logs"
-      (sleep 30 && kill -KILL "${pids[@]}") &>/dev/null &
-      timer=$!
-      disown
-    fi
+  while ((${#pids[@]} > 0)); do
+    sleep 0.3 || true # Ctrl-C ends the sleep too
+    for process in "${!pids[@]}"; do
+      ! kill -0 "${pids[process]}" 2>/dev/null || continue
+      ended=0
+      wait "${pids[process]}" || ended=$?
+      unset "pids[process]"
+      ((ended != 0)) || continue
+      note "error: process $process ended with status $ended; see $NGRPO_WORKDIR/logs/process-$process.log"
+      ((status != 0 && ended != 2)) || status=$ended
+      deadline=${deadline:-$((SECONDS + ${NGRPO_END_SECONDS:-60}))}
+    done
+    [[ -z $deadline ]] || ((SECONDS < deadline)) || kill -KILL "${pids[@]}" 2>/dev/null || true
   done
   exit "$status"
 }
 
 split_flags "$@"
 set -- "${ARGS[@]}"
-processes=1 port=29400 pids=() timer=
+processes=1 port=29400 pids=()
 while (($#)); do
   case $1 in
     --help | -h) show_help ;;

@@ -1,11 +1,10 @@
-"""Several processes as one run: how they find each other, and agree.
+"""Several processes as one run: how they find each other and exchange small values.
 
-Owns `jax.distributed` and the exchange of small values between hosts; how they end together is in ending.py.
-Must not know what is exchanged. With one process nothing of this happens: `initialize` finds no
-other process, `allgather` gives back what it got.
+Owns `jax.distributed`. Must not know what is exchanged; how processes end is in ending.py. In a run of one
+process `initialize` joins nothing, and `allgather` returns its argument.
 
-Every process calls `allgather` the same number of times in the same order; each exchange carries a name, so
-that processes which lost step with each other say so instead of mixing up values.
+Every process calls `allgather` the same number of times in the same order. Each call carries a name, so that
+processes that are not at the same call raise an error instead of mixing up values.
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ Json = Any
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 _FRAME = 4096  # bytes of the first message; longer values need a second one
-_HEARTBEAT_S = 300  # jax's own limit, by the clock: the watchers are faster, and bear a machine's suspension
-_SEEN_S = 20.0  # how long a file of another host may take to appear on shared storage
+_VISIBLE_S = 20.0  # how long a file of another host may take to appear on shared storage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +77,14 @@ def initialize() -> Process:
     They are found by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, by the variables that
     srun sets, or on a TPU by jax itself. Without any of them the run is this process alone.
 
+    Where one process ends without the others, jax's coordination service, which process 0 runs, ends those
+    within `ending.HEARTBEAT_S`.
+
     Raises:
-        ValueError: variables that are missing or contradict each other, each named.
-        OSError: the other processes cannot be reached.
+        UserError: variables that are missing or contradict each other, each named.
+        ConnectionError: the other processes cannot be reached.
     """
-    if ending.watched():
+    if jax.distributed.is_initialized():
         return process()
     given = explicit(os.environ)
     if given is not None:
@@ -103,14 +104,13 @@ def initialize() -> Process:
     else:
         return process()
     this = process()
+    ending.joined(several=this.several, primary=this.primary)
     expected = given.count if given is not None else slurm_tasks(os.environ) or this.count
     if this.count != expected:
         raise UserError(
             f"{expected} processes were started, but the {jax.default_backend()} devices are those of "
             f"{this.count}; is JAX_PLATFORMS the same for all, and are their devices visible?"
         )
-    if this.several:
-        ending.start_watcher(this.index, given.coordinator if given is not None else None, allgather)
     return this
 
 
@@ -171,12 +171,15 @@ def _on_tpu(environment: Mapping[str, str]) -> bool:
 def _join(who: str, **arguments: Any) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # read by the CPU backend alone
     try:
-        jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_S, **arguments)
+        jax.distributed.initialize(heartbeat_timeout_seconds=ending.HEARTBEAT_S, **arguments)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise OSError(
+        raise ConnectionError(
             f"{who}, cannot join the run ({reason}); were all of them started, and do they reach process 0?"
         ) from error
+    ending.joined(
+        several=True, primary=False
+    )  # before the backend starts, which may fail on one process alone
 
 
 def allgather(name: str, value: Json) -> list[Json]:
@@ -262,7 +265,7 @@ def check_shared(workdir: str | os.PathLike[str]) -> None:
 
 def _missing(directory: pathlib.Path, names: list[str]) -> list[str]:
     """Which files are not there; waits for storage on which they appear late."""
-    deadline = time.monotonic() + _SEEN_S
+    deadline = time.monotonic() + _VISIBLE_S
     while True:
         missing = [name for name in names if not (directory / name).exists()]
         if not missing or time.monotonic() > deadline:

@@ -53,8 +53,8 @@ def read_jsonl(path: pathlib.Path, *, unfinished: bool = False) -> Iterator[Line
     """The lines of a JSONL file in order; blank lines are passed over.
 
     Args:
-        unfinished: leaves out a last line that has no newline or is not JSON: a process that is killed while it
-            appends to the file leaves one.
+        unfinished: leaves out a last line that has no newline or is not JSON, as a process leaves one that is
+            killed while it appends to the file.
 
     Raises:
         UserError: there is no such file, or a line is not JSON; the sentence names the file and the line.

@@ -1,0 +1,45 @@
+"""A process of several that exchanges values with the others until one of them ends, for test_ending.py.
+
+    python tests/ending_process.py HEARTBEAT_S KIND VICTIM
+
+KIND: how process VICTIM ends after a few exchanges; "all": every process raises the same UserError.
+"""
+
+import os
+import signal
+import sys
+import time
+
+from ngrpo_jax import flags
+from ngrpo_jax.errors import StorageError, UserError
+from ngrpo_jax.runtime import distributed, ending
+
+
+def end(kind):
+    if kind in ("kill", "term"):
+        os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGTERM)
+    elif kind == "exit":
+        os._exit(3)
+    elif kind == "bug":
+        raise TypeError("shapes differ")
+    elif kind == "storage":
+        raise StorageError("/share/x cannot be written: No space left on device.")
+    raise UserError("this file is no data file.")
+
+
+def main(words):
+    kind, victim = words[2], int(words[3])
+    process = distributed.initialize()
+    for number in range(6):
+        distributed.allgather("number", number)
+    print("death at", time.time(), flush=True)
+    if kind == "all" or process.index == victim:
+        end(kind)
+    while True:
+        distributed.allgather("again", None)
+        time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    ending.HEARTBEAT_S = int(sys.argv[1])
+    flags.run_command(main)
