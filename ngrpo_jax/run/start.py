@@ -57,7 +57,7 @@ def compose(settings: Settings, workdir: pathlib.Path, devices: jax.sharding.Mes
         if made:
             directory = locate_model(settings, workdir)
         elif distributed.process().primary:
-            warm_start(settings, config, tokenizer, training.problems, training.prompts, folder, directory)
+            warm_start(settings, config, tokenizer, training, folder, directory)
         distributed.allgather("the starting model is there", None)
     return Run(
         settings,

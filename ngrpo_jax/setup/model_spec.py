@@ -1,7 +1,7 @@
-"""The model of a run without its weights, where it is found, and its parameters at any step.
+"""The model of a run: where its files are, what they say without the weights, and its parameters at any step.
 
-Owns the search for the starting model (a directory, a hub name, a warm start) and the reading of parameters
-onto a mesh. Must not know what the parameters are used for.
+Owns the search for the starting model (a directory, a hub name, a warm start), reading parameters onto a mesh
+and writing them to a directory. Must not know what the parameters are used for.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from ngrpo_jax.tasks import prompts
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """The model that a run starts from, without its weights: `load_params` reads those."""
+    """The model that a run starts from, without its weights, which `load_params` reads."""
 
-    directory: str
+    directory: str  # a Hugging Face directory
     config: ModelConfig
     tokenizer_info: TokenizerInfo
 
 
 def open_model_spec(settings: Settings, workdir: pathlib.Path) -> ModelSpec:
-    """The model of an existing run, without its weights; ValueError where a warm start was never made."""
+    """The model of an existing run; UserError where it starts from a warm start that was never made."""
     directory = locate_model(settings, workdir)
     if not directory.is_dir():
         raise UserError(f"{workdir} holds no run of this config yet; train it first.")
@@ -52,17 +52,18 @@ def load_params(model_spec: ModelSpec, devices: jax.sharding.Mesh) -> Any:
     """The starting model's float32 parameters, each leaf put on the mesh as soon as it is read."""
     shardings = mesh.param_shardings(devices, decoder.parameter_shapes(model_spec.config))
 
-    def place(path: tuple[str, ...], leaf: np.ndarray) -> jax.Array:
+    def put(path: tuple[str, ...], leaf: np.ndarray) -> jax.Array:
         return mesh.put(leaf, functools.reduce(operator.getitem, path, shardings))
 
-    return hf.read(model_spec.directory, dtype="float32", place=place)[1]
+    return hf.read(model_spec.directory, dtype="float32", place=put)[1]
 
 
 def save_model(model_spec: ModelSpec, params: Any, directory: pathlib.Path) -> None:
-    """Writes parameters as a Hugging Face directory in `model.dtype`: the first process alone.
+    """Writes parameters as a Hugging Face directory in `model.dtype`.
 
-    Every process calls this, since a leaf that is split over hosts is gathered by all of them. Each holds one
-    leaf at a time, and the first besides the tensors of the file that it writes.
+    The first process writes. Every process calls this, since gathering a leaf that is split over hosts takes
+    all of them. Each has one leaf in host memory at a time, and the first also the tensors of the file that
+    it writes.
     """
     config = model_spec.config
     if distributed.process().primary:
@@ -74,9 +75,13 @@ def save_model(model_spec: ModelSpec, params: Any, directory: pathlib.Path) -> N
 
 
 def locate_model(settings: Settings, workdir: pathlib.Path, *, weights: bool = True) -> pathlib.Path:
-    """The directory of the starting model; one that does not exist is a warm start still to be made.
+    """The directory of the starting model; one that does not exist is a warm start that is to be made.
 
-    `weights`: as `hf.locate` takes it.
+    Args:
+      weights: whether a model of the hub is fetched whole, or without its weights (`hf.locate`).
+
+    Raises:
+      UserError: no such model, or a warm start that other settings made.
     """
     if settings.model.path != WARM_START:
         return hf.locate(settings.model.path, settings.model.revision, weights=weights)
@@ -95,19 +100,22 @@ def locate_model(settings: Settings, workdir: pathlib.Path, *, weights: bool = T
     elif not settings.data.train.startswith("arithmetic"):
         raise UserError(
             f"model.path is {WARM_START!r}, which learns worked solutions of arithmetic problems, but "
-            f"data.train is {settings.data.train!r}; use an arithmetic model_spec or another model.path."
+            f"data.train is {settings.data.train!r}; use an arithmetic source or another model.path."
         )
     return directory
 
 
 def model_identity(model_spec: ModelSpec, params: Any) -> dict[str, Any]:
-    """Facts that tell one starting model from another: sizes, and a digest of some of its weights."""
-    facts = dataclasses.asdict(model_spec.config)
-    del facts["dtype"]
+    """What differs between two starting models: sizes, and a digest of some weights.
+
+    Every process calls this.
+    """
+    sizes = dataclasses.asdict(model_spec.config)
+    del sizes["dtype"]
     digest = hashlib.sha256()
     for leaf in (params["embed"]["embedding"][:64], params["final_norm"]["scale"]):
         digest.update(mesh.to_host(leaf).astype(np.float32).tobytes())
-    return {**facts, "weights": digest.hexdigest()[:16]}
+    return {**sizes, "weights": digest.hexdigest()[:16]}
 
 
 def open_checkpoint(
@@ -120,9 +128,12 @@ def open_checkpoint(
     """(step, float32 parameters on the mesh) of a workdir's checkpoint.
 
     Args:
-      which: "latest", "best" (or the latest where none was evaluated), "start" (the starting model), a step.
-        A workdir without checkpoints gives the starting model for "best", and ValueError for the others.
-      best: the metric of "best", from `best_key`.
+      which: "start" (the starting model), "latest", a step's number, or "best": the latest where no step was
+        evaluated, the starting model where there is no checkpoint.
+      best: the metric that "best" goes by, from `best_key`.
+
+    Raises:
+      UserError: there is no such checkpoint.
     """
     if which == "start":
         return 0, load_params(model_spec, devices)

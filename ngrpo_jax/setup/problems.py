@@ -1,4 +1,8 @@
-"""Which problems are trained on, and what is wrong with a set: found and said before a run starts."""
+"""The problems of a run with their encoded prompts, and the defects of a data set, before the first step.
+
+Owns which problems are left out, and what is printed about that. Must not know the order of problems in
+training.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +34,10 @@ class ProblemSet:
 
 
 def load_set(settings: Settings, tokenizer: Any, split: str) -> ProblemSet:
-    """Problems and prompts of `data.train` ("train") or `data.eval` ("test"), less the too long.
+    """Problems and prompts of `data.train` ("train") or `data.eval` ("test") without those that are too long.
 
-    Of the training set, empty and repeated rows are left out too, and with `data.drop_overlap` what stands in
-    an evaluation set. Whatever was left out or looks wrong is printed.
+    The training set lacks empty and repeated rows too, and with `data.drop_overlap` the problems of
+    evaluation sets. What was left out, and gold answers that cannot be read, are printed.
     """
     data = settings.data
     source = data.train if split == "train" else data.eval
@@ -50,7 +54,10 @@ def load_set(settings: Settings, tokenizer: Any, split: str) -> ProblemSet:
 
 
 def check_choices(settings: Settings, source: str) -> None:
-    """Refuses a multiple-choice set of ours asked or graded as mathematics, where nothing would be right."""
+    """UserError for a multiple-choice set of builders/ with prompts or grading of mathematics.
+
+    No response would be right.
+    """
     kind, name, *_ = [*re.split("[:/?]", source), ""]
     known = catalogue.configs(name) if kind == "tfds" else {}
     choice = any(entry.kind == catalogue.CHOICE for entry in known.values())
@@ -62,9 +69,10 @@ def check_choices(settings: Settings, source: str) -> None:
 
 
 def training_problems(settings: Settings) -> list[Problem]:
-    """The problems of `data.train`, less empty and repeated rows and, if so set, those of evaluation sets.
+    """The problems of `data.train` that are trained on, before their prompts are encoded.
 
-    Raises ValueError where none is left.
+    Raises:
+      UserError: none is left.
     """
     data = settings.data
     loaded = load_training(data.train, seed=settings.seed, size=data.train_size)
@@ -77,20 +85,21 @@ def training_problems(settings: Settings) -> list[Problem]:
         if not pairs:
             continue
         listed = rows.some(f"{problems[i].id} ({others[j].id} there)" for i, j in pairs)
-        what = (
-            "are left out" if data.drop_overlap else "are trained on; data.drop_overlap=true leaves them out"
-        )
-        print(f"{data.train}: {len(pairs)} problems also stand in {source} and {what}: {listed}.")
+        what = "left out" if data.drop_overlap else "trained on; data.drop_overlap=true leaves them out"
+        print(f"{data.train}: {len(pairs)} problems are in {source} too, and are {what}: {listed}.")
         if data.drop_overlap:
             known = {i for i, _ in pairs}
             problems = [problem for i, problem in enumerate(problems) if i not in known]
     if not problems:
-        raise UserError(f"all problems of {data.train} also stand in an evaluation set; train on others.")
+        raise UserError(f"all problems of {data.train} are in an evaluation set too; train on others.")
     return problems
 
 
 def report_unreadable(settings: Settings, source: str, problems: Sequence[Problem]) -> None:
-    """Prints which gold answers math-verify cannot read, where it grades: few are ever right on them."""
+    """With reward.kind "math", prints the gold answers that math-verify cannot read.
+
+    A response to such a problem is right only if its answer has the same spelling.
+    """
     reward = settings.reward
     if reward.kind != "math":
         return
@@ -98,6 +107,6 @@ def report_unreadable(settings: Settings, source: str, problems: Sequence[Proble
         bad = golds.unreadable([p.answer for p in problems], grader, golds.default_cache())
     if bad:
         print(
-            f"{source}: math-verify cannot read {len(bad)} answers, which only the same spelling will match: "
+            f"{source}: math-verify cannot read {len(bad)} answers, which only the same spelling matches: "
             f"{rows.some(problems[i].id for i in bad)}."
         )

@@ -1,4 +1,7 @@
-"""What rollouts need of a tokenizer: stop ids, the end of thinking, rows that may be neighbours."""
+"""What a rollout needs of a tokenizer: stop ids, the ids that end mixing, which tokens may be neighbours.
+
+Owns how settings and a tokenizer become ids and masks. Must not know prompts or responses.
+"""
 
 from __future__ import annotations
 
@@ -18,22 +21,29 @@ from ngrpo_jax.tasks import prompts
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerInfo:
-    """What the tokenizer says: how responses stop, when mixing ends, which rows may be neighbours."""
+    """A tokenizer, and what a rollout needs of it.
+
+    Attributes:
+      stop_ids: the ids that end a response.
+      mixing: the settings of mixing, with ids in the place of texts.
+      usable_V: bool, the tokens that may be neighbours.
+      spelling_V: int; tokens with equal entries are not neighbours of one another. None: no such restriction.
+    """
 
     tokenizer: Any
     stop_ids: tuple[int, ...]
     mixing: Mixing
     usable_V: np.ndarray
-    spelling_V: np.ndarray | None  # rows of equal entries are no neighbours of one another
+    spelling_V: np.ndarray | None
 
     @functools.cached_property
     def eligible(self) -> Eligible:
-        """Which rows may be whose neighbours; ValueError where that leaves some row too few."""
+        """Which tokens may be neighbours of which; ValueError where a token has too few."""
         return eligible_rows(len(self.usable_V), self.mixing.k, self.usable_V, self.spelling_V)
 
 
 def make_tokenizer_info(tokenizer: Any, config: ModelConfig, settings: Settings) -> TokenizerInfo:
-    """Reads off the tokenizer what rollouts need; ValueError where k is larger than the usable vocabulary."""
+    """Ids and masks from the tokenizer; UserError where fewer tokens than `mixing.k` may be neighbours."""
     rows, mixing = config.vocab_size, settings.mixing
     usable_V = prompts.usable_rows(tokenizer, rows)
     keep_out_ids: tuple[int, ...] = ()
@@ -57,7 +67,7 @@ def make_tokenizer_info(tokenizer: Any, config: ModelConfig, settings: Settings)
     )
     if mixing.active and spelling_V is not None:
         try:
-            tokenizer_info.eligible  # noqa: B018  (found once, here, and kept)
+            tokenizer_info.eligible  # noqa: B018  (computed here, so that an error is found before the run)
         except ValueError as error:
             raise UserError(f"mixing.{error}; lower mixing.k or unset mixing.distinct_spelling.") from None
     return tokenizer_info

@@ -1,14 +1,12 @@
-"""The warm start: the small model of `model.path = "warm-start"`, taught worked solutions before a run.
+"""The warm start: the small model of `model.path = "warm-start"`, trained on worked solutions before a run.
 
-Owns its size, its examples, and the record of the settings that made it. Must not know where a run looks for
-its model, or when one has to be made (composition.py).
+Owns its size, its examples, and the record of the settings that made it. Must not know when a run needs one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
 from ngrpo_jax.learner.supervised import train_supervised
@@ -16,6 +14,7 @@ from ngrpo_jax.model import hf
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.runtime import console, files
 from ngrpo_jax.settings import Settings, WarmStartSettings
+from ngrpo_jax.setup.problems import ProblemSet
 from ngrpo_jax.tasks import arithmetic
 from ngrpo_jax.tasks.datasets import Problem
 
@@ -26,15 +25,16 @@ def warm_start(
     settings: Settings,
     config: ModelConfig,
     tokenizer: Any,
-    problems: Sequence[Problem],
-    prompts: Sequence[Sequence[int]],
+    training: ProblemSet,
     tokenizer_directory: str,
     directory: pathlib.Path,
 ) -> None:
-    """Trains the small model on worked solutions of these problems; writes an HF directory."""
-    examples = [
-        (prompt, _worked_ids(tokenizer, problem)) for problem, prompt in zip(problems, prompts, strict=True)
-    ]
+    """Trains the small model on worked solutions of the problems.
+
+    Writes a Hugging Face directory, with the tokenizer's files, and the record of its settings beside it.
+    """
+    pairs = zip(training.prompts, training.problems, strict=True)
+    examples = [(prompt, _worked_ids(tokenizer, problem)) for prompt, problem in pairs]
     label = f"warm start on {len(examples)} worked solutions"
     with console.Progress(label, settings.warm_start.steps, "steps") as progress:
         params = train_supervised(
@@ -50,7 +50,7 @@ def warm_start(
 
 
 def warm_start_config(settings: WarmStartSettings, tokenizer: Any) -> ModelConfig:
-    """A Qwen2 decoder of the asked-for size, with a vocabulary row for each token."""
+    """A Qwen2 decoder of the size that the settings give, with a vocabulary row for each token."""
     return ModelConfig(
         architecture="qwen2",
         vocab_size=len(tokenizer),
@@ -70,7 +70,7 @@ def warm_start_config(settings: WarmStartSettings, tokenizer: Any) -> ModelConfi
 def recipe(settings: Settings) -> dict[str, Any]:
     """Everything that a warm start depends on."""
     data = dataclasses.asdict(settings.data)
-    for name in ("eval", "overlap_with", "drop_overlap"):  # an arithmetic source never shares a problem
+    for name in ("eval", "overlap_with", "drop_overlap"):  # no other source has an arithmetic problem
         del data[name]
     return {"seed": settings.seed, "data": data, "warm_start": dataclasses.asdict(settings.warm_start)}
 
