@@ -147,6 +147,11 @@ class Section:
         """Name -> value of every setting, by the names of `kinds`."""
         return flatten(dataclasses.asdict(self))
 
+    def select(self, target: type) -> dict[str, Any]:
+        """The settings whose names are fields of the dataclass `target`, as its keyword arguments."""
+        names = [field.name for field in dataclasses.fields(target)]
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
+
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     """{"rollout": {"group": 4}} -> {"rollout.group": 4}."""

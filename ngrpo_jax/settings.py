@@ -136,9 +136,7 @@ class MixingSettings(Section, prefix="mixing."):
 
     def method(self, until_ids: tuple, keep_out_ids: tuple[int, ...] = ()) -> Mixing:
         """The algorithm's own description of these settings; ids stand for `until` and `keep_out`."""
-        names = {field.name for field in dataclasses.fields(Mixing)} & set(self.kinds())
-        same = {name: getattr(self, name) for name in names}
-        return Mixing(until_ids=until_ids, keep_out_ids=keep_out_ids, **same)
+        return Mixing(until_ids=until_ids, keep_out_ids=keep_out_ids, **self.select(Mixing))
 
     @property
     def active(self) -> bool:

@@ -9,6 +9,7 @@ import pytest
 from configs import base
 from ngrpo_jax import flags
 from ngrpo_jax.algo.mixture import Mixing
+from ngrpo_jax.algo.objectives import LossConfig
 from ngrpo_jax.errors import UserError
 from ngrpo_jax.settings import REMOVED, Settings, resolve
 
@@ -80,8 +81,9 @@ def test_every_setting_is_read_somewhere():
     for path in (ROOT / "ngrpo_jax").rglob("*.py"):
         for function, known in _functions(ast.parse(path.read_text(encoding="utf-8"))):
             read |= set(_reads(function, known))
-    assert "mixing.method" in read  # which hands these on by their names
-    read |= {f"mixing.{field.name}" for field in dataclasses.fields(Mixing)}
+    for section, target in (("mixing", Mixing), ("objective", LossConfig)):
+        assert f"{section}.select" in read  # which hands settings on by the names of the target's fields
+        read |= {f"{section}.{field.name}" for field in dataclasses.fields(target)}
     unread = sorted(set(Settings.kinds()) - read)
     assert not unread, f"nothing reads {', '.join(unread)}"
 

@@ -6,7 +6,6 @@ programs, or how gradients become a step.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -23,7 +22,6 @@ from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.settings import ObjectiveSettings
 
 Params = Any
-_LOSS_CHOICES = [field.name for field in dataclasses.fields(LossConfig)]  # settings of the same names
 
 
 class ForwardOptions(NamedTuple):
@@ -103,7 +101,7 @@ def _tokens_loss(
     sampler over all response tokens alike: mean and max of |log π_learner - log π_sampler|, and the k3
     estimate of KL(sampler ‖ learner) in nats a token.
     """
-    config = LossConfig(**{name: getattr(objective, name) for name in _LOSS_CHOICES})
+    config = LossConfig(**objective.select(LossConfig))
     inputs = inputs._replace(weight=jnp.where(response_mask, inputs.weight, 0.0))
     loss, of_objective = loss_and_metrics(logprobs, entropy, inputs, config)
     # With the sampler's log-probabilities as the old ones, the learner's own are those of this very pass.
