@@ -56,6 +56,18 @@ def is_storage_failure(error: BaseException) -> bool:
     return isinstance(error, StorageError) or (isinstance(error, OSError) and error.errno in _FAILED)
 
 
+def exit_of(error: BaseException) -> tuple[int, str | None]:
+    """Exit status and sentence of a command that ends by `error`; None where its traceback is printed."""
+    text = " ".join(str(error).split())
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT, "stopped by the keyboard; the run goes on from its last checkpoint."
+    if isinstance(error, Preempted):
+        return 128 + error.signal, text
+    if isinstance(error, UserError | FloatingPointError):  # the same command would end the same way again
+        return 2, f"error: {text}"
+    return 1, f"error: {text}" if is_storage_failure(error) else None
+
+
 @contextlib.contextmanager
 def storage(path: str | pathlib.Path, verb: str = "read") -> Iterator[None]:
     """Turns an OSError of what is done to `path` ("read", "written") inside of the block into one sentence.

@@ -18,11 +18,10 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from ngrpo_jax.errors import Preempted, UserError, is_storage_failure, require
+from ngrpo_jax.errors import Preempted, UserError, exit_of, require
 from ngrpo_jax.runtime import ending
 
-DEBUG = "NGRPO_DEBUG"  # set in the environment: a UserError shows where it was raised
-MENDABLE = (UserError, FloatingPointError)  # status 2: the same command would end the same way again
+DEBUG = "NGRPO_DEBUG"  # set in the environment: every exception shows its traceback
 # What all processes of a run raise at the same place, or none of them.
 AGREED = (Preempted, FloatingPointError, SystemExit)
 
@@ -43,8 +42,7 @@ def run_command(command: Callable[[Sequence[str]], None], argv: Sequence[str] | 
     except SystemExit:
         raise
     except BaseException as error:
-        _print_error(error)
-        raise SystemExit(_status(error)) from None
+        raise SystemExit(_print_end(error)) from None
 
 
 @contextlib.contextmanager
@@ -62,33 +60,21 @@ def report_fatal() -> Iterator[None]:
             raise
         lost = ending.lost_connection(error)
         if lost is None:
-            _print_error(error)
+            status = _print_end(error)
         else:
+            status = 1
             print(f"error: {lost}", file=sys.stderr)
-        ending.shutdown(_status(error), lost_connection=lost is not None)
+        ending.shutdown(status, lost_connection=lost is not None)
 
 
-def _status(error: BaseException) -> int:
-    if isinstance(error, Preempted):
-        return 128 + error.signal
-    if isinstance(error, KeyboardInterrupt):
-        return 130
-    return 2 if isinstance(error, MENDABLE) else 1
-
-
-def _print_error(error: BaseException) -> None:
-    """One sentence for what ends a run in a known way; the traceback of everything else."""
-    if isinstance(error, KeyboardInterrupt):
-        print("stopped by the keyboard; the run goes on from its last checkpoint.", file=sys.stderr)
-        return
-    if isinstance(error, Preempted):
-        print(error, file=sys.stderr)
-        return
-    known = isinstance(error, MENDABLE) or is_storage_failure(error)
-    if not known or os.environ.get(DEBUG):
+def _print_end(error: BaseException) -> int:
+    """Prints the sentence or the traceback of what ends the command; returns the exit status."""
+    status, sentence = exit_of(error)
+    if sentence is None or os.environ.get(DEBUG):
         traceback.print_exception(error)
-    if known:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    if sentence is not None:
+        print(sentence, file=sys.stderr)
+    return status
 
 
 class ArgumentParser(argparse.ArgumentParser):
