@@ -5,9 +5,8 @@ The only benchmark that knows how the engine decodes (rollout/decode.py); everyt
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,9 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import measure
-from ngrpo_jax.algo import strategies
-from ngrpo_jax.algo.mixture import Mixing, Mixture
-from ngrpo_jax.algo.sampling import greedy
+from ngrpo_jax.algo.mixture import Mixing
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.rollout import decode
 
@@ -37,8 +34,7 @@ def decoding(
     """A function that decodes `steps` steps in every slot, up to `context` tokens, and returns the seconds.
 
     All slots are busy and stay so: every chunk begins `steps` tokens before the end of the cache, whose
-    contents do not matter for time. `table_VC` may hold the rows of `unit_rows` in their place, inside
-    `recomputing`.
+    contents do not matter for time.
     """
     sampler = decode.Sampler(1.0, 1.0, 0, mixing, ())
     state = _rewound(_seated(config, sampler, slots, context), steps)
@@ -74,40 +70,6 @@ def prefilling(params: Any, config: ModelConfig, *, rows: int, tokens: int) -> C
 
     run()
     return run
-
-
-def unit_rows(embedding_VD: jax.Array) -> jax.Array:
-    """Rows of length 1 in the embedding's type."""
-    norms_V1 = jnp.linalg.norm(embedding_VD.astype(jnp.float32), axis=1, keepdims=True)
-    return (embedding_VD / jnp.maximum(norms_V1, 1e-12)).astype(embedding_VD.dtype)
-
-
-def recomputed_mixture(logits_BV: jax.Array, unit_VD: jax.Array, k: int) -> Mixture:
-    """`neighbor_mixture` without a table: the anchor's cosine with the whole vocabulary at every step.
-
-    What the authors' release does, at its cheapest: the rows have been normalised before.
-    """
-    anchor_B = greedy(logits_BV)
-    cosines_BV = unit_VD[anchor_B] @ unit_VD.T
-    every_BV = jax.lax.broadcasted_iota(jnp.int32, cosines_BV.shape, 1)
-    found = [anchor_B]
-    for _ in range(k - 1):  # the k best by as many passes: XLA's top_k sorts, on CPU at four times the step
-        cosines_BV = jnp.where(every_BV == found[-1][:, None], -jnp.inf, cosines_BV)
-        found.append(greedy(cosines_BV))
-    ids_BC = jnp.stack(found, axis=1)
-    logits_BC = jnp.take_along_axis(logits_BV, ids_BC, axis=1).astype(jnp.float32)
-    return Mixture(ids_BC, jax.nn.softmax(logits_BC, axis=1))
-
-
-@contextlib.contextmanager
-def recomputing(k: int) -> Iterator[None]:
-    """Chunks that are compiled inside find neighbours by `recomputed_mixture`."""
-    by_table = strategies.neighbor_mixture
-    strategies.neighbor_mixture = lambda logits_BV, unit_VD, **_: recomputed_mixture(logits_BV, unit_VD, k)
-    try:
-        yield
-    finally:
-        strategies.neighbor_mixture = by_table
 
 
 def _chunk(params, table_VC, state, config, sampler, steps):

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 from ngrpo_jax import choices
-from ngrpo_jax.algo.mixture import METRICS, STRATEGIES, TABLES, TOKENS, WEIGHTS, Mixing
+from ngrpo_jax.algo.mixture import STRATEGIES, TABLES, TOKENS, WEIGHTS, Mixing
+from ngrpo_jax.algo.neighbors import METRICS
 from ngrpo_jax.algo.objectives import ALGORITHMS, KL_ESTIMATORS
 from ngrpo_jax.errors import require
 from ngrpo_jax.schema import (
@@ -29,7 +30,8 @@ from ngrpo_jax.schema import (
     one_of,
 )
 
-BELONG_TO_NEIGHBOR = ("table", "weights", "token", "distinct_spelling")  # settings of one mixing strategy
+# Mixing settings that must be at their defaults where the strategy does not read them.
+REFUSED_IF_UNREAD = ("table", "weights", "token", "distinct_spelling")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,14 +126,16 @@ class MixingSettings(Section, prefix="mixing."):
     distinct_spelling: bool = False  # true: neighbours differ by more than case or a leading space
 
     def rules(self) -> Iterator[tuple[bool, str]]:
-        if self.strategy in ("neighbor", "none"):
-            return
+        strategy = STRATEGIES[self.strategy]
         for field in dataclasses.fields(self):
+            if field.name not in REFUSED_IF_UNREAD or field.name in strategy.reads or not strategy.mixes:
+                continue
             value = getattr(self, field.name)
+            readers = [name for name in STRATEGIES if field.name in STRATEGIES[name].reads]
             yield (
-                field.name not in BELONG_TO_NEIGHBOR or value == field.default,
-                f"mixing.{field.name} is {value!r}, but belongs to mixing.strategy 'neighbor'; with "
-                f"{self.strategy!r} it must be {field.default!r}.",
+                value == field.default,
+                f"mixing.{field.name} is {value!r}, but belongs to mixing.strategy "
+                f"{' or '.join(map(repr, readers))}; with {self.strategy!r} it must be {field.default!r}.",
             )
 
     def method(self, until_ids: tuple, keep_out_ids: tuple[int, ...] = ()) -> Mixing:

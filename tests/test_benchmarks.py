@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import bounds, chunks, measure, memory, rollout, shapes, strategies
+from benchmarks import bounds, chunks, measure, memory, mixing, rollout, shapes, strategies
 from benchmarks.peer import Peer
 from ngrpo_jax import flags
 from ngrpo_jax.algo.mixture import neighbor_mixture
@@ -204,7 +204,7 @@ def test_recomputed_neighbours_are_those_of_the_table():
     embedding_VD = jax.random.normal(jax.random.key(0), (97, 16))
     logits_BV = 3.0 * jax.random.normal(jax.random.key(1), (8, 97))
     wanted = neighbor_mixture(logits_BV, neighbor_table(embedding_VD, 4))
-    found = chunks.recomputed_mixture(logits_BV, chunks.unit_rows(embedding_VD), 4)
+    found = mixing.recomputed_mixture(logits_BV, mixing.unit_rows(embedding_VD), 4)
     np.testing.assert_array_equal(found.ids, wanted.ids)
     np.testing.assert_allclose(found.weights, wanted.weights, rtol=1e-6)
 

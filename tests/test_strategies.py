@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ngrpo_jax.algo import sampling, strategies
+from ngrpo_jax.algo import mixture as mx
+from ngrpo_jax.algo import sampling
 from ngrpo_jax.algo.mixture import Mixing, embed
 from ngrpo_jax.algo.neighbors import METRICS, neighbor_table
 
@@ -22,7 +23,7 @@ MIXINGS = {
     "gumbel": Mixing("gumbel", k=4),
     "noise": Mixing("noise", sigma=0.4),
 }
-next_input = jax.jit(strategies.next_input, static_argnums=0)
+next_input = jax.jit(mx.next_input, static_argnums=0)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def _draw(embedding, size=B, seed=1, k=3, metric="cosine", **truncation):
     logits = jnp.asarray(rng.normal(size=(size, V)) * 2, jnp.float32)
     law = sampling.truncate(logits, **truncation)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(size))
-    return strategies.Draw(
+    return mx.StepContext(
         logits,
         law,
         sampling.sample(law, jnp.asarray(rng.random(size), jnp.float32)),
@@ -222,9 +223,9 @@ def test_noise_and_gumbel_draw_from_streams_of_their_own(embedding):
 
 def test_more_candidates_than_tokens_are_refused(embedding):
     with pytest.raises(ValueError, match="mixing k is 24, but there are only 23 rows"):
-        strategies.next_input(Mixing("soft", k=24), _draw(embedding), jnp.ones(B, bool))
+        mx.next_input(Mixing("soft", k=24), _draw(embedding), jnp.ones(B, bool))
 
 
 def test_neighbor_needs_its_table(embedding):
     with pytest.raises(ValueError, match="needs a neighbour table"):
-        strategies.next_input(Mixing(), _draw(embedding)._replace(table_VC=None), jnp.ones(B, bool))
+        mx.next_input(Mixing(), _draw(embedding)._replace(table_VC=None), jnp.ones(B, bool))

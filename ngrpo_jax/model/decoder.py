@@ -3,7 +3,7 @@
 Parameters are stacked: every leaf under "layers" has a leading [L], and layers run under `lax.scan`, so that
 compile time does not grow with depth. A tuple of L trees in their place (`unstack_layers`) works as well.
 
-Inputs are token ids or Mixtures (algo/mixture.py); nothing here knows how a mixture came about.
+Inputs are token ids or Mixtures (algo/mixture/); nothing here knows how a mixture came about.
 """
 
 import functools

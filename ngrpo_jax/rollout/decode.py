@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ngrpo_jax.algo import mixture as mix
-from ngrpo_jax.algo import sampling, strategies
+from ngrpo_jax.algo import sampling
 from ngrpo_jax.model import cache as kv
 from ngrpo_jax.model import inference
 from ngrpo_jax.model.config import ModelConfig
@@ -334,7 +334,7 @@ def draw(
     mixed_B = jnp.zeros(token_B.shape, bool)
     if sampler.mixing.mixes:
         open_B = slots.thinking_B & slots.active_B & (uniforms_B2[:, 1] < sampler.mixing.rate)
-        drawn = strategies.Draw(
+        context = mix.StepContext(
             scaled_BV,
             truncated_logits_BV,
             token_B,
@@ -343,6 +343,6 @@ def draw(
             table_VC,
             sampler.temperature,
         )
-        token_B, mixture, mixed_B = strategies.next_input(sampler.mixing, drawn, open_B)
+        token_B, mixture, mixed_B = mix.next_input(sampler.mixing, context, open_B)
     chosen_B = jnp.take_along_axis(scaled_BV, token_B[:, None], axis=1)[:, 0]
     return token_B, mixture, mixed_B, chosen_B - sampling.log_total(scaled_BV)
