@@ -16,17 +16,9 @@ from collections.abc import Iterator
 
 # errno of storage that fails: no space, no quota, input or output fails, a stale file of a network.
 _FAILED = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE}
-# errno of a path that the user named wrongly, or may not use.
-_MISNAMED = {
-    errno.ENOENT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EISDIR,
-    errno.ENOTDIR,
-    errno.EEXIST,
-    errno.EROFS,
-    errno.ENAMETOOLONG,
-}
+# A path that the user named wrongly, or may not use: by class (libraries raise these without errno) or errno.
+_MISNAMED = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+_UNUSABLE = {errno.EROFS, errno.ENAMETOOLONG}
 
 
 class UserError(ValueError):
@@ -80,7 +72,7 @@ def storage(path: str | pathlib.Path, verb: str = "read") -> Iterator[None]:
         yield
     except OSError as error:
         sentence = f"{path} cannot be {verb}: {error.strerror or error}."
-        if error.errno in _MISNAMED:
+        if isinstance(error, _MISNAMED) or error.errno in _UNUSABLE:
             raise UserError(sentence) from error
         if error.errno in _FAILED:
             raise StorageError(sentence) from error

@@ -18,7 +18,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from ngrpo_jax.errors import UserError
+from ngrpo_jax.errors import UserError, storage
 from ngrpo_jax.model import hf_format
 from ngrpo_jax.model.config import ModelConfig
 
@@ -34,8 +34,10 @@ Files = dict[str, Any]  # tensor name -> the open safetensors file that holds it
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """The object that a JSON file holds; UserError, naming the file, where it holds none."""
+    with storage(path):
+        content = path.read_bytes()
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(content)
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): fetch it again") from error
     if not isinstance(raw, dict):
@@ -53,7 +55,8 @@ def open_files(directory: pathlib.Path, stack: contextlib.ExitStack) -> Files:
     files: Files = {}
     for path in _weight_paths(directory):
         try:
-            file = stack.enter_context(safetensors.safe_open(path, framework="np"))
+            with storage(path):
+                file = stack.enter_context(safetensors.safe_open(path, framework="np"))
         except safetensors.SafetensorError as error:
             raise UserError(f"{path} is broken or half-downloaded ({error}): fetch it again") from error
         for name in file.keys():  # noqa: SIM118 (the file object is no mapping)

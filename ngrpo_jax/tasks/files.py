@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ngrpo_jax.errors import UserError
+from ngrpo_jax.errors import UserError, storage
 
 from .rows import Row
 
@@ -97,7 +97,8 @@ READERS: dict[str, Callable[[pathlib.Path], Numbered]] = {
 
 
 def _bytes(path: pathlib.Path) -> bytes:
-    return path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    with storage(path):
+        return path.read_bytes().removeprefix(b"\xef\xbb\xbf")
 
 
 def _decoded(content: bytes, place: str) -> str:
