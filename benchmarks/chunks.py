@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import measure
-from ngrpo_jax.algo.mixture import Mixing
+from ngrpo_jax.algo.mixture import Mixing, tail_length
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.rollout import decode
-
-OFF = Mixing(strategy="none")
+from ngrpo_jax.rollout import slots as slot_state
+from ngrpo_jax.rollout.request import NO_MIXING, SamplingParams
+from ngrpo_jax.rollout.slots import Slots
 
 
 def decoding(
@@ -28,7 +29,7 @@ def decoding(
     slots: int,
     context: int,
     steps: int,
-    mixing: Mixing = OFF,
+    mixing: Mixing = NO_MIXING,
     table_VC: jax.Array | None = None,
 ) -> Callable[[], float]:
     """A function that decodes `steps` steps in every slot, up to `context` tokens, and returns the seconds.
@@ -36,15 +37,15 @@ def decoding(
     All slots are busy and stay so: every chunk begins `steps` tokens before the end of the cache, whose
     contents do not matter for time.
     """
-    sampler = decode.Sampler(1.0, 1.0, 0, mixing, ())
-    state = _rewound(_seated(config, sampler, slots, context), steps)
-    state, _ = jax.block_until_ready(_chunk(params, table_VC, state, config, sampler, steps))  # compiles
+    sampling = SamplingParams(1.0, mixing=mixing)
+    state = _rewound(_busy(config, sampling, slots, context), steps)
+    state, _ = jax.block_until_ready(_chunk(params, table_VC, state, config, sampling, steps))  # compiles
 
     def run() -> float:
         nonlocal state
         state = jax.block_until_ready(_rewound(state, steps))
         start = time.perf_counter()
-        state, _ = jax.block_until_ready(_chunk(params, table_VC, state, config, sampler, steps))
+        state, _ = jax.block_until_ready(_chunk(params, table_VC, state, config, sampling, steps))
         return time.perf_counter() - start
 
     return run
@@ -52,9 +53,9 @@ def decoding(
 
 def decoding_memory(params: Any, config: ModelConfig, *, slots: int, context: int, steps: int) -> int:
     """Bytes that XLA sets aside for a chunk: arguments (parameters and slots), results and scratch."""
-    sampler = decode.Sampler(1.0, 1.0, 0, OFF, ())
-    state = jax.eval_shape(lambda: _seated(config, sampler, slots, context))
-    lowered = decode.decode_chunk.lower(params, None, state, config=config, sampler=sampler, steps=steps)
+    sampling = SamplingParams(1.0)
+    state = jax.eval_shape(lambda: _busy(config, sampling, slots, context))
+    lowered = decode.decode_chunk.lower(params, None, state, config=config, sampling=sampling, steps=steps)
     figures = lowered.compile().memory_analysis()
     held = figures.argument_size_in_bytes + figures.output_size_in_bytes - figures.alias_size_in_bytes
     return held + figures.temp_size_in_bytes
@@ -72,14 +73,14 @@ def prefilling(params: Any, config: ModelConfig, *, rows: int, tokens: int) -> C
     return run
 
 
-def _chunk(params, table_VC, state, config, sampler, steps):
+def _chunk(params, table_VC, state, config, sampling, steps):
     """One chunk of the engine: (state after it, what was written). `state` is donated."""
-    return decode.decode_chunk(params, table_VC, state, config=config, sampler=sampler, steps=steps)
+    return decode.decode_chunk(params, table_VC, state, config=config, sampling=sampling, steps=steps)
 
 
-def _seated(config: ModelConfig, sampler: decode.Sampler, slots: int, context: int) -> decode.Slots:
-    """Slots in which everybody sits and thinks, over an empty cache of `context` tokens each."""
-    state = decode.empty_slots(config, sampler, slots, context)
+def _busy(config: ModelConfig, sampling: SamplingParams, slots: int, context: int) -> Slots:
+    """Slots that all hold a thinking sequence, over an empty cache of `context` tokens each."""
+    state = slot_state.empty(config, slots, context, tail_length(sampling.mixing.until_ids))
     return state._replace(
         keys_B2=jax.random.key_data(jax.random.split(jax.random.key(1), slots)),
         thinking_B=jnp.ones_like(state.thinking_B),
@@ -88,7 +89,7 @@ def _seated(config: ModelConfig, sampler: decode.Sampler, slots: int, context: i
     )
 
 
-def _rewound(state: decode.Slots, steps: int) -> decode.Slots:
+def _rewound(state: Slots, steps: int) -> Slots:
     """The same slots `steps` tokens before the end of their cache."""
     room = state.cache.columns - steps
     return state._replace(cache=state.cache._replace(lengths_B=jnp.full_like(state.cache.lengths_B, room)))

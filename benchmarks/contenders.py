@@ -44,11 +44,11 @@ class Ours:
     def __init__(self, model: Model, work: Work, slots: int, chunk: int) -> None:
         self._model, self._work, self._slots, self._chunk = model, work, slots, chunk
         self._seed, self.decode_s = 0, []
-        self.stats: engine.Stats = engine.Stats()
+        self.stats: engine.RolloutStats = engine.RolloutStats()
 
     def __call__(self) -> float:
         self._seed += 1
-        self.stats = engine.Stats()
+        self.stats = engine.RolloutStats()
         start = time.perf_counter()
         written = _generate(
             self._model, self._work, 1.0, self._seed, slots=self._slots, chunk=self._chunk, stats=self.stats

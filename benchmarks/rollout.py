@@ -127,7 +127,7 @@ def long_tail(report: measure.Report, model: Model, peer: Peer | None, given: ar
         rows,
         f"{work.tokens} tokens: response lengths log-normal, median {np.median(work.lengths_B):.0f}, "
         f"95th percentile {np.quantile(work.lengths_B, 0.95):.0f}, cap {TAIL_CAP}. {timings.note()}.",
-        f"Occupancy while sequences wait: {stats.waiting_occupancy:.3f} (goal 0.88). Over the whole run, of "
+        f"Occupancy while sequences wait: {stats.queued_occupancy:.3f} (goal 0.88). Over the whole run, of "
         f"a perfect scheduler's (chunk 1, same slots and order): {share:.3f} (goal 0.95). "
         "Hugging Face: goal 4.0.",
     )
@@ -162,12 +162,14 @@ def _model(given: argparse.Namespace, scratch: str) -> Model:
     if given.model is not None:
         config, params = hf.load(given.model)
         name = os.path.basename(os.path.normpath(given.model))
-        return Model(config, inference.lay_out(params, config), given.model, name)
+        return Model(config, inference.to_inference_layout(params, config), given.model, name)
     config = shapes.SHAPES["small"]
     params = shapes.random_params(config, stacked=True)
     directory = os.path.join(scratch, "small")
     hf.save(directory, config, params)
-    return Model(config, inference.lay_out(params, config), directory, "small Qwen2, random weights")
+    return Model(
+        config, inference.to_inference_layout(params, config), directory, "small Qwen2, random weights"
+    )
 
 
 def _start_peer(stack: contextlib.ExitStack, model: Model, given: argparse.Namespace) -> Peer:

@@ -22,7 +22,9 @@ from benchmarks import chunks, measure, shapes
 from benchmarks.peer import Peer
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.preflight import memory
-from ngrpo_jax.rollout import compiling, decode, engine
+from ngrpo_jax.rollout import engine
+from ngrpo_jax.rollout.programs import compile_ahead
+from ngrpo_jax.rollout.request import RolloutRequest, SamplingParams
 from ngrpo_jax.runtime.console import format_bytes
 
 # Narrow but for what the case is about: a vocabulary of 152k and a cache of 4 KiB a token.
@@ -76,8 +78,7 @@ def measured(slots: int, tokens: int) -> dict[str, int]:
         max_prompt_tokens=PROMPT,
     )
     chunk = chunks.decoding_memory(params, NARROW, slots=slots, context=PROMPT + tokens, steps=CHUNK)
-    sampler = decode.Sampler(1.0, 1.0, 0, engine.NO_MIXING, ())
-    compiling.compile_ahead(params, compiling.Plan(NARROW, sampler, 1, tokens, slots, CHUNK, PROMPT))
+    compile_ahead(params, RolloutRequest(NARROW, SamplingParams(1.0), 1, tokens, slots, CHUNK, PROMPT))
     engine.generate(params, NARROW, prompts, lengths_B=np.ones(slots, np.int32), **options)
     gc.collect()
     arrays, before = sum(array.nbytes for array in jax.live_arrays()), measure.current_rss()

@@ -34,7 +34,7 @@ def random_params(
 
     def made(key: jax.Array) -> Any:
         params = decoder.init(key, config)
-        return params if stacked else inference.lay_out(params, config)
+        return params if stacked else inference.to_inference_layout(params, config)
 
     shapes = jax.eval_shape(made, jax.random.key(seed))
     leaves, tree = jax.tree.flatten_with_path(shapes)

@@ -179,7 +179,7 @@ def _rows(config: ModelConfig, rows: int, tokens: int) -> packing.Rows:
         mixed_BT=mixed_BT,
         logprobs_BT=np.full((rows, new), -1.0, np.float32),
         stopped_B=np.zeros(rows, bool),
-        failed_B=np.zeros(rows, bool),
+        nonfinite_B=np.zeros(rows, bool),
     )
     weight_BT = token_weights(written, OBJECTIVE)
     prompts = draw.integers(config.vocab_size, size=(rows, prompt)).tolist()

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from ngrpo_jax import flags
 from ngrpo_jax.errors import UserError
@@ -28,16 +29,19 @@ from ngrpo_jax.evaluation.cosines import mixed_cosines
 from ngrpo_jax.evaluation.generations import Store, blocks, file_of, make_header, rows_of
 from ngrpo_jax.evaluation.sets import EvalSet, eval_sets, split
 from ngrpo_jax.preflight import capacity, fit, memory
+from ngrpo_jax.rollout.request import RolloutRequest
 from ngrpo_jax.runtime import console, distributed, mesh
 from ngrpo_jax.settings import Settings, resolve
 from ngrpo_jax.setup.model_spec import ModelSpec, model_identity, open_checkpoint, open_model_spec
+from ngrpo_jax.setup.neighbor_table import build_table
 from ngrpo_jax.setup.policy import (
     EVAL_STREAM,
     Policy,
-    build_table,
-    compile_ahead,
-    evaluation_draws,
+    compile_rollouts,
+    evaluation_mixes,
+    evaluation_request,
     make_policy,
+    sequence_keys,
     write_responses,
 )
 from ngrpo_jax.setup.problems import ProblemSet, load_set
@@ -85,7 +89,7 @@ def main(argv: Sequence[str]) -> None:
         ]
         policy = policy_of(settings, model_spec, devices, params)
         announce(settings, model_spec, sets, held_out, stores)
-        compile_rollouts(policy, sets, held_out, stores)
+        compile_rollouts(policy, requests_left(policy, sets, held_out, stores))
         for one, problems, store in zip(sets, held_out, stores, strict=True):
             complete(policy, one, problems, grader, store)
     stored.show([store.path for store in stores], None, regrade=False)
@@ -93,8 +97,7 @@ def main(argv: Sequence[str]) -> None:
 
 def policy_of(settings: Settings, model_spec: ModelSpec, devices: jax.sharding.Mesh, params: Any) -> Policy:
     """The checkpoint ready to write; a neighbour table only where evaluation mixes."""
-    mixes = evaluation_draws(settings).mixes
-    table_VC = build_table(params, model_spec, devices) if mixes else None
+    table_VC = build_table(params, model_spec, devices) if evaluation_mixes(settings) else None
     return make_policy(model_spec, devices, params, table_VC, settings.rollout.layout)
 
 
@@ -117,22 +120,20 @@ def announce(
             f"{there} ({problems.dropped} left out as too long)",
             flush=True,
         )
-    if evaluation_draws(settings).mixes:
+    if evaluation_mixes(settings):
         print(f"mixing     on, rate {settings.mixing.rate}")
 
 
-def compile_rollouts(
+def requests_left(
     policy: Policy, sets: Sequence[EvalSet], held_out: Sequence[ProblemSet], stores: Sequence[Store]
-) -> None:
-    """Compiles the rollouts of the sets that are not done yet, and says how long it took."""
-    draws = {
-        evaluation_draws(one.settings): one.settings
+) -> list[RolloutRequest]:
+    """The different requests of the sets that are not complete yet."""
+    requests = [
+        evaluation_request(policy, one.settings)
         for one, problems, store in zip(sets, held_out, stores, strict=True)
         if store.done < len(problems.problems)
-    }
-    seconds = sum(compile_ahead(policy, settings, each) for each, settings in draws.items())
-    if draws:
-        print(f"rollouts   compiled for every size in {console.format_seconds(seconds)}", flush=True)
+    ]
+    return list(dict.fromkeys(requests))
 
 
 def complete(policy: Policy, one: EvalSet, problems: ProblemSet, grader: Grader, store: Store) -> None:
@@ -140,7 +141,7 @@ def complete(policy: Policy, one: EvalSet, problems: ProblemSet, grader: Grader,
     settings, samples, count = one.settings, one.settings.eval.samples, len(problems.problems)
     begun, tokens, done_before, graded_before = time.monotonic(), 0, store.done, grader.snapshot()
     size = max(1, BLOCK_OF_SLOTS * settings.rollout.slots // samples)
-    mixes = evaluation_draws(settings).mixes
+    mixes = evaluation_mixes(settings)
     line = console.Progress(one.name, count * samples, "sequences", start=done_before * samples, keep=False)
     with line as progress:
         for numbers in blocks(done_before, count, size):
@@ -177,14 +178,15 @@ def try_prompt(settings: Settings, policy: Policy, text: str, step: int) -> None
         raise UserError(
             f"--prompt has {len(prompt)} tokens, more than data.max_prompt_tokens = {data.max_prompt_tokens}."
         )
-    draws = evaluation_draws(settings)
-    trajectories = write_responses(
-        policy, [prompt], settings, label="response", stream=EVAL_STREAM, draws=draws
-    )
-    what = f"mixing on (rate {settings.mixing.rate}; mixed tokens ⟦so⟧)" if draws.mixes else "mixing off"
-    print(f"step {step}, temperature {draws.temperature}, {what}")
+    request = evaluation_request(policy, settings)
+    keys_B = sequence_keys(settings.seed, EVAL_STREAM, np.arange(request.samples))
+    with console.Progress("response", request.samples, "sequences", keep=False) as progress:
+        trajectories = write_responses(policy, request, [prompt], keys_B, progress=progress)
+    mixes = f"mixing on (rate {settings.mixing.rate}; mixed tokens ⟦so⟧)"
+    what = mixes if evaluation_mixes(settings) else "mixing off"
+    print(f"step {step}, temperature {request.sampling.temperature}, {what}")
     print(f"prompt: {tokenizer.decode(prompt)}")
-    for index in range(draws.samples):
+    for index in range(request.samples):
         tokens = trajectories.response(index)
         mixed = trajectories.mixed_BT[index, : len(tokens)]
         ended = "" if trajectories.stopped_B[index] else ", cut off at eval.max_new_tokens"

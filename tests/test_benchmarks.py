@@ -154,7 +154,11 @@ def test_random_parameters_have_the_decoders_shapes(stacked):
     config = ModelConfig("qwen3", 50, 16, 24, 3, 4, 2, 8, dtype="bfloat16")
     made = shapes.random_params(config, stacked=stacked)
     wanted = jax.eval_shape(lambda key: decoder.init(key, config), jax.random.key(0))
-    wanted = wanted if stacked else jax.eval_shape(lambda tree: inference.lay_out(tree, config), wanted)
+    wanted = (
+        wanted
+        if stacked
+        else jax.eval_shape(lambda tree: inference.to_inference_layout(tree, config), wanted)
+    )
     assert jax.tree.structure(made) == jax.tree.structure(wanted)
     for leaf, shape in zip(jax.tree.leaves(made), jax.tree.leaves(wanted), strict=True):
         assert leaf.shape == shape.shape and leaf.dtype == jnp.bfloat16

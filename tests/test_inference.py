@@ -23,7 +23,7 @@ prefill = jax.jit(inference.prefill, static_argnums=1)
 
 @functools.partial(jax.jit, static_argnums=1, donate_argnums=3)
 def decode_step(params, config, inputs, cache):
-    return inference.decode_step(params, config, inputs, cache, inference.turns(config, cache.columns))
+    return inference.decode_step(params, config, inputs, cache, inference.rope_table(config, cache.columns))
 
 
 @functools.cache
@@ -31,27 +31,25 @@ def golden(name):
     """(config, laid-out parameters, ids [2, T], logits [2, T, V]) of one golden directory."""
     config, params = hf.load(GOLDEN / name)
     expected = np.load(GOLDEN / name / "expected.npz")
-    return config, inference.lay_out(params, config), expected["ids"], expected["logits"]
+    return config, inference.to_inference_layout(params, config), expected["ids"], expected["logits"]
 
 
 def largest(difference):
     return float(np.max(np.abs(difference)))
 
 
-def stretched(cache, size):
+def resized(cache, size):
     """A cache with another number of columns."""
-    keys = tuple(kv.stretched(x, cache.cursor, size, kv.KEY_COLUMNS) for x in cache.keys)
-    values = tuple(kv.stretched(x, cache.cursor, size, kv.VALUE_COLUMNS) for x in cache.values)
-    return cache._replace(
-        keys=keys, values=values, cursor=jnp.int32(kv.stretched_cursor(cache.columns, size))
-    )
+    keys = tuple(kv.resized(x, cache.cursor, size, kv.KEY_COLUMNS) for x in cache.keys)
+    values = tuple(kv.resized(x, cache.cursor, size, kv.VALUE_COLUMNS) for x in cache.values)
+    return cache._replace(keys=keys, values=values, cursor=jnp.int32(kv.resized_cursor(cache.columns, size)))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_prefill_and_decode_equal_the_full_forward_for_ragged_rows(name):
     """Through a ring that wraps round, grows and shrinks on the way."""
     config, params, ids, logits = golden(name)
-    assert inference.is_laid_out(params)
+    assert inference.is_inference_layout(params)
     ids, logits = np.tile(ids[:, :24], (2, 1)), np.tile(logits[:, :24], (2, 1, 1))
     rows, lengths = np.arange(4), np.array([3, 9, 1, 6])
     prompts = np.where(np.arange(10)[None] < lengths[:, None], ids[:, :10], 0)
@@ -60,12 +58,12 @@ def test_prefill_and_decode_equal_the_full_forward_for_ragged_rows(name):
     intact = np.ones(4, bool)  # a row that has outgrown the ring has lost its beginning for good
     for step in range(10):
         if step in (1, 6):
-            cache = stretched(cache, {1: 13, 6: 20}[step])
+            cache = resized(cache, {1: 13, 6: 20}[step])
         hidden, cache = decode_step(params, config, one_hot(ids[rows, lengths], 2), cache)
         intact &= lengths < cache.columns
         assert largest((inference.logits(params, hidden) - logits[rows, lengths])[intact]) <= CLOSE
         lengths = lengths + 1
-    cache = stretched(cache, 19)
+    cache = resized(cache, 19)
     hidden, cache = decode_step(params, config, one_hot(ids[rows, lengths], 2), cache)
     assert np.array_equal(intact, [True, False, True, True])
     assert largest((inference.logits(params, hidden) - logits[rows, lengths])[intact]) <= CLOSE
@@ -82,10 +80,10 @@ def test_tokens_may_lie_along_either_axis(name, axis, monkeypatch):
     step = jax.jit(lambda params, *given: inference.decode_step(params, config, *given))
     hidden, cache = begin(params, ids[:, :9], jnp.array([9, 4]))
     assert largest(inference.logits(params, hidden) - logits[[0, 1], [8, 3]]) <= CLOSE
-    cache, lengths = stretched(cache, 13), np.array([9, 4])
+    cache, lengths = resized(cache, 13), np.array([9, 4])
     for _ in range(3):
         inputs = one_hot(ids[[0, 1], lengths], 1)
-        hidden, cache = step(params, inputs, cache, inference.turns(config, 13))
+        hidden, cache = step(params, inputs, cache, inference.rope_table(config, 13))
         assert largest(inference.logits(params, hidden) - logits[[0, 1], lengths]) <= CLOSE
         lengths = lengths + 1
 
@@ -163,11 +161,11 @@ def test_decode_copies_no_cache():
     B, S = 8, 64
 
     def chunk(params, cache, ids_B):
-        turned = inference.turns(config, S)
+        rope_table = inference.rope_table(config, S)
 
         def body(carry, _):
             cache, ids_B = carry
-            hidden, cache = inference.decode_step(params, config, one_hot(ids_B, 1), cache, turned)
+            hidden, cache = inference.decode_step(params, config, one_hot(ids_B, 1), cache, rope_table)
             return (cache, jnp.argmax(inference.logits(params, hidden), axis=-1)), None
 
         return jax.lax.scan(body, (cache, ids_B), None, length=4)[0]
@@ -186,11 +184,11 @@ def test_a_step_computes_no_angle():
     """Cosines and sines stand outside of the loop over steps; inside, every layer would compute them."""
     config, params, _, _ = golden("qwen3")
     cache = kv.init(config, 2, 8)
-    turned = inference.turns(config, cache.columns)
+    rope_table = inference.rope_table(config, cache.columns)
     step = jax.jit(inference.decode_step, static_argnums=1)
-    lowered = step.lower(params, config, one_hot(jnp.zeros(2, jnp.int32), 1), cache, turned).as_text()
+    lowered = step.lower(params, config, one_hot(jnp.zeros(2, jnp.int32), 1), cache, rope_table).as_text()
     assert "cosine" not in lowered and "sine" not in lowered
-    assert "cosine" in jax.jit(inference.turns, static_argnums=(0, 1)).lower(config, 8).as_text()
+    assert "cosine" in jax.jit(inference.rope_table, static_argnums=(0, 1)).lower(config, 8).as_text()
 
 
 def test_prefill_computes_each_angle_once():

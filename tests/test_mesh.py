@@ -77,7 +77,9 @@ def test_learner_layout_splits_vocabulary_heads_and_width():
 def test_rollout_layouts_split_over_tensor_alone_or_not_at_all():
     mesh = meshes.make_mesh(2, 2, 2)
     config = ModelConfig("qwen2", V, D, F, L, N, K, H, tie_embeddings=False)
-    params = jax.eval_shape(lambda: inference.lay_out(decoder.init(jax.random.key(0), config), config))
+    params = jax.eval_shape(
+        lambda: inference.to_inference_layout(decoder.init(jax.random.key(0), config), config)
+    )
     specs = _specs(meshes.param_shardings(mesh, params, layout="tensor"))
     assert specs["layers/1/attention/qkv/kernel"] == P("tensor", None, None, None)
     assert specs["layers/1/mlp/down/kernel"] == P(None, "tensor")

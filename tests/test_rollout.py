@@ -13,7 +13,10 @@ from ngrpo_jax.algo.neighbors import neighbor_table
 from ngrpo_jax.learner import packing
 from ngrpo_jax.model import decoder, inference
 from ngrpo_jax.model.config import ModelConfig, RopeScaling
-from ngrpo_jax.rollout import compiling, decode, engine
+from ngrpo_jax.rollout import engine
+from ngrpo_jax.rollout.programs import compile_ahead
+from ngrpo_jax.rollout.request import RolloutRequest, SamplingParams
+from ngrpo_jax.rollout.sharding import SlotSharding
 from ngrpo_jax.runtime import mesh as meshes
 
 BASE = ModelConfig(
@@ -232,16 +235,16 @@ def test_tensor_parallel_rollouts_mix_and_write_what_one_device_does(layout):
     table_VC = neighbor_table(params["embed"]["embedding"], 3)
     one = _generate(params, config, mixing=mixing, table_VC=table_VC)
     mesh = meshes.make_mesh(2, 2, 2)
-    laid_out = inference.lay_out(params, config)
+    laid_out = inference.to_inference_layout(params, config)
     placed = jax.device_put(laid_out, meshes.param_shardings(mesh, laid_out, layout=layout))
     table_VC = jax.device_put(table_VC, meshes.replicated(mesh))
     sharding = meshes.slots_sharding(mesh, layout)
-    placement = decode.Placement.of(sharding, placed)
-    assert (placement.heads, placement.shards) == {"tensor": ("tensor", 4), "replicated": (None, 8)}[layout]
-    stats = engine.Stats()
+    split = SlotSharding.of(sharding, placed)
+    assert (split.heads, split.shards) == {"tensor": ("tensor", 4), "replicated": (None, 8)}[layout]
+    stats = engine.RolloutStats()
     options = dict(mixing=mixing, table_VC=table_VC, sharding=sharding, slots=4, chunk=8, stats=stats)
     _same(one, _generate(placed, config, **options))
-    assert one.mixed_BT.any() and (stats.waiting_steps > 0 or layout == "replicated")
+    assert one.mixed_BT.any() and (stats.queued_steps > 0 or layout == "replicated")
 
 
 def test_mixing_ends_with_the_thinking_and_writes_the_anchor():
@@ -320,15 +323,21 @@ def _compilations():
 
 def test_nothing_compiles_after_compile_ahead():
     """All cache sizes, prompt lengths and refills are there, whatever the lengths turn out to be."""
-    params = inference.lay_out(_params(BASE), BASE)
+    params = inference.to_inference_layout(_params(BASE), BASE)
     mixing = Mixing(rate=0.3, k=3, until_ids=UNTIL)
     table_VC = neighbor_table(params["embed"]["embedding"], 3)
     options = dict(samples=2, max_new_tokens=150, temperature=0.9, mixing=mixing, table_VC=table_VC)
     options |= dict(stop_ids=STOP, slots=4, chunk=8, max_prompt_tokens=120)
-    plan = compiling.Plan(
-        BASE, decode.Sampler(0.9, 1.0, 0, mixing, STOP), 2, 150, slots=4, chunk=8, max_prompt_tokens=120
+    request = RolloutRequest(
+        BASE,
+        SamplingParams(0.9, mixing=mixing, stop_ids=STOP),
+        samples=2,
+        max_new_tokens=150,
+        slots=4,
+        chunk=8,
+        max_prompt_tokens=120,
     )
-    assert compiling.compile_ahead(params, plan, table_VC) > 0
+    assert compile_ahead(params, request, table_VC) > 0
     keys = jax.random.key_data(jax.random.split(jax.random.key(0), 8))
     compiled = _compilations()
     rng = np.random.default_rng(0)
@@ -348,14 +357,14 @@ def test_each_response_can_have_a_bound_of_its_own():
     params = _params(BASE)
     bounds = np.array([1, 5, 24, 7, 2, 9, 16, 3, 11])
     free = _generate(params, BASE, stop_ids=())
-    stats = engine.Stats()
+    stats = engine.RolloutStats()
     written = _generate(params, BASE, stop_ids=(), lengths_B=bounds, slots=4, chunk=4, stats=stats)
     np.testing.assert_array_equal(written.lengths_B, bounds)
     for row, bound in enumerate(bounds):
         np.testing.assert_array_equal(written.tokens_BT[row, :bound], free.tokens_BT[row, :bound])
     assert stats.tokens == bounds.sum() and stats.done == stats.sequences == 9
-    assert 0 < stats.waiting_steps < stats.steps
-    assert stats.occupancy == stats.tokens / (stats.steps * 4) and 0 < stats.waiting_occupancy <= 1
+    assert 0 < stats.queued_steps < stats.steps
+    assert stats.occupancy == stats.tokens / (stats.steps * 4) and 0 < stats.queued_occupancy <= 1
 
 
 def test_reading_flags_a_chunk_late_changes_nothing():
@@ -379,11 +388,11 @@ def test_logits_that_are_no_numbers_end_their_sequence_and_no_other():
     prompts = [[t for t in prompt if t != token] for prompt in PROMPTS]
     clean = _generate(params | {"head": head}, untied, prompts, stop_ids=())
     written = _generate(poisoned, untied, prompts, stop_ids=(), slots=4, chunk=4)
-    assert written.failed_B.any() and not written.failed_B.all()
+    assert written.nonfinite_B.any() and not written.nonfinite_B.all()
     for row in range(9):
         places = np.flatnonzero(clean.tokens_BT[row] == token)
         length = places[0] + 1 if len(places) and places[0] < 23 else 24
-        assert written.failed_B[row] == (length < 24) and written.lengths_B[row] == length
+        assert written.nonfinite_B[row] == (length < 24) and written.lengths_B[row] == length
         np.testing.assert_array_equal(written.tokens_BT[row, :length], clean.tokens_BT[row, :length])
         assert np.isfinite(written.logprobs_BT[row]).all() and not written.stopped_B[row]
 

@@ -18,10 +18,9 @@ from ngrpo_jax.rollout.trajectory import Trajectories
 from ngrpo_jax.runtime import console, distributed
 from ngrpo_jax.settings import Settings
 from ngrpo_jax.setup.policy import (
-    EVAL_STREAM,
     Policy,
-    evaluation_draws,
     evaluation_keys,
+    evaluation_request,
     failures,
     response_texts,
     write_responses,
@@ -94,18 +93,15 @@ def answer_problems(
     Args:
       done_before: sequences that the line `progress` already counts.
     """
-    samples, draws = settings.eval.samples, evaluation_draws(settings)
+    samples, request = settings.eval.samples, evaluation_request(policy, settings)
     if not problems:  # a share of fewer problems than hosts
-        nothing = Trajectories.empty(0, draws.max_new_tokens, 1)
+        nothing = Trajectories.empty(0, request.max_new_tokens, 1)
         return Answered(nothing, [], np.zeros((0, samples), np.float32))
     trajectories = write_responses(
         policy,
+        request,
         [held_out.prompts[index] for index in problems],
-        settings,
-        label=name,
-        stream=EVAL_STREAM,
-        draws=draws,
-        keys_B=evaluation_keys(settings.seed, name, problems, samples),
+        evaluation_keys(settings.seed, name, problems, samples),
         progress=progress,
         done_before=done_before,
     )

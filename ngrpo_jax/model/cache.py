@@ -56,7 +56,7 @@ def write(
     return keys_BKHS, jax.lax.dynamic_update_slice_in_dim(values_BKSH, v_BK1H, cursor, VALUE_COLUMNS)
 
 
-def held(lengths_B: jax.Array, cursor: jax.Array, columns: int) -> jax.Array:
+def valid_columns(lengths_B: jax.Array, cursor: jax.Array, columns: int) -> jax.Array:
     """bool [B, S]: the columns that hold a row's token once the one at the cursor is written, too."""
     age_S = (cursor - jnp.arange(columns, dtype=jnp.int32)) % columns
     return age_S[None, :] <= lengths_B[:, None]
@@ -69,15 +69,15 @@ def advanced(cache: KVCache) -> KVCache:
     )
 
 
-def seated(row: jax.Array, columns: int, cursor: jax.Array, axis: int) -> jax.Array:
+def aligned(row: jax.Array, columns: int, cursor: jax.Array, axis: int) -> jax.Array:
     """A row whose T columns end with its newest token -> one of S ≥ T columns that end before the cursor."""
     room = [(0, 0)] * row.ndim
     room[axis] = (columns - row.shape[axis], 0)
     return jnp.roll(jnp.pad(row, room), cursor, axis)
 
 
-def stretched(array: jax.Array, cursor: jax.Array, columns: int, axis: int) -> jax.Array:
-    """Keys or values with another number of columns, for a cursor as `stretched_cursor` tells.
+def resized(array: jax.Array, cursor: jax.Array, columns: int, axis: int) -> jax.Array:
+    """Keys or values with another number of columns, for a cursor as `resized_cursor` tells.
 
     Of a smaller number, the newest columns are kept; of a larger one, the last ones repeat old tokens. Looked
     up column by column: a roll of the last axis would hold the array twice on the way.
@@ -88,6 +88,6 @@ def stretched(array: jax.Array, cursor: jax.Array, columns: int, axis: int) -> j
     return jnp.take(array, places_S, axis=axis, mode="clip")
 
 
-def stretched_cursor(before: int, columns: int) -> int:
+def resized_cursor(before: int, columns: int) -> int:
     """Where the next token goes once a cache of `before` columns has `columns`."""
     return before if columns > before else 0

@@ -1,9 +1,9 @@
 """The decoder laid out for writing: prefill and one-token steps from weights joined once a rollout.
 
-The same model as decoder.py. `lay_out` stores every weight as [outputs, inputs], with the three projections
-of attention and the two of the MLP joined, so that a step reads each weight once and in order. The states of
-M tokens (rows of the cache, or rows times tokens of a prompt) lie as columns [D, M] or as rows [M, D], as
-suits the machine: `token_axis`. Nothing here is trained, and none of it is Flax.
+The same model as decoder.py. `to_inference_layout` stores every weight as [outputs, inputs], with the three
+projections of attention and the two of the MLP joined, so that a step reads each weight once and in order.
+The states of M tokens (rows of the cache, or rows times tokens of a prompt) lie as columns [D, M] or as
+rows [M, D], as suits the machine: `token_axis`. Nothing here is trained, and none of it is Flax.
 
 Layout:
     embed/embedding [V, D]    head/rows [V, D] unless tied    final_norm/scale [D]    layers: a tuple of
@@ -50,27 +50,27 @@ def token_axis() -> int:
     return -1 if jax.default_backend() == "cpu" else 0
 
 
-def is_laid_out(params: Params) -> bool:
-    """Whether `params` have been through `lay_out`."""
+def is_inference_layout(params: Params) -> bool:
+    """Whether `params` have been through `to_inference_layout`."""
     layers = params["layers"]
     return isinstance(layers, tuple) and "qkv" in layers[0]["attention"]
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def lay_out(params: Params, config: ModelConfig) -> Params:
+def to_inference_layout(params: Params, config: ModelConfig) -> Params:
     """The learner's parameters (decoder.py's, stacked or not), in the compute type and the layout above."""
     layers = unstack_layers(params)["layers"]
     laid_out = {
         "embed": params["embed"],
         "final_norm": params["final_norm"],
-        "layers": tuple(_lay_out_layer(layer, config) for layer in layers),
+        "layers": tuple(_to_inference_layer(layer, config) for layer in layers),
     }
     if not config.tie_embeddings:
         laid_out["head"] = params["head"]
     return jax.tree.map(lambda leaf: leaf.astype(config.dtype), laid_out)
 
 
-def _lay_out_layer(layer: Params, config: ModelConfig) -> Params:
+def _to_inference_layer(layer: Params, config: ModelConfig) -> Params:
     K, H, D = config.num_kv_heads, config.head_dim, config.hidden_size
     attention, mlp = layer["attention"], layer["mlp"]
 
@@ -124,31 +124,31 @@ def prefill(
     return _hidden(params, config, last), cache
 
 
-def turns(config: ModelConfig, columns: int) -> Rope:
+def rope_table(config: ModelConfig, columns: int) -> Rope:
     """Rotary cosines and sines of all positions that a cache of so many columns has, for `decode_step`."""
     return _rope(config, jnp.arange(columns + 1))
 
 
 def decode_step(
-    params: Params, config: ModelConfig, inputs: Mixture, cache: KVCache, turned: Rope
+    params: Params, config: ModelConfig, inputs: Mixture, cache: KVCache, rope_table: Rope
 ) -> tuple[jax.Array, KVCache]:
     """Feeds one input per row, Mixture [B, C]: (hidden_BD, the cache one column on).
 
     The cache is written in place where it is donated or carried by a loop. A row that is full loses its
-    oldest token, which spoils that row and no other. `turned` is `turns` of the cache's columns, made outside
-    of the loop: inside, XLA would compute each cosine anew in every layer and head.
+    oldest token, which spoils that row and no other. `rope_table` is that of the cache's columns,
+    made outside of the loop: inside, XLA would compute each cosine anew in every layer and head.
     """
     B = cache.lengths_B.shape[0]
     chex.assert_shape(inputs.ids, (B, None))
-    chex.assert_equal(turned[0].shape[token_axis()], cache.columns + 1)  # the look-up below would clip
+    chex.assert_equal(rope_table[0].shape[token_axis()], cache.columns + 1)  # the look-up below would clip
     x = _embedded(params, config, inputs)
-    cos, sin = (jnp.take(part, cache.lengths_B, axis=token_axis(), mode="clip") for part in turned)
+    cos, sin = (jnp.take(part, cache.lengths_B, axis=token_axis(), mode="clip") for part in rope_table)
     rope = cos, sin
-    held_BS = kv.held(cache.lengths_B, cache.cursor, cache.columns)
+    valid_BS = kv.valid_columns(cache.lengths_B, cache.cursor, cache.columns)
     kept = []
     for layer, own_keys, own_values in zip(params["layers"], cache.keys, cache.values, strict=True):
         attend = functools.partial(
-            _attend_cache, keys=own_keys, values=own_values, held_BS=held_BS, cursor=cache.cursor
+            _attend_cache, keys=own_keys, values=own_values, valid_BS=valid_BS, cursor=cache.cursor
         )
         x, seen = _layer(config, layer, x, rope, attend)
         kept.append(seen)
@@ -214,14 +214,14 @@ def _attend_cache(
     *,
     keys: jax.Array,
     values: jax.Array,
-    held_BS: jax.Array,
+    valid_BS: jax.Array,
     cursor: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """One query per row over the row's cache, into which its own key and value are written first."""
     q_BKGH, k_BKH, v_BKH = (jnp.moveaxis(x, token_axis(), 0) for x in (q, k, v))
     keys_BKHS, values_BKSH = kv.write(keys, values, k_BKH, v_BKH, cursor)
     scores = _product(q_BKGH, keys_BKHS)
-    weights = _softmax(scores, held_BS[:, None, None], q_BKGH.shape[3]).astype(values.dtype)
+    weights = _softmax(scores, valid_BS[:, None, None], q_BKGH.shape[3]).astype(values.dtype)
     out_BKGH = _product(weights, values_BKSH).astype(values.dtype)
     joined = out_BKGH.reshape(len(out_BKGH), -1)
     return jnp.moveaxis(joined, 0, token_axis()), (keys_BKHS, values_BKSH)

@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from ngrpo_jax.learner import packing, update
-from ngrpo_jax.model import decoder, inference
 from ngrpo_jax.model.config import ModelConfig
-from ngrpo_jax.rollout import compiling, engine
+from ngrpo_jax.rollout.programs import compile_largest
+from ngrpo_jax.rollout.request import NO_MIXING
 from ngrpo_jax.rollout.trajectory import Trajectories
 from ngrpo_jax.runtime import console, mesh
 from ngrpo_jax.settings import Settings
 from ngrpo_jax.setup.learner import make_learner, old_logprobs, row_layout
-from ngrpo_jax.setup.policy import evaluation_draws, plan_of, training_draws
+from ngrpo_jax.setup.policy import abstract_policy, evaluation_request, training_request
 from ngrpo_jax.setup.tokenizer_info import TokenizerInfo
 
 
@@ -33,7 +33,7 @@ def compile_update(
     state = mesh.shapes_on(abstract, shardings)
     layout = row_layout(settings, hosts=1)
     sharded = update.microbatches_sharding(mesh.rows_sharding(devices))
-    mixing = settings.mixing.method(()) if settings.mixing.active else engine.NO_MIXING
+    mixing = settings.mixing.method(()) if settings.mixing.active else NO_MIXING
     like = Trajectories.empty(1, 1, mixing.candidates, noisy=mixing.noisy).mixtures
     rows = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(
@@ -85,16 +85,7 @@ def compile_rollout(
 ) -> tuple[Any, str]:
     """Compiles the largest programs of the rollouts of training and of evaluation, on this host's devices."""
     begun = time.monotonic()
-    local, layout = mesh.local_mesh(devices), settings.rollout.layout
-    shapes = jax.eval_shape(lambda p: inference.lay_out(p, config), decoder.parameter_shapes(config))
-    params = mesh.shapes_on(shapes, mesh.param_shardings(local, shapes, layout=layout))
-    table_VC = jax.ShapeDtypeStruct(
-        (config.vocab_size, settings.mixing.k), jnp.int32, sharding=mesh.replicated(local)
-    )
-    count = 0
-    for draws in (training_draws(settings), evaluation_draws(settings)):
-        plan = plan_of(config, tokenizer_info, settings, draws, mesh.slots_sharding(local, layout))
-        mixes = plan.sampler.mixing.uses_table
-        compiled = compiling.compile_largest(params, plan, table_VC if mixes else None)
-        count += len(compiled)
+    policy = abstract_policy(config, tokenizer_info, devices, settings.rollout.layout)
+    requests = training_request(policy, settings), evaluation_request(policy, settings)
+    count = sum(len(compile_largest(policy.params, one, policy.table_VC)) for one in requests)
     return count, f"{count} compiled in {console.format_seconds(time.monotonic() - begun)}"

@@ -1,9 +1,9 @@
-"""The scheduler: prompts in, trajectories out, over a fixed number of slots.
+"""Prompts in, trajectories out, over a fixed number of slots.
 
-Sequences wait in order; whenever slots are free they are filled from a shared prefill of the next prompts,
-then all slots decode one chunk, then the finished ones are handed back. Where host and device run side by
-side, the flags of a chunk are read while the next one runs. Each sequence brings its own key, so that none of
-this changes what it writes. Knows token ids only: no tokenizer, no rewards, no learner.
+Queued sequences are inserted into free slots, from a prefill of their prompts that the samples of a prompt
+share; then all slots decode one chunk; then the slots of sequences that have ended are free again. Where host
+and device run side by side, the results of a chunk are read while the next one runs. Each sequence has a key
+of its own, so that none of this changes what is sampled. Must not know a tokenizer, rewards or the learner.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import collections
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,26 +20,30 @@ import numpy as np
 
 from ngrpo_jax.algo.mixture import Mixing
 from ngrpo_jax.algo.neighbors import neighbor_table
-from ngrpo_jax.model import cache as kv
 from ngrpo_jax.model import decoder, inference
 from ngrpo_jax.model.config import ModelConfig
-from ngrpo_jax.rollout import decode
-from ngrpo_jax.rollout.checks import check_arguments
-from ngrpo_jax.rollout.compiling import Plan, Shapes, decoded, empty_slots, prefilled, shapes_of
-from ngrpo_jax.rollout.scheduler import Seating, smallest
+from ngrpo_jax.rollout.decode import ChunkOutput
+from ngrpo_jax.rollout.programs import Programs
+from ngrpo_jax.rollout.request import (
+    NO_MIXING,
+    RolloutRequest,
+    SamplingParams,
+    Sequences,
+    make_sequences,
+)
+from ngrpo_jax.rollout.scheduler import FREE, SlotScheduler
+from ngrpo_jax.rollout.slots import Prefix, Slots
 from ngrpo_jax.rollout.trajectory import Trajectories
-
-NO_MIXING = Mixing(strategy="none")
 
 
 @dataclasses.dataclass
-class Stats:
-    """What a rollout has done so far; `generate` fills it in as it goes.
+class RolloutStats:
+    """Counts of a rollout, filled in as it goes.
 
-    A step runs in every slot, whether somebody sits there or not, so steps × slots is the work that was done
-    and tokens the work that was of use. `waiting_` counts the same over the chunks at whose start sequences
-    waited. Times are wall seconds: prefill_s of the prefills beside which no chunk was under way, decode_s of
-    everything else.
+    A step runs in every slot, whether it holds a sequence or not, so steps × slots is the work that was done
+    and tokens the work that was of use. `queued_` counts the same over the chunks that began with sequences
+    in the queue. Times are wall seconds: prefill_s of the prefills beside which no chunk was running,
+    decode_s of everything else.
     """
 
     sequences: int = 0
@@ -47,24 +51,23 @@ class Stats:
     slots: int = 0
     steps: int = 0
     tokens: int = 0
-    waiting_steps: int = 0
-    waiting_tokens: int = 0
+    queued_steps: int = 0
+    queued_tokens: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
 
     @property
     def occupancy(self) -> float:
-        """Share of the decoded rows that wrote a token."""
+        """Share of the decoded rows that generated a token."""
         return self.tokens / (self.steps * self.slots) if self.steps else 0.0
 
     @property
-    def waiting_occupancy(self) -> float:
-        """The same while sequences waited for a slot; 0 where none ever did."""
-        return self.waiting_tokens / (self.waiting_steps * self.slots) if self.waiting_steps else 0.0
+    def queued_occupancy(self) -> float:
+        """The same while sequences were queued; 0 where none ever was."""
+        return self.queued_tokens / (self.queued_steps * self.slots) if self.queued_steps else 0.0
 
 
-Progress = Callable[[Stats], None]
-Prefix = tuple[jax.Array, kv.KVCache]  # a prefill's hidden states [P, D], and its keys and values
+Progress = Callable[[RolloutStats], None]
 
 
 def generate(
@@ -88,19 +91,19 @@ def generate(
     max_prompt_tokens: int | None = None,
     sharding: jax.sharding.NamedSharding | None = None,
     lookahead: int | None = None,
-    stats: Stats | None = None,
+    stats: RolloutStats | None = None,
     progress: Progress | None = None,
 ) -> Trajectories:
-    """Draws `samples` responses to each prompt.
+    """Generates `samples` responses to each prompt: `rollout` of a request made from these arguments.
 
     Args:
-      params: parameters as `model.hf.load` gives them, or as `inference.lay_out` has made of them.
+      params: parameters as `model.hf.load` gives them, or in the inference layout.
       config: the model's; `config.dtype` is the dtype of matrix products and of the cache.
       prompts: token ids, ragged, none empty.
       samples: responses a prompt.
       max_new_tokens: bound on a response; the T of the result.
       temperature: divides the logits; 0 is greedy.
-      top_p: nucleus, of the law that top_k has left and renormalised.
+      top_p: nucleus of the distribution that top_k has left, renormalised.
       top_k: 0 for all tokens.
       mixing: what is done to inputs; None for nothing.
       table_VC: neighbour table [V, k]; when missing and needed, built over all rows of the input embedding
@@ -110,13 +113,12 @@ def generate(
       keys_B: one key a sequence (typed keys or their uint32 data) instead of those.
       lengths_B: a bound of its own for each response, from 1 to max_new_tokens.
       slots: sequences decoded side by side; None: 64, or as many as there are sequences.
-      chunk: decode steps between two refills.
+      chunk: decode steps between two insertions of new sequences.
       max_prompt_tokens: what the cache has room for; None: the longest of these prompts. Given, nothing
         compiles anew for other prompts.
-      sharding: of arrays whose leading dimension is the slots; params must live on the same devices.
-      lookahead: chunks started before the flags of the last but so many are read; None: 0 on CPU, else 1.
-      stats: filled in on the way.
-      progress: called with the stats after each chunk.
+      sharding: of arrays whose leading dimension is the slots; params must be on the same devices.
+      lookahead: as in `RolloutRequest`.
+      stats, progress: as in `rollout`.
 
     Returns:
       Trajectories with B = prompts × samples, prompt-major.
@@ -124,170 +126,183 @@ def generate(
     Raises:
       ValueError: an argument that cannot be right, by name.
     """
-    sampler = decode.Sampler(
-        float(temperature), float(top_p), int(top_k), mixing or NO_MIXING, tuple(stop_ids)
-    )
     count = len(prompts) * samples
-    slots = min(64, count) if slots is None else slots
-    limits_B = np.full(count, max_new_tokens) if lengths_B is None else np.asarray(lengths_B)
-    check_arguments(
-        prompts, config, sampler, samples, max_new_tokens, limits_B, slots, chunk, max_prompt_tokens, table_VC
+    request = RolloutRequest(
+        config,
+        SamplingParams(float(temperature), float(top_p), int(top_k), mixing or NO_MIXING, tuple(stop_ids)),
+        samples=samples,
+        max_new_tokens=max_new_tokens,
+        slots=min(64, max(count, 1)) if slots is None else slots,
+        chunk=chunk,
+        max_prompt_tokens=max_prompt_tokens or max([1, *map(len, prompts)]),
+        sharding=sharding,
+        lookahead=lookahead,
     )
-    keys_B2 = _key_data(keys_B, seed, count)
-    table_VC = _table(params, config, sampler, table_VC)
-    if not inference.is_laid_out(params):
-        params = inference.lay_out(params, config)
-    longest = max_prompt_tokens or max(map(len, prompts))
-    shapes = shapes_of(
-        Plan(config, sampler, samples, max_new_tokens, slots, chunk, longest, sharding), params
-    )
-    stats = Stats() if stats is None else stats
-    stats.sequences, stats.slots = count, shapes.slots
-    seating = Seating(
-        np.array([len(prompt) for prompt in prompts]),
-        limits_B,
-        samples,
-        keys_B2,
-        slots=shapes.slots,
-        shards=shapes.shards,
-        prompts=shapes.prompts,
-    )
-    results = Trajectories.empty(count, max_new_tokens, sampler.mixing.candidates, noisy=sampler.mixing.noisy)
-    if lookahead is None:
-        lookahead = 0 if jax.default_backend() == "cpu" else 1
-    _run(params, table_VC, prompts, shapes, seating, results, limits_B, lookahead, stats, progress)
-    return results
+    if keys_B is None:
+        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(count))
+    sequences = make_sequences(request, prompts, keys_B, lengths_B)
+    if table_VC is None and request.sampling.mixing.uses_table:
+        table_VC = _default_table(params, request)
+    if not inference.is_inference_layout(params):
+        params = inference.to_inference_layout(params, config)
+    return rollout(params, request, sequences, table_VC=table_VC, stats=stats, progress=progress)
 
 
-def _run(
+def rollout(
     params: Any,
-    table_VC: Any | None,
-    prompts: Sequence[Sequence[int]],
-    shapes: Shapes,
-    seating: Seating,
-    results: Trajectories,
-    limits_B: np.ndarray,
-    lookahead: int,
-    stats: Stats,
-    progress: Progress | None,
-) -> None:
-    """Refills, decodes and collects until every sequence has ended."""
-    state = empty_slots(shapes)
-    running: collections.deque = collections.deque()  # (who sat where, whether any waited, what was written)
-    prefix, begun = None, time.perf_counter()
-    while seating.waiting or seating.seated or running:
-        if seating.waiting:
-            state, prefix = _refill(params, prompts, shapes, seating, state, prefix, stats, alone=not running)
-        if seating.seated:
-            state = _fitted(state, seating.columns_needed(shapes.chunk), shapes)
-            state, written = decoded(params, table_VC, state, shapes)
-            jax.tree.map(lambda leaf: leaf.copy_to_host_async(), written)
-            running.append((seating.advance(shapes.chunk), seating.waiting, written))
-        if len(running) > (lookahead if seating.seated else 0):
-            who_B, waited, written = running.popleft()
-            ended, tokens = _collect(results, who_B, jax.device_get(written), limits_B)
-            seating.release(ended)
-            stats.steps += shapes.chunk
-            stats.tokens += tokens
-            stats.done += len(ended)
-            if waited:
-                stats.waiting_steps += shapes.chunk
-                stats.waiting_tokens += tokens
-            stats.decode_s = time.perf_counter() - begun - stats.prefill_s
-            if progress is not None:
-                progress(stats)
-
-
-def _refill(
-    params: Any,
-    prompts: Sequence[Sequence[int]],
-    shapes: Shapes,
-    seating: Seating,
-    state: decode.Slots,
-    prefix: Prefix | None,
-    stats: Stats,
+    request: RolloutRequest,
+    sequences: Sequences,
     *,
-    alone: bool,
-) -> tuple[decode.Slots, Prefix | None]:
-    """Prefills and seats until no slot is free or nobody waits: (slots, the last prefill).
+    table_VC: Any | None = None,
+    stats: RolloutStats | None = None,
+    progress: Progress | None = None,
+) -> Trajectories:
+    """Generates the responses of a request.
 
-    `alone`: no chunk is under way. Beside one, waiting here would leave the device idle after it.
+    Args:
+      params: in the inference layout.
+      sequences: as `make_sequences` makes them for this request.
+      table_VC: neighbour table [V, k]; needed where the request mixes by one, else without use.
+      stats: filled in on the way.
+      progress: called with the stats after each chunk.
+
+    Returns:
+      Trajectories with B = prompts × samples, prompt-major.
+
+    Raises:
+      ValueError: a table that is missing or of another shape.
     """
-    while True:
-        wanted = seating.wants_prefill()
-        if wanted is not None:
-            start = time.perf_counter()
-            prefix = prefilled(params, [prompts[i] for i in wanted], shapes)
-            if alone:
-                jax.block_until_ready(prefix)
-                stats.prefill_s += time.perf_counter() - start
-        seats = seating.seat()
-        if seats is None or prefix is None:
-            return state, prefix
-        hidden_PD, cache = prefix
-        if state.cache.columns < cache.columns:
-            state = _fitted(state, cache.columns, shapes)
-        state = decode.fill(state, hidden_PD, cache, seats, placement=shapes.placement)
+    mixing, stats = request.sampling.mixing, RolloutStats() if stats is None else stats
+    needed = (request.config.vocab_size, mixing.k)
+    found = None if table_VC is None else tuple(table_VC.shape)
+    if mixing.uses_table and found != needed:
+        raise ValueError(f"the neighbour table has shape {found}; this model and k need {needed}.")
+    under_way = _Rollout(params, table_VC, Programs.of(request, params), sequences, stats)
+    under_way.run(progress)
+    return under_way.results
 
 
-def _fitted(state: decode.Slots, need: int, shapes: Shapes) -> decode.Slots:
-    """The slots with a cache of at least so many columns, reached by one size after the other.
+class _Chunk(NamedTuple):
+    """A chunk that has been started: the sequence in each slot, whether any was queued, its results."""
 
-    So the stretches to compile are those between neighbouring sizes. Where the cache shrinks, it keeps one
-    size more than is needed, lest it go back and forth at every refill.
-    """
-    at, wanted = (shapes.sizes.index(size) for size in (state.cache.columns, smallest(shapes.sizes, need)))
-    while at < wanted or at > wanted + 1:
-        at += 1 if at < wanted else -1
-        state = decode.stretch(state, shapes.sizes[at])
-    return state
+    sequence_B: np.ndarray
+    queued: bool
+    output: ChunkOutput
+
+
+class _Rollout:
+    """A rollout under way: the state of its slots on the device, and what it has generated so far."""
+
+    def __init__(
+        self, params: Any, table_VC: Any | None, programs: Programs, sequences: Sequences, stats: RolloutStats
+    ) -> None:
+        self._params, self._table_VC = params, table_VC
+        self._programs, self._sequences, self._stats = programs, sequences, stats
+        self._scheduler = SlotScheduler(
+            sequences, slots=programs.slots, shards=programs.shards, prefill_rows=programs.prefill_rows
+        )
+        self._slots: Slots = programs.empty()
+        self._prefix: Prefix | None = None  # the last prefill
+        self._begun = time.perf_counter()
+        request, mixing = programs.request, programs.request.sampling.mixing
+        count = len(sequences.keys_B2)
+        self.results = Trajectories.empty(
+            count, request.max_new_tokens, mixing.candidates, noisy=mixing.noisy
+        )
+        stats.sequences, stats.slots = count, programs.slots
+
+    def run(self, progress: Progress | None) -> None:
+        """Inserts, decodes and collects until every sequence has ended."""
+        scheduler, lookahead = self._scheduler, self._programs.request.lookahead
+        if lookahead is None:
+            lookahead = 0 if jax.default_backend() == "cpu" else 1
+        running: collections.deque[_Chunk] = collections.deque()
+        while scheduler.queued or scheduler.active or running:
+            self._fill_free_slots(alone=not running)
+            if scheduler.active:
+                running.append(self._start_chunk())
+            if len(running) > (lookahead if scheduler.active else 0):
+                self._finish_chunk(running.popleft())
+                if progress is not None:
+                    progress(self._stats)
+
+    def _fill_free_slots(self, *, alone: bool) -> None:
+        """Prefills and inserts until no slot is free or no sequence is queued.
+
+        `alone`: no chunk is running. Beside one, blocking here would leave the device idle after it.
+        """
+        while True:
+            prompts = self._scheduler.next_prefill()
+            if prompts is not None:
+                start = time.perf_counter()
+                self._prefix = self._programs.prefill(
+                    self._params, [self._sequences.prompts[i] for i in prompts]
+                )
+                if alone:
+                    jax.block_until_ready(self._prefix)
+                    self._stats.prefill_s += time.perf_counter() - start
+            insertions = self._scheduler.next_insertions()
+            if insertions is None or self._prefix is None:
+                return
+            columns = self._prefix.cache.columns
+            if self._slots.cache.columns < columns:
+                self._slots = self._programs.resize(self._slots, columns)
+            self._slots = self._programs.insert(self._slots, self._prefix, insertions)
+
+    def _start_chunk(self) -> _Chunk:
+        """Starts a chunk, and the copy of its results to the host."""
+        steps = self._programs.request.chunk
+        slots = self._programs.resize(self._slots, self._scheduler.columns_needed(steps))
+        self._slots, output = self._programs.decode(self._params, self._table_VC, slots)
+        jax.tree.map(lambda leaf: leaf.copy_to_host_async(), output)
+        return _Chunk(self._scheduler.advance(steps), self._scheduler.queued, output)
+
+    def _finish_chunk(self, chunk: _Chunk) -> None:
+        """Waits for a chunk's results, records them, and frees the slots of sequences that have ended."""
+        ended, tokens = _collect(
+            self.results, chunk.sequence_B, jax.device_get(chunk.output), self._sequences.limits_B
+        )
+        self._scheduler.release(ended)
+        stats, steps = self._stats, self._programs.request.chunk
+        stats.steps += steps
+        stats.tokens += tokens
+        stats.done += len(ended)
+        if chunk.queued:
+            stats.queued_steps += steps
+            stats.queued_tokens += tokens
+        stats.decode_s = time.perf_counter() - self._begun - stats.prefill_s
 
 
 def _collect(
-    results: Trajectories, who_B: np.ndarray, written: decode.Written, limits_B: np.ndarray
+    results: Trajectories, sequence_B: np.ndarray, output: ChunkOutput, limits_B: np.ndarray
 ) -> tuple[list[int], int]:
-    """Copies a chunk's tokens into the results; returns the sequences that have ended and the tokens."""
+    """Copies a chunk's tokens into the results; returns the sequences that have ended, and the tokens."""
     ended, tokens = [], 0
-    kept, fresh = jax.tree.leaves(results.mixtures), jax.tree.leaves(written.mixtures)
-    for slot in np.flatnonzero(who_B >= 0):
-        sequence, count = who_B[slot], int(written.valid_TB[:, slot].sum())
+    of_results, of_output = jax.tree.leaves(results.mixtures), jax.tree.leaves(output.mixtures)
+    for slot in np.flatnonzero(sequence_B != FREE):
+        sequence, count = sequence_B[slot], int(output.valid_TB[:, slot].sum())
         start = results.lengths_B[sequence]
         here, there = (sequence, slice(start, start + count)), (slice(count), slot)
-        results.tokens_BT[here] = written.tokens_TB[there]
-        results.mixed_BT[here] = written.mixed_TB[there]
-        results.logprobs_BT[here] = written.logprobs_TB[there]
-        for old, new in zip(kept, fresh, strict=True):
-            old[here] = new[there]
-        was_over = results.over(sequence, limits_B[sequence])
+        results.tokens_BT[here] = output.tokens_TB[there]
+        results.mixed_BT[here] = output.mixed_TB[there]
+        results.logprobs_BT[here] = output.logprobs_TB[there]
+        for recorded, new in zip(of_results, of_output, strict=True):
+            recorded[here] = new[there]
+        had_ended = results.ended(sequence, limits_B[sequence])
         results.lengths_B[sequence] += count
-        results.stopped_B[sequence] |= written.stopped_TB[there].any()
-        results.failed_B[sequence] |= written.failed_TB[:, slot].any()
+        results.stopped_B[sequence] |= output.stopped_TB[there].any()
+        results.nonfinite_B[sequence] |= output.nonfinite_TB[:, slot].any()
         tokens += count
-        if results.over(sequence, limits_B[sequence]) and not was_over:
+        if results.ended(sequence, limits_B[sequence]) and not had_ended:
             ended.append(int(sequence))
     return ended, tokens
 
 
-def _table(params: Any, config: ModelConfig, sampler: decode.Sampler, table_VC: Any | None) -> Any | None:
-    """The table given, or one over all rows where a strategy needs it and none is given."""
-    if not sampler.mixing.uses_table or table_VC is not None:
-        return table_VC if sampler.mixing.uses_table else None
-    if inference.is_laid_out(params):
-        rows_VD = inference.table_rows(params, sampler.mixing.table)
+def _default_table(params: Any, request: RolloutRequest) -> jax.Array:
+    """A neighbour table over all rows, of parameters in either layout."""
+    mixing = request.sampling.mixing
+    if inference.is_inference_layout(params):
+        rows_VD = inference.table_rows(params, mixing.table)
     else:
-        rows_VD = decoder.table_rows(params, config, sampler.mixing.table)
-    return neighbor_table(rows_VD, sampler.mixing.k, metric=sampler.mixing.metric)
-
-
-def _key_data(keys_B: Any | None, seed: int, count: int) -> np.ndarray:
-    """uint32 [count, 2]: the given keys' data, or fold_in(key(seed), i)."""
-    if keys_B is None:
-        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(count))
-    if jax.dtypes.issubdtype(getattr(keys_B, "dtype", None), jax.dtypes.prng_key):
-        keys_B = jax.random.key_data(keys_B)
-    keys_B2 = np.asarray(keys_B)
-    if keys_B2.shape != (count, 2) or keys_B2.dtype != np.uint32:
-        raise ValueError(
-            f"keys_B must hold one key for each of the {count} sequences; got shape {keys_B2.shape}."
-        )
-    return keys_B2
+        rows_VD = decoder.table_rows(params, request.config, mixing.table)
+    return neighbor_table(rows_VD, mixing.k, metric=mixing.metric)

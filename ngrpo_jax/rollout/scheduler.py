@@ -1,6 +1,15 @@
-"""Who waits, who sits where, and from which prefill the next sequences start: host bookkeeping alone.
+"""Which sequence is in which slot, and which row of which prefill it continues: bookkeeping on the host.
 
-Sequences enter in their order. Knows numbers and lengths; neither devices nor what a sequence writes.
+Knows numbers and lengths; neither devices nor what a sequence generates. Sequences enter in their order.
+Three chunks over three slots (`|` ends a chunk, a digit is a token of that sequence, `.` a step of a slot
+whose sequence has ended):
+
+    queue    3 4 5 ..     4 5 ..       5 ..        -> inserted when a chunk has ended with a free slot
+    slot 0   0 0 0 0    | 0 0 0 0    | 0 0 . .     released after the chunk in which it ends
+    slot 1   1 1 . .    | 3 3 3 3    | 3 3 3 3
+    slot 2   2 2 2 2    | 2 . . .    | 4 4 4 4
+
+Letter of this file: I insertions, as in slots.py.
 """
 
 from __future__ import annotations
@@ -9,147 +18,92 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ngrpo_jax.rollout.decode import Seats
+from ngrpo_jax.rollout.request import Sequences
+from ngrpo_jax.rollout.slots import Insertions
 
 FREE = -1
-RATIO = 1.5  # of one cache size to the next
-MOST_SIZES = 6
-GRAIN = 32  # cache sizes and prompt lengths are multiples of it
 
 
-def cache_sizes(capacity: int, shortest: int = 1) -> tuple[int, ...]:
-    """The few cache lengths of a rollout, rising to `capacity`; none below `shortest` but it itself.
-
-    A step reads the whole of its cache, so that short contexts want a short one; each size is a compilation.
-    """
-    sizes = [_round_up(capacity, GRAIN)]
-    floor = max(_round_up(shortest, GRAIN), 2 * GRAIN)
-    while len(sizes) < MOST_SIZES and sizes[-1] > floor:
-        sizes.append(max(floor, min(sizes[-1] - GRAIN, _round_up(int(sizes[-1] / RATIO), GRAIN))))
-    return tuple(reversed(sizes))
-
-
-def prompt_lengths(longest: int) -> tuple[int, ...]:
-    """The few lengths that prompts are padded to, the last one holding `longest` tokens."""
-    lengths = [GRAIN]
-    while lengths[-1] < longest:
-        lengths.append(2 * lengths[-1])
-    return (*lengths[:-1], _round_up(longest, GRAIN))
-
-
-def smallest(sizes: Sequence[int], need: int) -> int:
-    """The smallest of rising sizes that holds `need`; the largest where none does."""
-    return next((size for size in sizes if size >= need), sizes[-1])
-
-
-class Seating:
+class SlotScheduler:
     """The sequences of a rollout over its slots.
 
     Args:
-      lengths_P: prompt lengths.
-      limits_B: bounds of the response lengths, one a sequence, prompt-major.
-      samples: sequences a prompt.
-      keys_B2: uint32 key data of each sequence.
+      sequences: prompt-major, of the same number for each prompt.
       slots: of all shards together.
       shards: parts of equal size that the slots are split into.
-      prompts: of one prefill.
+      prefill_rows: prompts of one prefill.
     """
 
-    def __init__(
-        self,
-        lengths_P: np.ndarray,
-        limits_B: np.ndarray,
-        samples: int,
-        keys_B2: np.ndarray,
-        *,
-        slots: int,
-        shards: int,
-        prompts: int,
-    ) -> None:
-        self._lengths_B = np.repeat(lengths_P, samples)
-        self._limits_B, self._samples, self._keys_B2 = limits_B, samples, keys_B2
-        self._shards, self._prompts = shards, prompts
-        self.sequence_B = np.full(slots, FREE)  # the sequence in each slot
-        self._steps_B = np.zeros(slots, np.int64)  # decode steps since it sat down
-        self._next = 0  # the first sequence that waits
+    def __init__(self, sequences: Sequences, *, slots: int, shards: int, prefill_rows: int) -> None:
+        self._sequences = sequences
+        self._samples = len(sequences.keys_B2) // len(sequences.prompts)
+        self._prompt_lengths_B = np.repeat([len(prompt) for prompt in sequences.prompts], self._samples)
+        self._shards, self._prefill_rows = shards, prefill_rows
+        self._sequence_B = np.full(slots, FREE)  # the sequence in each slot
+        self._steps_B = np.zeros(slots, np.int64)  # decode steps since its insertion
+        self._next = 0  # the first sequence of the queue
         # The last prefill holds the prompts from the first of these to below the second.
         self._first = self._prefilled = 0
 
     @property
-    def waiting(self) -> bool:
-        """Whether any sequence has no slot yet."""
-        return self._next < len(self._keys_B2)
+    def queued(self) -> bool:
+        """Whether any sequence has had no slot yet."""
+        return self._next < len(self._sequences.keys_B2)
 
     @property
-    def seated(self) -> bool:
-        """Whether anybody sits."""
-        return bool((self.sequence_B != FREE).any())
+    def active(self) -> bool:
+        """Whether any slot holds a sequence."""
+        return bool((self._sequence_B != FREE).any())
 
-    def wants_prefill(self) -> range | None:
-        """The next prompts to prefill, where a free slot waits for one of them."""
-        if not self.waiting or not (self.sequence_B == FREE).any():
+    def next_prefill(self) -> range | None:
+        """The next prompts to prefill, where there is a free slot and the last prefill is used up."""
+        if not self.queued or not (self._sequence_B == FREE).any():
             return None
         if self._next // self._samples < self._prefilled:
             return None
         self._first = self._prefilled
-        self._prefilled = min(self._first + self._prompts, len(self._lengths_B) // self._samples)
+        self._prefilled = min(self._first + self._prefill_rows, len(self._sequences.prompts))
         return range(self._first, self._prefilled)
 
-    def seat(self) -> Seats | None:
-        """Seats as many waiting sequences of the last prefill as there are free slots; None for nobody."""
+    def next_insertions(self) -> Insertions | None:
+        """As many queued sequences of the last prefill as there are free slots; None for no sequence."""
         free = self._free_slots()
         last = min(self._next + len(free), self._prefilled * self._samples)
         sequences = np.arange(self._next, last)
         if not len(sequences):
             return None
         free, self._next = free[: len(sequences)], last
-        self.sequence_B[free], self._steps_B[free] = sequences, 0
-        width = len(self.sequence_B) // self._shards
-        seats = no_seats(self._shards, width)
+        self._sequence_B[free], self._steps_B[free] = sequences, 0
+        width = len(self._sequence_B) // self._shards
+        insertions = Insertions.none(len(self._sequence_B), self._shards)
         for slot, sequence in zip(free, sequences, strict=True):
             shard = slot // width
-            place = shard * width + seats.count[shard]
-            seats.count[shard] += 1
-            seats.slot[place] = slot % width
-            seats.source[place] = sequence // self._samples - self._first
-            seats.keys[place] = self._keys_B2[sequence]
-            seats.limits[place] = self._limits_B[sequence]
-        return seats
+            i = shard * width + insertions.count[shard]
+            insertions.count[shard] += 1
+            insertions.slot_I[i] = slot % width
+            insertions.row_I[i] = sequence // self._samples - self._first
+            insertions.keys_I2[i] = self._sequences.keys_B2[sequence]
+            insertions.limits_I[i] = self._sequences.limits_B[sequence]
+        return insertions
 
     def _free_slots(self) -> np.ndarray:
-        """Free slots, the shards taking turns, so that none seats all newcomers while others look on."""
-        width = len(self.sequence_B) // self._shards
-        turns = np.arange(len(self.sequence_B)).reshape(self._shards, width).T.reshape(-1)
-        return turns[self.sequence_B[turns] == FREE]
+        """Free slots, one of each shard after the other, so that the shards have equally many sequences."""
+        slots = len(self._sequence_B)
+        alternating = np.arange(slots).reshape(self._shards, slots // self._shards).T.reshape(-1)
+        return alternating[self._sequence_B[alternating] == FREE]
 
     def columns_needed(self, steps: int) -> int:
-        """Cache columns that the seated sequences fill at most in the next `steps` steps."""
-        taken = self.sequence_B != FREE
-        sequences = self.sequence_B[taken]
-        written = np.minimum(self._steps_B[taken] + steps, self._limits_B[sequences])
-        return int((self._lengths_B[sequences] + written).max(initial=1))
+        """Cache columns that the sequences in the slots fill at most in the next `steps` steps."""
+        taken = self._sequence_B != FREE
+        sequences = self._sequence_B[taken]
+        generated = np.minimum(self._steps_B[taken] + steps, self._sequences.limits_B[sequences])
+        return int((self._prompt_lengths_B[sequences] + generated).max(initial=1))
 
     def advance(self, steps: int) -> np.ndarray:
-        """Notes that a chunk has been started; returns who sits where in it, [slots]."""
+        """Notes that a chunk has been started; returns the sequence in each slot of it, FREE for none."""
         self._steps_B += steps
-        return self.sequence_B.copy()
+        return self._sequence_B.copy()
 
     def release(self, sequences: Sequence[int]) -> None:
         """Frees the slots of sequences that have ended."""
-        self.sequence_B[np.isin(self.sequence_B, sequences)] = FREE
-
-
-def no_seats(shards: int, width: int) -> Seats:
-    """Seats for nobody, `width` a shard."""
-    size = shards * width
-    return Seats(
-        count=np.zeros(shards, np.int32),
-        slot=np.zeros(size, np.int32),
-        source=np.zeros(size, np.int32),
-        keys=np.zeros((size, 2), np.uint32),
-        limits=np.zeros(size, np.int32),
-    )
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+        self._sequence_B[np.isin(self._sequence_B, sequences)] = FREE

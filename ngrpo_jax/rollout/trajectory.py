@@ -25,8 +25,8 @@ class Trajectories(NamedTuple):
       logprobs_BT: float32, log-probability of the written token when it was written, at the rollout
         temperature, before truncation by top-p or top-k; 0 beyond the length.
       stopped_B: bool, whether a stop token ended the response (else it ran into its limit, or failed).
-      failed_B: bool, whether the model's logits stopped being finite numbers; what was written before stands,
-        which may be nothing.
+      nonfinite_B: bool, whether the model's logits stopped being finite; the tokens before that, which may
+        be none, stand.
     """
 
     tokens_BT: np.ndarray
@@ -35,7 +35,7 @@ class Trajectories(NamedTuple):
     mixed_BT: np.ndarray
     logprobs_BT: np.ndarray
     stopped_B: np.ndarray
-    failed_B: np.ndarray
+    nonfinite_B: np.ndarray
 
     @classmethod
     def empty(cls, count: int, length: int, candidates: int, *, noisy: bool = False) -> Trajectories:
@@ -58,16 +58,16 @@ class Trajectories(NamedTuple):
             mixed_BT=np.zeros((count, length), bool),
             logprobs_BT=np.zeros((count, length), np.float32),
             stopped_B=np.zeros(count, bool),
-            failed_B=np.zeros(count, bool),
+            nonfinite_B=np.zeros(count, bool),
         )
 
     def response(self, index: int) -> np.ndarray:
         """The written tokens of one response, without padding."""
         return self.tokens_BT[index, : self.lengths_B[index]]
 
-    def over(self, index: int, limit: int) -> bool:
+    def ended(self, index: int, limit: int) -> bool:
         """Whether a response of at most `limit` tokens has ended."""
-        return bool(self.stopped_B[index] or self.failed_B[index] or self.lengths_B[index] >= limit)
+        return bool(self.stopped_B[index] or self.nonfinite_B[index] or self.lengths_B[index] >= limit)
 
     def part(self, start: int, stop: int) -> Trajectories:
         """The responses start..stop."""
@@ -80,5 +80,5 @@ class Trajectories(NamedTuple):
             self.mixed_BT[cut],
             self.logprobs_BT[cut],
             self.stopped_B[cut],
-            self.failed_B[cut],
+            self.nonfinite_B[cut],
         )

@@ -16,14 +16,10 @@ from ngrpo_jax.run import summary
 from ngrpo_jax.run.neighbor_table import refresh_table
 from ngrpo_jax.run.state import Run, RunState, save
 from ngrpo_jax.run.step import policy_of, train_step
-from ngrpo_jax.runtime import console, distributed, ending, metrics
+from ngrpo_jax.runtime import distributed, ending, metrics
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.settings import TrainSettings
-from ngrpo_jax.setup.policy import (
-    compile_ahead,
-    evaluation_draws,
-    training_draws,
-)
+from ngrpo_jax.setup.policy import compile_rollouts, evaluation_request, training_request
 from ngrpo_jax.tasks.rewards import Grader
 
 
@@ -33,7 +29,9 @@ def train(run: Run, state: RunState, grader: Grader, checkpoints: Checkpoints, b
     resume = state.step or None
     if process.primary:
         summary.announce(run, state)
-    compile_rollouts(run, state)
+    policy = policy_of(run, state.train_state.params, None)
+    compile_rollouts(policy, [training_request(policy, settings), evaluation_request(policy, settings)])
+    del policy  # a copy of the parameters
     if not state.initial_evaluation:
         state = dataclasses.replace(
             state, initial_evaluation=evaluate(run, state, grader, "evaluation before")
@@ -69,16 +67,6 @@ def train(run: Run, state: RunState, grader: Grader, checkpoints: Checkpoints, b
     checkpoints.wait()
     after = after or evaluate(run, state, grader, "evaluation after")
     summary.finish(run, state, after, checkpoints, time.monotonic() - begun)
-
-
-def compile_rollouts(run: Run, state: RunState) -> None:
-    """Compiles the rollouts of training and evaluation for all sizes, and says how long it took."""
-    settings = run.settings
-    policy = policy_of(run, state.train_state.params, None)
-    draws = (training_draws(settings), evaluation_draws(settings))
-    seconds = sum(compile_ahead(policy, settings, one) for one in draws)
-    if distributed.process().primary:
-        print(f"rollouts   compiled for every size in {console.format_seconds(seconds)}", flush=True)
 
 
 def evaluate(run: Run, state: RunState, grader: Grader, label: str) -> dict[str, float]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ngrpo_jax.algo.neighbors import refresh
 from ngrpo_jax.model import decoder
 from ngrpo_jax.run.state import Run, RunState, Table
-from ngrpo_jax.setup.policy import table_config
+from ngrpo_jax.setup.neighbor_table import table_config
 
 
 def refresh_table(run: Run, state: RunState) -> tuple[Table | None, dict[str, float]]:

@@ -18,7 +18,7 @@ from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.settings import Settings
 from ngrpo_jax.setup.learner import Learner
 from ngrpo_jax.setup.model_spec import ModelSpec
-from ngrpo_jax.setup.policy import table_config
+from ngrpo_jax.setup.neighbor_table import table_config
 from ngrpo_jax.setup.problems import ProblemSet
 from ngrpo_jax.setup.resume import check_resumable, lasting_settings
 from ngrpo_jax.tasks.datasets import fingerprint

@@ -21,14 +21,16 @@ from ngrpo_jax.rollout.trajectory import Trajectories
 from ngrpo_jax.run.metrics import Rollout, gather_responses, response_metrics, sample_rows, step_row
 from ngrpo_jax.run.neighbor_table import add_drift, copy_rows, neighbors, refresh_table
 from ngrpo_jax.run.state import Run, RunState, Table
-from ngrpo_jax.runtime import distributed
+from ngrpo_jax.runtime import console, distributed
 from ngrpo_jax.setup.learner import old_logprobs, row_layout
 from ngrpo_jax.setup.policy import (
     Policy,
     failures,
     make_policy,
     response_texts,
-    training_draws,
+    sequence_keys,
+    sequence_numbers,
+    training_request,
     write_responses,
 )
 from ngrpo_jax.setup.problems import ProblemSet
@@ -75,14 +77,13 @@ def policy_of(run: Run, params: Any, table: Table | None) -> Policy:
 
 def roll_out(run: Run, policy: Policy, batch: ProblemSet, step: int) -> Trajectories:
     """Responses to this host's problems; FloatingPointError on all hosts where one's cannot be used."""
-    trajectories = write_responses(
-        policy,
-        batch.prompts,
-        run.settings,
-        label=f"step {step}: rollout",
-        stream=step,
-        draws=training_draws(run.settings),
-    )
+    request, primary = training_request(policy, run.settings), distributed.process().primary
+    numbers_B = sequence_numbers(len(batch.prompts), request.samples)
+    keys_B = sequence_keys(run.settings.seed, step, numbers_B)
+    with console.Progress(
+        f"step {step}: rollout", len(numbers_B), "sequences", keep=False, enabled=primary
+    ) as progress:
+        trajectories = write_responses(policy, request, batch.prompts, keys_B, progress=progress)
     ids = [problem.id for problem in batch.problems]
     own = failures(trajectories, run.settings.rollout.group, ids)
     sentence = "; ".join(filter(None, distributed.allgather("failures", own)))

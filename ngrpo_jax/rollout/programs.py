@@ -1,0 +1,206 @@
+"""The compiled programs of a rollout: their few shapes, and all of them compiled before the first prompt.
+
+Owns what follows from a request for the programs, and is the only caller of decode.py and slots.py: a
+rollout, `compile_ahead` and `compile_largest` take their programs from the same `Programs`, so that nothing
+is left to compile once a rollout begins. Must not know which sequence is in which slot.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ngrpo_jax.algo.mixture import tail_length
+from ngrpo_jax.rollout import decode
+from ngrpo_jax.rollout import slots as slot_state
+from ngrpo_jax.rollout.request import RolloutRequest
+from ngrpo_jax.rollout.sharding import SlotSharding
+from ngrpo_jax.rollout.slots import Insertions, Prefix, Slots
+
+CACHE_RATIO = 1.5  # of one cache size to the next
+MOST_CACHE_SIZES = 6
+GRAIN = 32  # cache sizes and padded prompt lengths are multiples of it
+
+
+def cache_sizes(capacity: int) -> tuple[int, ...]:
+    """The few cache lengths of a rollout, rising to `capacity`.
+
+    A step reads the whole of its cache, so that short contexts need a short one; each size is a compilation.
+    """
+    sizes, floor = [_round_up(capacity, GRAIN)], 2 * GRAIN
+    while len(sizes) < MOST_CACHE_SIZES and sizes[-1] > floor:
+        sizes.append(max(floor, min(sizes[-1] - GRAIN, _round_up(int(sizes[-1] / CACHE_RATIO), GRAIN))))
+    return tuple(reversed(sizes))
+
+
+def prompt_lengths(longest: int) -> tuple[int, ...]:
+    """The few lengths that prompts are padded to, the last one holding `longest` tokens."""
+    lengths = [GRAIN]
+    while lengths[-1] < longest:
+        lengths.append(2 * lengths[-1])
+    return (*lengths[:-1], _round_up(longest, GRAIN))
+
+
+def smallest(sizes: Sequence[int], need: int) -> int:
+    """The smallest of rising sizes that holds `need`; the largest where none does."""
+    return next((size for size in sizes if size >= need), sizes[-1])
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+class Programs(NamedTuple):
+    """The compiled programs of a request on the devices of its parameters, with their static arguments.
+
+    Attributes:
+      slots: the request's, rounded up to a multiple of the shards.
+      prefill_rows: prompts of one prefill.
+      cache_sizes: numbers of columns that the slots' cache can have.
+      prompt_lengths: numbers of tokens that prompts are padded to.
+      sharding: None for one device.
+    """
+
+    request: RolloutRequest
+    slots: int
+    prefill_rows: int
+    cache_sizes: tuple[int, ...]
+    prompt_lengths: tuple[int, ...]
+    sharding: SlotSharding | None
+
+    @classmethod
+    def of(cls, request: RolloutRequest, params: Any) -> Programs:
+        """For parameters in the inference layout: arrays, or jax.ShapeDtypeStruct with a sharding."""
+        sharding = None if request.sharding is None else SlotSharding.of(request.sharding, params)
+        shards = 1 if sharding is None else sharding.shards
+        slots = _round_up(request.slots, shards)
+        return cls(
+            request,
+            slots,
+            prefill_rows=_round_up(max(1, slots // request.samples), shards),
+            cache_sizes=cache_sizes(request.max_prompt_tokens + request.max_new_tokens),
+            prompt_lengths=prompt_lengths(request.max_prompt_tokens),
+            sharding=sharding,
+        )
+
+    @property
+    def shards(self) -> int:
+        """Parts that the slots are split into."""
+        return 1 if self.sharding is None else self.sharding.shards
+
+    def empty(self) -> Slots:
+        """Slots without a sequence, with the smallest cache."""
+        return slot_state.empty(*self._empty_arguments(self.cache_sizes[0]))
+
+    def prefill(self, params: Any, prompts: Sequence[Sequence[int]]) -> Prefix:
+        """At most `prefill_rows` prompts, padded to that number and to one of the few lengths."""
+        length = smallest(self.prompt_lengths, max(map(len, prompts)))
+        ids_BT = np.zeros((self.prefill_rows, length), np.int32)
+        lengths_B = np.ones(self.prefill_rows, np.int32)
+        for row, prompt in enumerate(prompts):
+            ids_BT[row, : len(prompt)] = prompt
+            lengths_B[row] = len(prompt)
+        return decode.prefill(params, ids_BT, lengths_B, **self._prefill_arguments())
+
+    def insert(self, slots: Slots, prefix: Prefix, insertions: Insertions) -> Slots:
+        """The slots, whose cache has at least the prefix's columns, with new sequences; donates the slots."""
+        return slot_state.insert(slots, prefix, insertions, sharding=self.sharding)
+
+    def resize(self, slots: Slots, columns: int) -> Slots:
+        """The slots with a cache of at least so many columns, reached by one size after the other.
+
+        So the programs to compile are those between neighbouring sizes. Where the cache shrinks, it keeps one
+        size more than is needed, lest it go back and forth at every refill.
+        """
+        wanted = self.cache_sizes.index(smallest(self.cache_sizes, columns))
+        at = self.cache_sizes.index(slots.cache.columns)
+        while at < wanted or at > wanted + 1:
+            at += 1 if at < wanted else -1
+            slots = slot_state.resize(slots, self.cache_sizes[at])
+        return slots
+
+    def decode(self, params: Any, table_VC: Any | None, slots: Slots) -> tuple[Slots, decode.ChunkOutput]:
+        """The slots one chunk later, and what the chunk generated; donates the slots."""
+        return decode.decode_chunk(params, self._table(table_VC), slots, **self._decode_arguments())
+
+    def _table(self, table_VC: Any | None) -> Any | None:
+        return table_VC if self.request.sampling.mixing.uses_table else None
+
+    def _empty_arguments(self, columns: int) -> tuple:
+        window = tail_length(self.request.sampling.mixing.until_ids)
+        return self.request.config, self.slots, columns, window, self.sharding
+
+    def _prefill_arguments(self) -> dict[str, Any]:
+        return dict(config=self.request.config, sharding=self.sharding)
+
+    def _decode_arguments(self) -> dict[str, Any]:
+        request = self.request
+        return dict(
+            config=request.config, sampling=request.sampling, steps=request.chunk, sharding=self.sharding
+        )
+
+    def lower_largest(self, params: Any, table_VC: Any | None) -> dict[str, jax.stages.Compiled]:
+        """See `compile_largest`."""
+        ids_BT = jax.ShapeDtypeStruct((self.prefill_rows, self.prompt_lengths[-1]), jnp.int32)
+        lengths_B = jax.ShapeDtypeStruct((self.prefill_rows,), jnp.int32)
+        prefill = decode.prefill.lower(params, ids_BT, lengths_B, **self._prefill_arguments())
+        empty = slot_state.empty.lower(*self._empty_arguments(self.cache_sizes[-1]))
+        compiled = {"prefill": prefill.compile(), "empty": empty.compile()}
+        prefix = _results(prefill, compiled["prefill"])
+        slots = _results(empty, compiled["empty"])
+        nothing = Insertions.none(self.slots, self.shards)
+        insert = slot_state.insert.lower(slots, prefix, nothing, sharding=self.sharding)
+        chunk = decode.decode_chunk.lower(params, self._table(table_VC), slots, **self._decode_arguments())
+        return {**compiled, "insert": insert.compile(), "decode_chunk": chunk.compile()}
+
+
+def compile_ahead(params: Any, request: RolloutRequest, table_VC: Any | None = None) -> float:
+    """Runs every program that a rollout of this request may need once, without a sequence; seconds.
+
+    Run rather than compiled by hand, since `jax.jit` shares nothing with programs compiled that way.
+
+    Args:
+      params: in the inference layout.
+      table_VC: as `engine.rollout` takes it; where it is missing, a table of the same shape stands in.
+    """
+    begun = time.perf_counter()
+    programs = Programs.of(request, params)
+    if request.sampling.mixing.uses_table and table_VC is None:
+        table_VC = jnp.zeros((request.config.vocab_size, request.sampling.mixing.k), jnp.int32)
+        if programs.sharding is not None:
+            table_VC = jax.device_put(table_VC, programs.sharding.whole())
+    prefixes = [programs.prefill(params, [[0] * length]) for length in programs.prompt_lengths]
+    nothing = Insertions.none(programs.slots, programs.shards)
+    slots = programs.empty()
+    for columns in programs.cache_sizes:
+        slots = programs.resize(slots, columns)
+        for prefix in prefixes:
+            if prefix.cache.columns <= columns:
+                slots = programs.insert(slots, prefix, nothing)
+        slots, _ = programs.decode(params, table_VC, slots)
+    jax.block_until_ready(programs.resize(slots, 1))
+    return time.perf_counter() - begun
+
+
+def compile_largest(
+    params: Any, request: RolloutRequest, table_VC: Any | None = None
+) -> dict[str, jax.stages.Compiled]:
+    """Compiles the largest programs of such a rollout, by name, from shapes alone: nothing is run.
+
+    Args: as of `compile_ahead`; `params` and `table_VC` jax.ShapeDtypeStruct with a sharding.
+    """
+    return Programs.of(request, params).lower_largest(params, table_VC)
+
+
+def _results(lowered: jax.stages.Lowered, compiled: jax.stages.Compiled) -> Any:
+    """The shapes of a program's results, with the shardings that the compiler gave them."""
+    return jax.tree.map(
+        lambda info, sharding: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding),
+        lowered.out_info,
+        compiled.output_shardings,
+    )
