@@ -30,7 +30,8 @@ from ngrpo_jax.schema import (
     one_of,
 )
 
-# Mixing settings that must be at their defaults where the strategy does not read them.
+# Mixing settings that must have their defaults with a strategy that does not read them. `k`, `metric` and
+# `sigma` need not: runs of earlier versions may have set them.
 REFUSED_IF_UNREAD = ("table", "weights", "token", "distinct_spelling")
 
 
@@ -127,15 +128,12 @@ class MixingSettings(Section, prefix="mixing."):
 
     def rules(self) -> Iterator[tuple[bool, str]]:
         strategy = STRATEGIES[self.strategy]
-        for field in dataclasses.fields(self):
-            if field.name not in REFUSED_IF_UNREAD or field.name in strategy.reads or not strategy.mixes:
-                continue
-            value = getattr(self, field.name)
-            readers = [name for name in STRATEGIES if field.name in STRATEGIES[name].reads]
+        for name in REFUSED_IF_UNREAD if strategy.mixes else ():
+            value, default = getattr(self, name), getattr(type(self), name)
             yield (
-                value == field.default,
-                f"mixing.{field.name} is {value!r}, but belongs to mixing.strategy "
-                f"{' or '.join(map(repr, readers))}; with {self.strategy!r} it must be {field.default!r}.",
+                name in strategy.reads or value == default,
+                f"mixing.{name} is {value!r}, which mixing.strategy {self.strategy!r} does not use; it must be "
+                f"{default!r} there.",
             )
 
     def method(self, until_ids: tuple, keep_out_ids: tuple[int, ...] = ()) -> Mixing:

@@ -194,15 +194,15 @@ def test_a_wrong_value_is_one_sentence_naming_the_setting(leaf, value, sentence)
     [
         (
             {"mixing.strategy": "soft", "mixing.table": "head"},
-            "mixing.table is 'head', but belongs to mixing.strategy 'neighbor'; with 'soft' it must be",
+            "mixing.table is 'head', which mixing.strategy 'soft' does not use; it must be 'embedding' there.",
         ),
         (
             {"mixing.strategy": "noise", "mixing.token": "sampled"},
-            "mixing.token is 'sampled', but belongs to",
+            "mixing.token is 'sampled', which",
         ),
         (
             {"mixing.strategy": "gumbel", "mixing.distinct_spelling": True},
-            "mixing.distinct_spelling is True, but belongs to",
+            "mixing.distinct_spelling is True, which",
         ),
         (
             {"objective.old_logprobs": "sampler", "objective.importance_cap": 2.0},

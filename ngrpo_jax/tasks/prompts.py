@@ -14,13 +14,13 @@ from typing import Any, Protocol
 import jinja2
 import numpy as np
 
+from ngrpo_jax.choices import PROMPTS
 from ngrpo_jax.errors import UserError
 
 MATH_SENTENCE = "Let's think step by step and output the final answer within \\boxed{}."
 CHOICE_SENTENCE = (
     "Let's think step by step and output the final answer in the last line as:\nAnswer: <A/B/C/D>"
 )
-KINDS = ("math", "choice", "plain")
 PLAIN = "plain"
 
 Tokenizer = Any  # transformers.PreTrainedTokenizerFast, imported late because that takes seconds
@@ -69,7 +69,7 @@ def user_text(problem: str, kind: str = "math") -> str:
         return f"{problem}\n\n{CHOICE_SENTENCE}"
     if kind == "plain":
         return problem
-    raise UserError(f"unknown kind of problem {kind!r}; choose one of {', '.join(KINDS)}")
+    raise UserError(f"unknown kind of problem {kind!r}; choose one of {', '.join(PROMPTS)}")
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, chat_template: str | None = None) -> list[int]:
