@@ -39,6 +39,11 @@ def one_of(choices: Collection[str]) -> Check:
     return Check(lambda value: value in choices, f"one of {', '.join(choices)}")
 
 
+def each_of(choices: Collection[str]) -> Check:
+    """The check of a tuple of choices."""
+    return Check(lambda values: set(values) <= set(choices), f"a tuple of some of {', '.join(choices)}")
+
+
 Count = Annotated[int, Check(lambda value: value > 0, "above 0")]
 Natural = Annotated[int, Check(lambda value: value >= 0, "0 or above")]
 Positive = Annotated[float, Check(lambda value: value > 0, "above 0")]

@@ -17,6 +17,7 @@ from ngrpo_jax.algo.mixture import STRATEGIES, TABLES, TOKENS, WEIGHTS, Mixing
 from ngrpo_jax.algo.neighbors import METRICS
 from ngrpo_jax.algo.objectives import ALGORITHMS, KL_ESTIMATORS
 from ngrpo_jax.errors import require
+from ngrpo_jax.runtime.loggers import LOGGERS
 from ngrpo_jax.schema import (
     Check,
     Count,
@@ -26,6 +27,7 @@ from ngrpo_jax.schema import (
     Positive,
     Probability,
     Section,
+    each_of,
     flatten,
     one_of,
 )
@@ -225,6 +227,8 @@ class TrainSettings(Section, prefix="train."):
     share_prompts: bool = False  # true: a row has the prompt of a group once; pays where prompts are long
     # To host memory between uses: "optimizer" (its state), "reference" (its parameters), "both".
     offload: Annotated[str, one_of(choices.OFFLOAD)] = "none"
+    # Where metrics go besides metrics.jsonl.
+    loggers: Annotated[tuple[str, ...], each_of(LOGGERS)] = ("tensorboard",)
     profile_from: Count | None = None  # first step that is traced into WORKDIR/profile; None: no trace
     profile_steps: Count = 1  # steps that are traced
 

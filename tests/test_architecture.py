@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "errors": set(),
     "choices": set(),
     "schema": {"errors"},
-    "settings": {"algo", "errors", "choices", "schema"},
+    "settings": {"algo", "errors", "choices", "schema", "runtime.loggers"},
     "model": {"algo", "errors", "choices", "runtime.files"},
     "rollout": {"algo", "model", "settings", "errors", "choices"},
     "learner": {"algo", "model", "settings", "errors", "choices", "rollout.trajectory"},

@@ -1,4 +1,4 @@
-"""The metrics file byte for byte, and what the console says."""
+"""The files of a run byte for byte, loggers, and console output."""
 
 import io
 import json
@@ -8,45 +8,48 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ngrpo_jax.runtime import console
-from ngrpo_jax.runtime.metrics import JsonLines, MetricsWriter, read_rows, scalar
+from ngrpo_jax.errors import UserError
+from ngrpo_jax.runtime import console, loggers
+from ngrpo_jax.runtime.metrics import RunLog, read_rows, scalar
 
 
 def _run(workdir, steps, resume_step=None):
-    with MetricsWriter(workdir, resume_step=resume_step) as writer:
+    with RunLog(workdir, resume_step=resume_step, loggers=("tensorboard",)) as log:
         for step in steps:
-            writer.write(
-                step, {"reward/mean": jnp.float32(0.1) * step, "n": np.int64(step), "kl": float("nan")}
-            )
-    return (workdir / "metrics.jsonl").read_bytes()
+            metrics = {"reward/mean": jnp.float32(0.1) * step, "n": np.int64(step), "kl": float("nan")}
+            log.write(step, metrics, [{"step": step, "response": "a\u2028ü"}] * 2)
+    return (workdir / "metrics.jsonl").read_bytes(), (workdir / "samples.jsonl").read_bytes()
 
 
 def test_one_object_a_step_and_null_where_not_finite(tmp_path):
-    lines = _run(tmp_path, [0, 1]).decode().split("\n")
+    lines = _run(tmp_path, [0, 1])[0].decode().split("\n")
     assert json.loads(lines[1]) == {"step": 1, "reward/mean": float(np.float32(0.1)), "n": 1, "kl": None}
     assert lines[2:] == [""]
 
 
-def test_a_resumed_file_equals_the_uninterrupted_one(tmp_path):
+def test_the_files_of_a_resumed_run_equal_those_of_an_uninterrupted_one(tmp_path):
     whole = _run(tmp_path / "a", range(8))
     _run(tmp_path / "b", range(6))  # killed after step 5, its last checkpoint at step 3
-    with (tmp_path / "b" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "rew')
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        with (tmp_path / "b" / name).open("a") as file:
+            file.write('{"step": 6, "re')
     assert _run(tmp_path / "b", range(4, 8), resume_step=3) == whole
 
 
-def test_starting_anew_drops_all_rows(tmp_path):
+def test_a_new_run_drops_all_rows(tmp_path):
     _run(tmp_path, range(3))
-    assert [row["step"] for row in map(json.loads, _run(tmp_path, [0]).split(b"\n")[:-1])] == [0]
+    metrics, samples = _run(tmp_path, [0])
+    assert [json.loads(line)["step"] for line in metrics.split(b"\n")[:-1]] == [0]
+    assert [json.loads(line)["step"] for line in samples.split(b"\n")[:-1]] == [0, 0]
 
 
 def test_steps_must_advance(tmp_path):
-    with MetricsWriter(tmp_path, resume_step=3) as writer:
+    with RunLog(tmp_path, resume_step=3) as log:
         with pytest.raises(ValueError, match="step 3 come after those of step 3"):
-            writer.write(3, {})
-        writer.write(4, {})
+            log.write(3, {})
+        log.write(4, {})
         with pytest.raises(ValueError, match="must advance"):
-            writer.write(4, {})
+            log.write(4, {})
 
 
 @pytest.mark.parametrize("value", [np.zeros(2), "text", None, [1.0, 2.0]])
@@ -56,10 +59,10 @@ def test_a_metric_is_one_number(value):
 
 
 def test_only_the_primary_process_writes(tmp_path):
-    with MetricsWriter(tmp_path / "none", primary=False) as writer:
-        writer.write(1, {"a": 1.0})
+    with RunLog(tmp_path / "none", loggers=("tensorboard",), primary=False) as log:
+        log.write(1, {"a": 1.0}, [{"step": 1}])
         with pytest.raises(ValueError, match="must advance"):
-            writer.write(1, {"a": 1.0})
+            log.write(1, {"a": 1.0})
     assert not os.listdir(tmp_path)
 
 
@@ -81,14 +84,34 @@ def test_event_files_hold_the_numbers_and_purge_what_is_made_again(tmp_path):
     assert [e.step for e in events if e.session_log.status] == [0, 2]  # purge from there on
 
 
+def test_a_logger_of_ones_own_gets_every_step_and_is_closed(tmp_path, monkeypatch):
+    events = []
+
+    class Recorder:
+        def __init__(self, workdir, first_step):
+            events.append((workdir, first_step))
+
+        def write(self, step, metrics):
+            events.append((step, metrics))
+
+        def close(self):
+            events.append("closed")
+
+    monkeypatch.setitem(loggers.LOGGERS, "recorder", Recorder)
+    with pytest.raises(KeyboardInterrupt), RunLog(tmp_path, resume_step=3, loggers=["recorder"]) as log:
+        log.write(4, {"kl": np.float32("inf"), "n": 2})
+        raise KeyboardInterrupt
+    assert events == [(tmp_path, 4), (4, {"kl": None, "n": 2}), "closed"]
+
+
 def test_a_broken_row_is_refused_by_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step"\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl line 2 is not JSON"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl line 2 is not JSON"):
         read_rows(path)
     path.write_text('{"step": 1}\n[2]\n')
-    with pytest.raises(ValueError, match="line 2 is no object"):
-        MetricsWriter(tmp_path, resume_step=1)
+    with pytest.raises(UserError, match="line 2 is no object"):
+        RunLog(tmp_path, resume_step=1)
     path.write_text('{"step": 1, "x": "\u2028"}\n{"step": 2')
     assert [row["step"] for row in read_rows(path)] == [1]
 
@@ -167,17 +190,3 @@ def test_table_stands_in_columns():
 )
 def test_numbers_are_readable(call, text):
     assert call == text
-
-
-def test_rows_of_another_file_are_cut_like_those_of_metrics(tmp_path):
-    path = tmp_path / "samples.jsonl"
-    with JsonLines(path) as file:
-        for step in (1, 2, 3):
-            file.write([{"step": step, "response": "a\u2028ü"}] * 2)
-    with JsonLines(path, resume_step=2) as file:
-        file.write([{"step": 3, "response": "again"}])
-    assert [row["step"] for row in read_rows(path)] == [1, 1, 2, 2, 3]
-    assert read_rows(path)[0]["response"] == "a\u2028ü"
-    with JsonLines(tmp_path / "other.jsonl", primary=False) as file:
-        file.write([{"step": 1}])
-    assert not (tmp_path / "other.jsonl").exists()

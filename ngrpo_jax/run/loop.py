@@ -26,7 +26,6 @@ from ngrpo_jax.tasks.rewards import Grader
 def train(run: Run, state: RunState, grader: Grader, checkpoints: Checkpoints, begun: float) -> None:
     """Steps until `train.steps`, then evaluates, exports and sums up."""
     settings, process = run.settings, distributed.process()
-    resume = state.step or None
     if process.primary:
         summary.announce(run, state)
     policy = policy_of(run, state.train_state.params, None)
@@ -39,23 +38,24 @@ def train(run: Run, state: RunState, grader: Grader, checkpoints: Checkpoints, b
     began_at, clock = state.step, time.monotonic()
     after: dict[str, float] = {}
     with (
-        metrics.MetricsWriter(run.workdir, resume_step=resume, primary=process.primary) as writer,
-        metrics.JsonLines(
-            run.workdir / "samples.jsonl", resume_step=resume, primary=process.primary
-        ) as samples,
+        metrics.RunLog(
+            run.workdir,
+            resume_step=state.step or None,
+            loggers=settings.train.loggers,
+            primary=process.primary,
+        ) as log,
         ending.Signals() as signals,
     ):
         while state.step < settings.train.steps:
             with profiled(settings.train, state.step + 1, run.workdir):
-                state, row, rows = train_step(run, state, grader)
+                state, row, samples = train_step(run, state, grader)
             last = state.step == settings.train.steps
             # Only the schedule decides what a step's row holds, so that a run that stopped here and was
             # resumed has the rows of one that never stopped.
             scheduled = settings.eval.every is not None and state.step % settings.eval.every == 0
             after = evaluate(run, state, grader, "evaluation") if scheduled else {}
             row |= {f"eval/{name}": value for name, value in after.items()}
-            writer.write(state.step, row)
-            samples.write(rows)
+            log.write(state.step, row, samples)
             stop = max(distributed.allgather("signals", signals.received))
             if last or scheduled or state.step % settings.checkpoint.every == 0 or stop:
                 save(state, run, checkpoints, row if scheduled else None)

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ngrpo_jax.errors import UserError, storage
@@ -49,12 +49,23 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
+def append_jsonl(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Appends rows as JSON lines. The file is closed each time: a mounted bucket gets what is closed.
+
+    Raises:
+        UserError, StorageError: as `errors.storage`; the file may end in an unfinished line then.
+    """
+    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    with storage(path, "written"), path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
 def read_jsonl(path: pathlib.Path, *, unfinished: bool = False) -> Iterator[Line]:
     """The lines of a JSONL file in order; blank lines are passed over.
 
     Args:
-        unfinished: leaves out a last line that has no newline or is not JSON, as a process leaves one that is
-            killed while it appends to the file.
+        unfinished: leaves out a last line that has no newline, or that is not JSON where others precede it. A
+            process that is killed while it appends to the file leaves such a line.
 
     Raises:
         UserError: there is no such file, or a line is not JSON; the sentence names the file and the line.
@@ -74,7 +85,7 @@ def read_jsonl(path: pathlib.Path, *, unfinished: bool = False) -> Iterator[Line
         try:
             value = json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError) as error:
-            if unfinished and number == len(lines):
+            if unfinished and number == len(lines) > 1:  # the only line of a file is no end of an older one
                 return
             raise UserError(
                 f"{path} line {number} is {_fault(error)}; correct or remove that line."

@@ -28,6 +28,7 @@ MAY_CHANGE = {
     "eval.every",
     "eval.sets",
     "reward.workers",
+    "train.loggers",
     "train.profile_from",
     "train.profile_steps",
     # Where the model is found. Whether it is the same one, its fingerprint in each checkpoint says.
