@@ -134,8 +134,8 @@ class MixingSettings(Section, prefix="mixing."):
             value, default = getattr(self, name), getattr(type(self), name)
             yield (
                 name in strategy.reads or value == default,
-                f"mixing.{name} is {value!r}, which mixing.strategy {self.strategy!r} does not use; it must be "
-                f"{default!r} there.",
+                f"mixing.{name} is {value!r}, which mixing.strategy {self.strategy!r} does not use; leave it "
+                f"at {default!r}.",
             )
 
     def method(self, until_ids: tuple, keep_out_ids: tuple[int, ...] = ()) -> Mixing:

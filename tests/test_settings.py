@@ -194,7 +194,7 @@ def test_a_wrong_value_is_one_sentence_naming_the_setting(leaf, value, sentence)
     [
         (
             {"mixing.strategy": "soft", "mixing.table": "head"},
-            "mixing.table is 'head', which mixing.strategy 'soft' does not use; it must be 'embedding' there.",
+            "mixing.table is 'head', which mixing.strategy 'soft' does not use; leave it at 'embedding'.",
         ),
         (
             {"mixing.strategy": "noise", "mixing.token": "sampled"},
