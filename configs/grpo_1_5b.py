@@ -1,4 +1,4 @@
-"""GRPO on DeepSeek-R1-Distill-Qwen-1.5B: configs/ngrpo_1_5b.py with nothing mixed, and no other difference.
+"""GRPO on DeepSeek-R1-Distill-Qwen-1.5B: configs/ngrpo_1_5b.py without mixing; nothing else differs.
 
     python -m ngrpo_jax.train --config=configs/grpo_1_5b.py --workdir=runs/grpo_1_5b
 

@@ -1,4 +1,4 @@
-"""GRPO on DeepSeek-R1-Distill-Qwen-7B: configs/ngrpo_7b.py with nothing mixed, and no other difference.
+"""GRPO on DeepSeek-R1-Distill-Qwen-7B: configs/ngrpo_7b.py without mixing; nothing else differs.
 
     python -m ngrpo_jax.train --config=configs/grpo_7b.py --workdir=runs/grpo_7b
 

@@ -1,4 +1,4 @@
-"""GRPO on Llama-3.2-1B: configs/ngrpo_llama_1b.py with nothing mixed, and no other difference.
+"""GRPO on Llama-3.2-1B: configs/ngrpo_llama_1b.py without mixing; nothing else differs.
 
     python -m ngrpo_jax.train --config=configs/grpo_llama_1b.py --workdir=runs/grpo_llama_1b
 

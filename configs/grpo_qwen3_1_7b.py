@@ -1,4 +1,4 @@
-"""GRPO on Qwen3-1.7B-Base: configs/ngrpo_qwen3_1_7b.py with nothing mixed, and no other difference.
+"""GRPO on Qwen3-1.7B-Base: configs/ngrpo_qwen3_1_7b.py without mixing; nothing else differs.
 
     python -m ngrpo_jax.train --config=configs/grpo_qwen3_1_7b.py --workdir=runs/grpo_qwen3_1_7b
 

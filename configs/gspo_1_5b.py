@@ -1,4 +1,4 @@
-"""GSPO on DeepSeek-R1-Distill-Qwen-1.5B: ratios by sequence, clipped as arXiv 2507.18071 does; nothing mixed.
+"""GSPO on DeepSeek-R1-Distill-Qwen-1.5B: one ratio a sequence (arXiv 2507.18071), no mixing.
 
     python -m ngrpo_jax.train --config=configs/gspo_1_5b.py --workdir=runs/gspo_1_5b
 

@@ -3,7 +3,7 @@
     python -m ngrpo_jax.train --config=configs/ngrpo_1_5b.py --workdir=runs/ngrpo_1_5b
 
 Data: DeepScaleR-Preview (about 40k problems) and AIME 2024, downloaded on first use; docs/data.md says how to
-give files of your own.
+use your own files.
 Hardware: 8 × 80 GB GPUs or a TPU slice of that size; parameters are split over all of them.
 Time: not measured yet; docs/paper.md has estimates.
 Expect: the paper reports Mean@32 / Pass@32 of 23.33 / 50.28 % on AIME25 and an average Pass@32 of 79.17 %

@@ -1,4 +1,4 @@
-"""Mixing at inference: a run of configs/ngrpo_1_5b.py, evaluated with its inputs mixed as in training.
+"""Mixing at inference: a run of configs/ngrpo_1_5b.py, evaluated with mixing as in its rollouts.
 
     python -m ngrpo_jax.evaluate --config=configs/ngrpo_1_5b_mixed_eval.py --workdir=runs/ngrpo_1_5b
 

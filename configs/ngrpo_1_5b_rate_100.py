@@ -4,7 +4,8 @@
 
 Data, hardware and time: docs/paper.md.
 Expect: the paper reports an average Pass@32 of 77.32 % over AIME25, AMC23 and MATH500.
-Responses to a prompt are alike until `</think>`: groups/zero_variance of metrics.jsonl tells how many groups.
+All responses to a prompt follow the same most likely tokens until `</think>`, so that many groups have no
+variance: groups/zero_variance in metrics.jsonl is their share.
 """
 
 from configs import ngrpo_1_5b

@@ -1,4 +1,4 @@
-"""N-GRPO on DeepSeek-R1-Distill-Qwen-7B: configs/ngrpo_1_5b.py with another model, and no other difference.
+"""N-GRPO on DeepSeek-R1-Distill-Qwen-7B: configs/ngrpo_1_5b.py with another model; nothing else differs.
 
     python -m ngrpo_jax.train --config=configs/ngrpo_7b.py --workdir=runs/ngrpo_7b
 

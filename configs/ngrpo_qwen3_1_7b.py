@@ -1,4 +1,4 @@
-"""N-GRPO on Qwen3-1.7B-Base: configs/ngrpo_1_5b.py with another model, and no other difference.
+"""N-GRPO on Qwen3-1.7B-Base: configs/ngrpo_1_5b.py with another model; nothing else differs.
 
     python -m ngrpo_jax.train --config=configs/ngrpo_qwen3_1_7b.py --workdir=runs/ngrpo_qwen3_1_7b
 

@@ -1,10 +1,10 @@
-"""N-GRPO on a real model that fits a laptop: SmolLM2-135M-Instruct learns one-digit additions.
+"""N-GRPO on a pretrained model that fits a laptop: SmolLM2-135M-Instruct learns one-digit additions.
 
     python -m ngrpo_jax.train --config=configs/smollm2.py --workdir=runs/smollm2
 
 By default the model comes from the Hugging Face hub; --config.model.path=DIR takes a directory.
-The model's answers are graded by their last number, for it was never taught to box them; it writes no
-`</think>` either, so mixing goes on to the end of a response.
+Answers are graded by their last number, since this model does not write \\boxed{}. It writes no `</think>`
+either, so that inputs are mixed up to the end of a response.
 Hardware: two CPU cores and 8 GB of memory. Time: about a quarter of an hour.
 Expect: docs/smollm2.md has the curve of such a run.
 """

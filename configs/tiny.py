@@ -1,12 +1,12 @@
-"""N-GRPO from nothing, without a download: a small model learns to add and subtract. `make run` runs it.
+"""N-GRPO without a download: a small model made by the run learns to add and subtract. `make run` runs it.
 
     python -m ngrpo_jax.train --config=configs/tiny.py --workdir=runs/tiny
 
 A Qwen2 decoder of 1.2 million parameters with a character tokenizer is trained for a minute or two on worked
-solutions (`<think>` steps `</think>\\boxed{answer}`), with a penalty on confidence that leaves it unsure, not
-wrong: right about two times in five. N-GRPO then teaches it from the reward alone.
+solutions (`<think>` steps `</think>\\boxed{answer}`). A confidence penalty keeps its samples varied, so that
+about two answers in five are right. N-GRPO then trains it by the reward alone.
 Hardware: two CPU cores. Time: four to five minutes.
-Expect: held-out Mean@8 from about 0.4 to 0.8.
+Expect: held-out Mean@8 rises from about 0.4 to about 0.8.
 """
 
 from configs import base

@@ -2,8 +2,8 @@
 
     python -m docs.paper_table
 
-writes it anew between its marks, from the root of the repository. It stands beside the document it belongs
-to, for it is no part of the program; tests/test_paper.py holds the two together.
+replaces the table between its marks. Run it from the root of the repository. tests/test_paper.py fails where
+the table is not what the configs set.
 """
 
 import pathlib
@@ -20,19 +20,12 @@ OWN = ("base", "tiny", "smollm2")  # not of the paper
 
 
 def values(path: pathlib.Path) -> dict[str, Any]:
-    """Dotted leaf -> value of a config file."""
-    config = flags.load_config(str(path))
-    found = {}
-    for leaf in schema.flatten(config.to_dict()):
-        value: Any = config
-        for name in leaf.split("."):
-            value = value[name]
-        found[leaf] = value
-    return found
+    """Setting -> value of a config file."""
+    return schema.flatten(flags.load_config(str(path)).to_dict())
 
 
 def differences(path: pathlib.Path) -> dict[str, Any]:
-    """The leaves of a config that configs/base.py has otherwise."""
+    """The settings of a config whose values are not those of configs/base.py."""
     base = values(CONFIGS / "base.py")
     return {leaf: value for leaf, value in values(path).items() if value != base[leaf]}
 

@@ -2,7 +2,7 @@
 
 A prompt becomes trajectories (`rollout`), trajectories get rewards (`tasks`), rewarded trajectories
 become an update (`learner`). `train.py` is the only place that knows this ring; docs/architecture.md
-is the map. Nothing is imported here, so that a grading worker does not pay for JAX.
+is the map. Nothing is imported here, so that a grading process starts without JAX.
 
 Dimension letters that end a name:
 
@@ -13,6 +13,7 @@ Dimension letters that end a name:
     G  samples of a prompt (the group)                        R  packed rows
     M  microbatches of one call of the learner
 
-A letter that a file needs for itself, new or with another meaning, is said in that file's docstring or in the
-function's that has it. A digit is a size that is written out, a small letter a part of what its capital is.
+The docstring of a file or of a function declares any further letter that it uses. A digit is a size written
+out: keys_B2 has 2 columns. A small letter is a part of what its capital is: `logits_BtV` are
+those of a chunk of T.
 """

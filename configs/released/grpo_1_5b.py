@@ -2,9 +2,10 @@
 
     python -m ngrpo_jax.train --config=configs/released/grpo_1_5b.py --workdir=runs/released/grpo_1_5b
 
-Data, hardware and time, and what the release does besides: docs/paper.md.
-Expect: no figure of the paper is known to come from these settings. They differ from those of N-GRPO by more
-than the mixing (learning rate and β), so that the two compare nothing; configs/grpo_1_5b.py does.
+Data, hardware, time, and what else the release does differently: docs/paper.md.
+Expect: no number of the paper is known to come from these settings. Learning rate and β differ
+from those of released/ngrpo_1_5b.py, so that these two runs do not isolate the effect of mixing;
+configs/grpo_1_5b.py and configs/ngrpo_1_5b.py do.
 """
 
 from configs.released import ngrpo_1_5b

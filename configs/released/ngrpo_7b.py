@@ -2,8 +2,8 @@
 
     python -m ngrpo_jax.train --config=configs/released/ngrpo_7b.py --workdir=runs/released/ngrpo_7b
 
-Data, hardware and time, and what the release does besides: docs/paper.md.
-Expect: no figure of the paper is known to come from these settings.
+Data, hardware, time, and what else the release does differently: docs/paper.md.
+Expect: no number of the paper is known to come from these settings.
 """
 
 from configs.released import ngrpo_1_5b
