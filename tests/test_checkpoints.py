@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
-from ngrpo_jax.errors import UserError
+from ngrpo_jax.errors import StorageError, UserError
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.runtime.mesh import make_mesh, replicated, state_shardings
 
@@ -183,15 +184,56 @@ def test_a_part_can_be_read_alone_in_another_dtype(tmp_path):
     assert host == {"position": 1}
 
 
-@pytest.mark.parametrize("lost", ["state/d", "host", "host/metadata"])
-def test_a_damaged_checkpoint_is_one_sentence_that_names_its_folder(tmp_path, lost):
-    path = _saved(tmp_path) / "1" / lost
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
+def _cut_off(path):
+    (path / "state" / "ocdbt.process_0" / "d").mkdir(exist_ok=True)
+    for file in (path / "state" / "ocdbt.process_0" / "d").iterdir():
+        os.truncate(file, file.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: shutil.rmtree(path / "state" / "d"),
+        lambda path: shutil.rmtree(path / "host"),
+        lambda path: (path / "host" / "metadata").unlink(),
+        _cut_off,
+    ],
+)
+def test_a_damaged_checkpoint_is_one_sentence_that_names_its_folder(tmp_path, damage):
+    damage(_saved(tmp_path) / "1")
     with Checkpoints(tmp_path, model=MODEL) as checkpoints:
-        with pytest.raises(ValueError, match=r"is damaged .*remove the folder") as refusal:
+        with pytest.raises(UserError, match=r"is damaged .*remove the folder") as refusal:
             checkpoints.restore(1, _state())
         assert f"{tmp_path}/1" in str(refusal.value)
         assert "\n" not in str(refusal.value)
+
+
+def test_a_disk_that_fails_is_a_storage_error_that_names_the_directory(tmp_path, monkeypatch):
+    """In the words of TensorStore, which raises ValueError in a thread of its own."""
+    words = "RESOURCE_EXHAUSTED: Failed to write 9 bytes: No space left on device [os_error_code='28']"
+    _saved(tmp_path)
+    with Checkpoints(tmp_path, model=MODEL) as checkpoints, monkeypatch.context() as patch:
+
+        def fail(*_, **__):
+            raise ValueError(words)
+
+        patch.setattr(ocp.CheckpointManager, "wait_until_finished", fail)
+        patch.setattr(ocp.CheckpointManager, "restore", fail)
+        with pytest.raises(StorageError, match=f"written to {tmp_path}: .*No space left on device"):
+            checkpoints.wait()
+        with pytest.raises(StorageError, match=f"{tmp_path}/1 cannot be read"):
+            checkpoints.read_host(1)
+
+
+def test_a_bug_while_reading_keeps_its_type(tmp_path, monkeypatch):
+    with Checkpoints(_saved(tmp_path), model=MODEL) as checkpoints, monkeypatch.context() as patch:
+
+        def fail(*_, **__):
+            raise AttributeError("no such method")
+
+        patch.setattr(ocp.CheckpointManager, "restore", fail)
+        with pytest.raises(AttributeError):
+            checkpoints.read_host(1)
 
 
 def test_a_process_killed_while_saving_leaves_no_step_and_resume_goes_on(tmp_path):

@@ -1,18 +1,22 @@
-"""Checkpoints of a run on disk, through Orbax: the latest to resume from, the best to keep.
+"""Checkpoints of a run on disk, through Orbax: the latest, to resume from, and the best.
 
-Owns the layout of a checkpoint directory and what survives in it. Must not know what a training state or a
-model is made of: a state is a tree of arrays, a model is a flat mapping of facts that has to be equal.
+Owns the layout of a checkpoint directory and which checkpoints stay in it. Must not know what a training
+state or a model consists of: a state is a tree of arrays, a model's identity a flat mapping.
 
-One checkpoint is one folder DIRECTORY/STEP with two items, `state` (arrays) and `host` (JSON: the model's
-facts, the shape of every array, and whatever the caller adds). Orbax writes into a temporary folder and
-renames it at the end, so a process that dies while it saves leaves no step behind.
+One checkpoint is one folder DIRECTORY/STEP with two items: `state` (arrays) and `host` (JSON: the model's
+identity, the shape of every array, and what the caller adds). Orbax writes into a temporary folder and
+renames it at the end, so that a process that dies while it saves leaves no step behind.
 """
 
+from __future__ import annotations
+
+import contextlib
 import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -20,7 +24,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from ngrpo_jax.errors import UserError
+from ngrpo_jax.errors import StorageError, UserError, is_storage_failure
 from ngrpo_jax.runtime.mesh import path_name
 
 Json = Any
@@ -29,16 +33,16 @@ Json = Any
 class Checkpoints:
     """The checkpoints under one directory. Every process of the run calls every method.
 
-    Opening one is cheap and changes nothing on disk; the first `save` makes the directory and clears what a
-    killed process left half-written. Saving goes on in the background: leave the `with` block, or call
-    `close`, before the process ends.
+    Opening a directory changes nothing on disk; the first `save` makes it and removes what a killed process
+    left half-written. Arrays are written in the background: leave the `with` block, or call `close`, before
+    the process ends.
 
     Args:
         directory: holds one folder a step; need not exist.
-        model: facts that identify the model, such as its layer count and widths (flat, JSON-able). A
-            checkpoint with other facts is refused. None reads any checkpoint, and cannot save.
-        best: key of the metric, larger is better, whose best checkpoint stays besides the latest; None for
-            none.
+        model: the model's identity, such as its layer count and widths (flat, JSON-able). A checkpoint of a
+            model with another identity is refused. None reads any checkpoint, and cannot save.
+        best: name of the metric, larger is better, whose best checkpoint stays besides the latest; None: only
+            the latest stays.
     """
 
     def __init__(
@@ -47,7 +51,7 @@ class Checkpoints:
         *,
         model: Mapping[str, Json] | None,
         best: str | None = None,
-    ):
+    ) -> None:
         _quiet_orbax()
         name = os.fspath(directory)
         self.directory = name if "://" in name else os.path.abspath(name)
@@ -56,7 +60,7 @@ class Checkpoints:
         self._writes = False
         self._manager = self._open(writes=False)
 
-    def __enter__(self) -> "Checkpoints":
+    def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(
@@ -73,13 +77,13 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def best_step(self) -> int | None:
-        """The step with the largest `best` metric, the newest of equals; None when none was scored by it."""
+        """The step with the largest `best` metric, the newest of equals; None where none has it."""
         step = self._manager.best_step() if self._best is not None else None
         if step is None:
             return None
-        # Where every score on disk is of other metrics, Orbax still names one of them. None: being written.
-        scores = self._manager.metrics(step)
-        return step if scores is None or self._best in scores else None
+        # Orbax names a step even where all steps on disk have other metrics. None: it is being written.
+        metrics = self._manager.metrics(step)
+        return step if metrics is None or self._best in metrics else None
 
     def save(
         self, step: int, state: Any, host: Mapping[str, Json], metrics: Mapping[str, float] | None = None
@@ -88,14 +92,16 @@ class Checkpoints:
 
         Args:
             step: larger than every step saved before.
-            state: pytree of jax arrays (of plain dtypes: a PRNG key goes in as its key data).
+            state: pytree of jax arrays of plain dtypes (a PRNG key goes in as its key data).
             host: JSON-able; what a resumed run needs besides arrays.
-            metrics: holds the `best` metric where this step was evaluated; the others are kept too, for a
-                later choice by one of them. A step without it, or with one that is not finite, is no
-                candidate for the best.
+            metrics: of the evaluation of this step, the `best` metric among them; None where there was none.
+                All are stored, so that another metric can choose later. A step without the `best` metric, or
+                where it is not finite, cannot be the best.
 
         Raises:
-            ValueError: the step is not newer than those on disk, or metrics lacks the `best` key.
+            UserError: the directory has this step or a newer one.
+            StorageError: this checkpoint, or the one before in the background, could not be written.
+            ValueError: `metrics` lacks the `best` metric.
         """
         if self._model is None:
             raise ValueError(f"{self.directory} was opened for reading; give model to save into it")
@@ -111,15 +117,17 @@ class Checkpoints:
             self._writes = True
         document = {"model": self._model, "shapes": _describe(state), "host": _as_json(host)}
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), host=ocp.args.JsonSave(document))
-        if not self._manager.save(step, args=items, metrics=self._score(metrics)):
+        with self._written():
+            saved = self._manager.save(step, args=items, metrics=self._ranked(metrics))
+        if not saved:
             raise RuntimeError(f"Orbax did not save step {step} into {self.directory}")
 
     def read_host(self, step: int) -> dict[str, Json]:
         """The `host` of a checkpoint, read without its arrays.
 
         Raises:
-            ValueError: the checkpoint is of another model, or damaged.
-            FileNotFoundError: there is no such step.
+            UserError: there is no such step, it is of another model, or it is damaged.
+            StorageError: it cannot be read.
         """
         return self._document(step)["host"]
 
@@ -135,9 +143,9 @@ class Checkpoints:
             (state with the structure of `abstract`, host)
 
         Raises:
-            ValueError: another model, other leaves or shapes (the first is named), or a damaged checkpoint;
-                all but the last before any array is read.
-            FileNotFoundError: there is no such step.
+            UserError: there is no such step; it is of another model, has other leaves or shapes (the first is
+                named), or is damaged. All but the last is found before any array is read.
+            StorageError: it cannot be read.
         """
         document = self._document(step)
         self._compare(step, document["shapes"], _describe(abstract), partial)
@@ -148,17 +156,19 @@ class Checkpoints:
         )
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(state=arguments))
-        except (OSError, ValueError, KeyError) as error:
-            raise self._damaged(step, error) from error
+        except Exception as error:
+            raise self._unreadable(step, error) from error
         return restored["state"], document["host"]
 
     def wait(self) -> None:
-        """Blocks until what was saved is on disk; raises what went wrong in the background."""
-        self._manager.wait_until_finished()
+        """Blocks until every saved checkpoint is on disk. StorageError where one could not be written."""
+        with self._written():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, and ends the background threads. The object cannot be used afterwards."""
-        self._manager.close()
+        with self._written():
+            self._manager.close()
 
     def _open(self, *, writes: bool) -> ocp.CheckpointManager:
         # Latest and best are two policies: `best_fn` with `max_to_keep` would delete the latest one.
@@ -169,14 +179,15 @@ class Checkpoints:
             create=writes,
             cleanup_tmp_directories=writes,
             preservation_policy=policies.AnyPreservationPolicy(keep),
-            best_fn=self._rank if self._best is not None else None,  # without it no metrics are written
+            best_fn=self._rank if self._best is not None else None,  # None: Orbax writes no metrics
         )
         return ocp.CheckpointManager(self.directory, options=options)
 
     def _rank(self, metrics: Mapping[str, float]) -> float:
         return metrics.get(self._best or "", -math.inf)
 
-    def _score(self, metrics: Mapping[str, float] | None) -> dict[str, float] | None:
+    def _ranked(self, metrics: Mapping[str, float] | None) -> dict[str, float] | None:
+        """The finite metrics of a step that can be the best; None for other steps."""
         if self._best is None or metrics is None:
             return None
         if self._best not in metrics:
@@ -194,14 +205,14 @@ class Checkpoints:
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(host=ocp.args.JsonRestore()))
             document = {key: restored["host"][key] for key in ("model", "shapes", "host")}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise self._damaged(step, error) from error
-        if self._model is not None and document["model"] != self._model:
-            there, here = document["model"], self._model
-            other = [key for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
+        except Exception as error:
+            raise self._unreadable(step, error) from error
+        saved, own = document["model"], self._model
+        if own is not None and saved != own:
+            differ = [name for name in sorted({*saved, *own}) if saved.get(name) != own.get(name)]
             raise UserError(
                 f"the checkpoint at step {step} in {self.directory} is of another model "
-                f"({_facts(there, other)}) than this run's ({_facts(here, other)}); "
+                f"({_entries(saved, differ)}) than this run's ({_entries(own, differ)}); "
                 "use another --workdir, or the settings that made it"
             )
         return document
@@ -213,38 +224,68 @@ class Checkpoints:
                 raise UserError(f"{where} has no {name}; it was made by other settings")
             if name not in wanted:
                 raise UserError(f"{where} has {name}, which this run has not; resume by its settings")
-            there, here = saved[name], wanted[name]
-            if there[0] != here[0] or (there[1] != here[1] and not partial):
+            (shape, dtype), (own_shape, own_dtype) = saved[name], wanted[name]
+            if shape != own_shape or (dtype != own_dtype and not partial):
                 raise UserError(
-                    f"{where} has {name} as {there[1]}{there[0]}, this run as {here[1]}{here[0]}; "
+                    f"{where} has {name} as {dtype}{shape}, this run as {own_dtype}{own_shape}; "
                     "resume by the settings that made it, or use another --workdir"
                 )
 
-    def _damaged(self, step: int, error: Exception) -> UserError:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    def _unreadable(self, step: int, error: Exception) -> Exception:
+        """What to raise where Orbax fails to read a step: storage, damage, or the error itself (a bug)."""
+        if is_storage_failure(_system_error(error)):
+            return StorageError(f"{self.directory}/{step} cannot be read: {_first_line(error)}.")
+        # Orbax raises a plain Exception for an array that is cut off.
+        if (
+            not isinstance(error, OSError | ValueError | KeyError | TypeError)
+            and type(error) is not Exception
+        ):
+            return error
         return UserError(
-            f"the checkpoint at step {step} in {self.directory} is damaged ({reason[:120]}); "
+            f"the checkpoint at step {step} in {self.directory} is damaged ({_first_line(error)}); "
             f"remove the folder {self.directory}/{step} to go on from an earlier one"
         )
 
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        """Turns a failure of storage while a checkpoint is written into a StorageError."""
+        try:
+            yield
+        except Exception as error:
+            if not is_storage_failure(_system_error(error)):
+                raise
+            raise StorageError(
+                f"a checkpoint cannot be written to {self.directory}: {_first_line(_system_error(error))}."
+            ) from error
+
+
+def _system_error(error: Exception) -> Exception:
+    """The error of the operating system that TensorStore puts into the text of its own; else `error`."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return OSError(int(code[1]), os.strerror(int(code[1]))) if code else error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+
 
 def _describe(tree: Any) -> dict[str, Json]:
-    """Path of every leaf -> [shape, dtype], as JSON gives it back."""
+    """Path of every leaf -> [shape, dtype], as read from JSON."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {path_name(path): [list(leaf.shape), str(leaf.dtype)] for path, leaf in leaves}
 
 
 def _as_json(value: Any) -> Json:
-    """What reading `value` back from JSON gives: tuples become lists, and nobody else holds a reference."""
+    """`value` as it is read back from JSON: tuples become lists, and no reference is shared."""
     return json.loads(json.dumps(value))
 
 
-def _facts(model: Mapping[str, Json], keys: list[str]) -> str:
-    return ", ".join(f"{key} {model.get(key)}" for key in keys)
+def _entries(model: Mapping[str, Json], names: list[str]) -> str:
+    return ", ".join(f"{name} {model.get(name)}" for name in names)
 
 
 class _OrbaxFilter(logging.Filter):
-    """Drops what Orbax says below ERROR; other users of absl's logger keep their verbosity."""
+    """Drops Orbax's log records below ERROR; other users of absl's logger keep their verbosity."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return record.levelno >= logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
