@@ -103,7 +103,6 @@ class Kind:
             value = {"true": True, "false": False}.get(text.lower(), text)
         elif self.plain is not str:
             value = _literal(text)
-            value = float(value) if self.plain is float and type(value) is int else value
         self.check(name, value)
         return value
 

@@ -317,12 +317,8 @@ def test_a_tuple_is_read_from_one_number_or_several(text, value):
     assert resolve(flags.parse_flags(argv)[0]).eval.pass_k == value
 
 
-def test_numbers_of_a_float_may_be_written_as_whole_ones():
-    argv = [
-        "train",
-        f"--config={ROOT / 'configs' / 'base.py'}",
-        "--workdir=w",
-        "--config.rollout.temperature=1",
-    ]
-    temperature = resolve(flags.parse_flags(argv)[0]).rollout.temperature
-    assert (temperature, type(temperature)) == (1.0, float)
+@pytest.mark.parametrize("name", ["rollout.temperature", "objective.dual_clip"])
+def test_a_float_may_be_written_as_a_whole_number(name):
+    argv = ["train", f"--config={ROOT / 'configs' / 'base.py'}", "--workdir=w", f"--config.{name}=2"]
+    value = resolve(flags.parse_flags(argv)[0]).leaves()[name]
+    assert (value, type(value)) == (2.0, float)
