@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 
 from ngrpo_jax import evaluate, flags
-from ngrpo_jax.evaluation import answering, generations
+from ngrpo_jax.evaluation import answering, generations, runner, writer
+from ngrpo_jax.evaluation.sets import EvalSet
 from ngrpo_jax.preflight import capacity
 from ngrpo_jax.report import __main__ as report
 from ngrpo_jax.report.embeddings import visible
+from ngrpo_jax.settings import resolve
 from ngrpo_jax.setup.policy import evaluation_keys
 from ngrpo_jax.setup.problems import ProblemSet
+from ngrpo_jax.tasks.datasets import Problem
 
 TINY = pathlib.Path(__file__).parent.parent / "configs" / "tiny.py"
 SMALL = {
@@ -36,7 +39,6 @@ def model(tmp_path_factory):
     import jax
 
     from ngrpo_jax.model import decoder, hf
-    from ngrpo_jax.settings import resolve
     from ngrpo_jax.setup.warm_start import warm_start_config
     from ngrpo_jax.tasks import arithmetic, prompts
 
@@ -72,7 +74,7 @@ def _refused(capsys, call, *arguments, **changes):
 
 
 def _tables(printed):
-    """Everything that is a figure: what a rerun must print again."""
+    """The tables of metrics, which a rerun must print again."""
     return printed[printed.index("arithmetic, step") :].replace("\n\n", "\n")
 
 
@@ -98,16 +100,16 @@ def test_keys_depend_on_seed_set_problem_and_sample_alone():
     assert len(np.unique(flat, axis=0)) == len(flat)
 
 
-@pytest.mark.parametrize("size", [1, 2, 100])
-def test_the_size_of_a_block_changes_no_response(size, whole, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "blocks", lambda first, count, _: generations.blocks(first, count, size))
-    _run(model, tmp_path)
+@pytest.mark.parametrize("slots", [1, 16])
+def test_the_size_of_a_batch_changes_no_response(slots, whole, model, tmp_path):
+    """Two problems a batch with one slot; all five in one with sixteen, and with the eight of `whole`."""
+    _run(model, tmp_path, rollout__slots=slots)
     assert (tmp_path / "generations_0_arithmetic.jsonl").read_bytes() == whole[1].read_bytes()
 
 
-def test_blocks_cover_the_rest_once_and_evenly():
+def test_batches_cover_the_rest_once_and_evenly():
     for first, count, size in [(0, 30, 16), (7, 30, 5), (29, 30, 100), (30, 30, 4), (0, 1, 1)]:
-        parts = generations.blocks(first, count, size)
+        parts = runner.batches(first, count, size)
         assert [i for part in parts for i in part] == list(range(first, count))
         lengths = [len(part) for part in parts]
         assert all(0 < length <= size for length in lengths)
@@ -158,7 +160,7 @@ def test_a_row_has_tokens_flags_and_the_verdict(whole):
         assert row["reward"] == len(row["response"]) % 2
 
 
-def test_stored_generations_give_the_figures_of_the_run_and_of_new_grading(whole, model, capsys):
+def test_stored_generations_give_the_metrics_of_the_run_and_of_new_grading(whole, model, capsys):
     _run(model, whole[0])
     at_run_time = capsys.readouterr().out
     _stored("--from", whole[1])
@@ -239,10 +241,12 @@ def test_what_cannot_be_read_or_compared_is_one_sentence(whole, tmp_path, capsys
         other.write_text("\n".join([*lines[:index], line, *lines[index + 1 :]]))
         assert words in _refused(capsys, _stored, "--from", other)
     assert "Pass@9 needs 9" in _refused(capsys, _stored, "--from", whole[1], "--pass_k=9")
-    assert "--compare needs two" in _refused(capsys, _stored, "--compare", whole[0])
+    assert "expected 2 arguments" in _refused(capsys, _stored, "--compare", whole[0])
     (tmp_path / "empty").mkdir()
     assert "run evaluate" in _refused(capsys, _stored, "--compare", whole[0], tmp_path / "empty")
-    assert "--from FILE" in _refused(capsys, _stored, "--from", whole[1], "--stray")
+    assert "unrecognized arguments: --stray" in _refused(capsys, _stored, "--from", whole[1], "--stray")
+    both = _refused(capsys, _stored, "--from", whole[1], "--compare", whole[1], whole[1])
+    assert "not allowed with argument --from" in both
 
 
 @pytest.mark.parametrize(
@@ -279,16 +283,17 @@ def test_an_evaluation_that_does_not_fit_is_refused(model, tmp_path, capsys, mon
     assert "on each device, which has" in _refused(capsys, _run, model, tmp_path)
 
 
-def test_another_set_of_problems_is_another_evaluation(whole):
-    stored = generations.read(whole[1])
+def test_the_header_depends_on_problems_their_prompts_and_their_answers():
+    settings = resolve(flags.load_config(str(TINY)))
 
-    class Problem:
-        id, problem, answer = "a", "1+1=", "2"
+    def depends(ids, answer):
+        problems = ProblemSet([Problem("a", "1+1=", answer)], [ids], 0)
+        return writer.make_header(EvalSet("sums", settings), problems, 3, "digest")["depends"]
 
-    digests = {generations._digest(ProblemSet([Problem()], [ids], 0)) for ids in ([1, 2], [1, 3])} | {
-        stored.header["depends"]["problems"]
-    }
-    assert len(digests) == 3
+    first = depends([1, 2], "2")
+    assert depends([1, 2], "2") == first
+    for other in (depends([1, 3], "2"), depends([1, 2], "3")):
+        assert {name for name in first if first[name] != other[name]} == {"problems"}
 
 
 def _reported(capsys, *arguments):

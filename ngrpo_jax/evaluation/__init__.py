@@ -1,1 +1,1 @@
-"""Held-out problems: data sets, responses, stored generations, tables, comparisons."""
+"""Evaluation on held-out problems: data sets, responses, stored generations, tables, comparisons."""

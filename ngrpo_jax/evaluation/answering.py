@@ -1,7 +1,7 @@
-"""Held-out problems answered and graded, for the evaluations of a training run and for `evaluate`.
+"""Responses to held-out problems, sampled and graded, for the evaluations of a run and for `evaluate`.
 
-Owns what an evaluation asks of a model, and how the answers of several hosts become one set. Must not know
-how responses are written (policy.py), nor where they are kept (generations.py).
+Owns what an evaluation requests of a model, and how the responses of several processes become one set. Must
+not know how responses are sampled (setup/policy.py), nor where they are stored (generations.py).
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ngrpo_jax.evaluation.answers import final_answer, vote
-from ngrpo_jax.evaluation.sets import set_name
-from ngrpo_jax.evaluation.statistics import estimates
+from ngrpo_jax.evaluation.answers import final_answer, graded_responses
+from ngrpo_jax.evaluation.sets import EvalSet, set_name
+from ngrpo_jax.evaluation.statistics.estimates import GradedResponses, training_metrics
 from ngrpo_jax.rollout.trajectory import Trajectories
 from ngrpo_jax.runtime import console, distributed
 from ngrpo_jax.settings import Settings
@@ -29,86 +29,75 @@ from ngrpo_jax.setup.problems import ProblemSet
 from ngrpo_jax.tasks.rewards import Grader
 
 
-def evaluate_set(
-    policy: Policy, held_out: ProblemSet, settings: Settings, grader: Grader, *, label: str
-) -> dict[str, float]:
-    """A model's metrics on `data.eval` (docs/evaluation.md); each host writes a share of the problems."""
-    name, samples, process = set_name(settings.data.eval), settings.eval.samples, distributed.process()
-    share = process.share(len(held_out.problems))
-    with console.Progress(
-        label, len(share) * samples, "sequences", keep=False, enabled=process.primary
-    ) as progress:
-        answered = answer_problems(policy, held_out, share, settings, grader, name=name, progress=progress)
-    return estimates.training_metrics(answered.graded(settings.reward.kind), settings.eval.largest_k)
-
-
 @dataclasses.dataclass(frozen=True)
-class Answered:
-    """Responses to some problems (P, n samples each) of a set, with their scores; of this host's share."""
+class Responses:
+    """Graded responses to this process's share of the problems, P of them, G samples each, prompt-major."""
 
     trajectories: Trajectories
     texts: list[str]
     rewards_PG: np.ndarray
 
-    def graded(self, kind: str) -> estimates.GradedResponses:
-        """What figures are made of, over all hosts; `kind` says where a response's answer stands.
 
-        The problems come in the order of a run of one process. Every process has to call this.
-        """
-        shape = self.rewards_PG.shape
-        written = self.trajectories
-        fields = (
-            self.rewards_PG.reshape(-1).tolist(),
-            [final_answer(text, kind) for text in self.texts],
-            written.lengths_B.tolist(),
-            written.stopped_B.tolist(),
-        )
-        responses = list(zip(*fields, strict=True))
-        own = [responses[start : start + shape[1]] for start in range(0, len(responses), shape[1])]
-        rows = distributed.allgather_items("evaluation", own)
-        rewards_PG, finals_PG, lengths_PG, stopped_PG = (
-            [[response[field] for response in row] for row in rows] for field in range(4)
-        )
-        return estimates.GradedResponses(
-            np.asarray(rewards_PG, np.float32),
-            [[vote(final) for final in finals] for finals in finals_PG],
-            np.asarray(lengths_PG),
-            np.asarray(stopped_PG),
-        )
+def evaluate_set(
+    policy: Policy, problems: ProblemSet, settings: Settings, grader: Grader, *, label: str
+) -> dict[str, float]:
+    """A model's metrics on `data.eval` (docs/evaluation.md). Each process samples a share; all call this."""
+    process, eval_set = distributed.process(), EvalSet(set_name(settings.data.eval), settings)
+    share = process.share(len(problems.problems))
+    count = len(share) * settings.eval.samples
+    with console.Progress(label, count, "sequences", keep=False, enabled=process.primary) as progress:
+        responses = sample_and_grade(policy, eval_set, problems, share, grader, progress)
+    return training_metrics(gather(responses, settings.reward.kind), settings.eval.largest_k)
 
 
-def answer_problems(
+def sample_and_grade(
     policy: Policy,
-    held_out: ProblemSet,
-    problems: Sequence[int],
-    settings: Settings,
+    eval_set: EvalSet,
+    problems: ProblemSet,
+    indices: Sequence[int],
     grader: Grader,
-    *,
-    name: str,
     progress: console.Progress,
     done_before: int = 0,
-) -> Answered:
-    """Writes and grades `eval.samples` responses to the problems of these numbers of the set `name`.
+) -> Responses:
+    """`eval.samples` responses to each of the problems at `indices` of the set.
 
     Args:
-      done_before: sequences that the line `progress` already counts.
+      done_before: sequences that `progress` counts already.
     """
-    samples, request = settings.eval.samples, evaluation_request(policy, settings)
-    if not problems:  # a share of fewer problems than hosts
+    settings, samples = eval_set.settings, eval_set.settings.eval.samples
+    request = evaluation_request(policy, settings)
+    if not indices:  # a process's share, where there are fewer problems than processes
         nothing = Trajectories.empty(0, request.max_new_tokens, 1)
-        return Answered(nothing, [], np.zeros((0, samples), np.float32))
+        return Responses(nothing, [], np.zeros((0, samples), np.float32))
     trajectories = write_responses(
         policy,
         request,
-        [held_out.prompts[index] for index in problems],
-        evaluation_keys(settings.seed, name, problems, samples),
+        [problems.prompts[index] for index in indices],
+        evaluation_keys(settings.seed, eval_set.name, indices, samples),
         progress=progress,
         done_before=done_before,
     )
-    sentence = failures(trajectories, samples, [held_out.problems[index].id for index in problems])
+    sentence = failures(trajectories, samples, [problems.problems[index].id for index in indices])
     if sentence:
-        print(f"warning: {name}: {sentence}; they are graded as they stand", flush=True)
+        print(f"warning: {eval_set.name}: {sentence}; they are graded as they stand", flush=True)
     texts = response_texts(policy.tokenizer_info, trajectories)
-    golds = [held_out.problems[index].answer for index in problems for _ in range(samples)]
+    golds = [problems.problems[index].answer for index in indices for _ in range(samples)]
     rewards = np.asarray(grader.grade(texts, golds, settings.reward.kind), np.float32)
-    return Answered(trajectories, texts, rewards.reshape(len(problems), samples))
+    return Responses(trajectories, texts, rewards.reshape(len(indices), samples))
+
+
+def gather(responses: Responses, kind: str) -> GradedResponses:
+    """The graded responses of all processes, problems in the order of a run of one process.
+
+    Every process has to call this. `kind`: `reward.kind`, by which final answers are read.
+    """
+    written, samples = responses.trajectories, responses.rewards_PG.shape[1]
+    fields = (
+        responses.rewards_PG.reshape(-1).tolist(),
+        [final_answer(text, kind) for text in responses.texts],
+        written.lengths_B.tolist(),
+        written.stopped_B.tolist(),
+    )
+    rows = list(zip(*fields, strict=True))
+    own = [rows[start : start + samples] for start in range(0, len(rows), samples)]
+    return graded_responses(distributed.allgather_items("evaluation", own))

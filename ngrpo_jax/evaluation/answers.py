@@ -1,21 +1,23 @@
-"""The final answer of a response, as a thing that responses can agree on.
+"""The final answer of a response, and when two final answers are the same vote.
 
-Joins what `tasks.grading` reads off a text with what `analysis` counts. It grades nothing.
+Reads answers by the rules of `tasks.grading`, as the grader does. Grades nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
+import numpy as np
+
+from ngrpo_jax.evaluation.statistics.estimates import GradedResponses
 from ngrpo_jax.tasks import grading
 
 
 def final_answer(response: str, kind: str) -> str | None:
-    r"""What a response answers, None where it does not.
+    r"""The text that the grader of `reward.kind` reads as a response's answer; None where there is none.
 
-    For "math" the last closed `\boxed{}` after the thinking, for "choice" the letter of the last `Answer: X`:
-    what the grader reads. A reward of the user's own may read anything: there it is the box where there is
-    one, and else the last number.
+    "math": the last closed `\boxed{}` after the thinking; "choice": the letter of the last `Answer: X`. What
+    a user's own reward reads is not known: for it, the box where there is one, else the last number.
     """
     text = grading.after_thinking(response)
     if kind == "choice":
@@ -25,7 +27,7 @@ def final_answer(response: str, kind: str) -> str | None:
 
 
 def vote(answer: str | None) -> Hashable | None:
-    """What makes two final answers the same vote: the number where it is one, else its canonical spelling."""
+    """A key that equal answers share: their number where they are numbers, else their canonical spelling."""
     if answer is None or not answer.strip():
         return None
     if len(answer) > grading.MAX_ANSWER:
@@ -38,3 +40,13 @@ def vote(answer: str | None) -> Hashable | None:
 def answer_name(kind: str) -> str:
     """What a response without a final answer lacks, in words."""
     return {"math": "no box", "choice": 'no "Answer: X"'}.get(kind, "no box and no number")
+
+
+def graded_responses(problems: Sequence[Sequence[tuple[float, str | None, int, bool]]]) -> GradedResponses:
+    """From the (reward, final answer, tokens, stopped) of each response of each problem."""
+    return GradedResponses(
+        np.array([[reward for reward, _, _, _ in rows] for rows in problems], np.float32),
+        [[vote(final) for _, final, _, _ in rows] for rows in problems],
+        np.array([[tokens for _, _, tokens, _ in rows] for rows in problems]),
+        np.array([[stopped for _, _, _, stopped in rows] for rows in problems]),
+    )

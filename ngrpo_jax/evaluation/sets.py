@@ -1,11 +1,11 @@
-"""The data sets of one evaluation: what `eval.sets` and `--sets` say, as settings of their own.
+"""The data sets of one evaluation, as `eval.sets` and `--sets` name them, each with settings of its own.
 
 An entry is words: a data source, then options, such as
 
     tfds:gpqa_diamond prompt=choice reward=choice samples=8 pass_k=1,8
 
-A set's settings are those of the run with another `data.eval` and the options put in, so that everything
-that reads settings serves every set alike.
+The settings of a set are those of the run with the entry's source as `data.eval` and with its options, so
+that code which takes settings needs no special case for sets.
 """
 
 from __future__ import annotations
@@ -15,25 +15,47 @@ import difflib
 import pathlib
 import re
 import shlex
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from ngrpo_jax.errors import UserError, require
 from ngrpo_jax.settings import Settings
 
 SEPARATOR = ";"  # between the entries of --sets
-_WHOLE_NUMBER = re.compile(r"[1-9][0-9]*")
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalSet:
-    """One data set of an evaluation: its name, which keys and files depend on, and its settings."""
+    """One data set of an evaluation: its settings, and its name, on which keys and file names depend."""
 
     name: str
     settings: Settings
 
 
-def split(flag: str) -> tuple[str, ...]:
+class _Option(NamedTuple):
+    """An option of an entry: the setting it replaces, the pattern of its text, how that is read, in words."""
+
+    section: str
+    leaf: str
+    pattern: str
+    read: Callable[[str], Any]
+    words: str
+
+
+_NUMBER, _NAME = "[1-9][0-9]*", "[A-Za-z0-9_-]+"
+_OPTIONS = {
+    "samples": _Option("eval", "samples", _NUMBER, int, "a whole number above 0"),
+    "pass_k": _Option(
+        "eval", "pass_k", f"{_NUMBER}(,{_NUMBER})*", lambda text: (*map(int, text.split(",")),), "such as 1,8"
+    ),
+    "problems": _Option("eval", "problems", _NUMBER, int, "a whole number above 0"),
+    "prompt": _Option("data", "prompt", ".+", str, "as data.prompt"),
+    "reward": _Option("reward", "kind", ".+", str, "as reward.kind"),
+    "name": _Option("", "", _NAME, str, "letters, digits, '_' and '-'"),
+}
+
+
+def parse_flag(flag: str) -> tuple[str, ...]:
     """The entries of a --sets flag."""
     entries = tuple(entry.strip() for entry in flag.split(SEPARATOR))
     entries = entries[:-1] if entries and not entries[-1] else entries
@@ -42,7 +64,7 @@ def split(flag: str) -> tuple[str, ...]:
 
 
 def eval_sets(settings: Settings) -> list[EvalSet]:
-    """The sets of `eval.sets`, or the one set of `data.eval`. ValueError names the entry at fault."""
+    """The sets of `eval.sets`, or the one set of `data.eval`. UserError names the entry at fault."""
     if not settings.eval.sets:
         return [EvalSet(set_name(settings.data.eval), settings)]
     sets = [_parse(entry, settings) for entry in settings.eval.sets]
@@ -55,7 +77,7 @@ def eval_sets(settings: Settings) -> list[EvalSet]:
 
 
 def set_name(source: str) -> str:
-    """What a source is called: the file's stem, the data set's or the function's name."""
+    """The default name of a source: the stem of its file, or the name of its data set or function."""
     kind, _, rest = source.partition(":")
     body = rest.partition("?")[0]
     if kind in ("jsonl", "parquet", "json", "csv"):
@@ -74,54 +96,29 @@ def _parse(entry: str, settings: Settings) -> EvalSet:
         raise UserError(f"eval.sets entry {entry!r} is not SOURCE [option=value ...] ({error}).") from error
     options = dict(_option(entry, word) for word in words)
     name = options.pop("name", set_name(source))
-    sections = {section: getattr(settings, section) for section in ("data", "eval", "reward")}
     changes: dict[str, dict[str, Any]] = {"data": {"eval": source}, "eval": {}, "reward": {}}
     for option, value in options.items():
-        section, leaf, _ = _OPTIONS[option]
-        changes[section][leaf] = value
+        changes[_OPTIONS[option].section][_OPTIONS[option].leaf] = value
     try:
-        changed = {section: dataclasses.replace(old, **changes[section]) for section, old in sections.items()}
+        sections = {
+            section: dataclasses.replace(getattr(settings, section), **changed)
+            for section, changed in changes.items()
+        }
     except ValueError as error:
         raise UserError(f"eval.sets entry {entry!r}: {error}") from error
-    return EvalSet(name, dataclasses.replace(settings, **changed))
+    return EvalSet(name, dataclasses.replace(settings, **sections))
 
 
 def _option(entry: str, word: str) -> tuple[str, Any]:
-    option, equals, text = word.partition("=")
-    known = [*_OPTIONS, "name"]
-    if not equals or option not in known:
-        near = difflib.get_close_matches(option, known, n=1)
-        hint = f"did you mean {near[0]}=?" if near else f"options are {', '.join(f'{o}=' for o in known)}."
+    name, equals, text = word.partition("=")
+    if not equals or name not in _OPTIONS:
+        near = difflib.get_close_matches(name, _OPTIONS, n=1)
+        known = ", ".join(f"{option}=" for option in _OPTIONS)
+        hint = f"did you mean {near[0]}=?" if near else f"options are {known}."
         raise UserError(f"eval.sets entry {entry!r}: {word!r} is no option; {hint}")
-    if option == "name":
-        require(
-            bool(re.fullmatch(r"[A-Za-z0-9_-]+", text)),
-            f"eval.sets entry {entry!r}: name {text!r} must be letters, digits, '_' and '-'.",
-        )
-        return option, text
-    value = _OPTIONS[option][2](text)
-    require(value is not None, f"eval.sets entry {entry!r}: {word!r} is not understood.")
-    return option, value
-
-
-def _number(text: str) -> int | None:
-    return int(text) if _WHOLE_NUMBER.fullmatch(text) else None
-
-
-def _numbers(text: str) -> Sequence[int] | None:
-    numbers = tuple(_number(part) for part in text.split(","))
-    return None if None in numbers else numbers  # type: ignore[return-value]
-
-
-def _text(text: str) -> str | None:
-    return text or None
-
-
-# option of an entry -> (section, leaf, how its value is read; None where it cannot be)
-_OPTIONS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
-    "samples": ("eval", "samples", _number),
-    "pass_k": ("eval", "pass_k", _numbers),
-    "problems": ("eval", "problems", _number),
-    "prompt": ("data", "prompt", _text),
-    "reward": ("reward", "kind", _text),
-}
+    option = _OPTIONS[name]
+    understood = bool(re.fullmatch(option.pattern, text))
+    require(
+        understood, f"eval.sets entry {entry!r}: {word!r} is not understood; {name}= takes {option.words}."
+    )
+    return name, option.read(text)

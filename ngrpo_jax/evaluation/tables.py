@@ -1,7 +1,7 @@
-"""What an evaluation prints: each data set's metrics with their intervals, and the paper's beside ours.
+"""What an evaluation prints: each data set's metrics with intervals, and the paper's results beside ours.
 
-Owns wording and layout. Takes generations as read from disk, so that a stored evaluation prints what it
-printed when it was made.
+Owns the words and the layout. Takes generations as read from a file, so that a stored evaluation prints what
+was printed when its responses were made.
 """
 
 from __future__ import annotations
@@ -17,77 +17,79 @@ from ngrpo_jax.runtime import console
 
 Metrics = Mapping[str, Estimate]
 
+_COSINE = {"mean": "mean", "min": "smallest", "below_095": "share below 0.95"}
+_SAMPLING = ("samples", "temperature", "top_p", "top_k", "max_new_tokens")
+
 
 def details(generations: Generations, metrics: Metrics, pass_k: Sequence[int]) -> str:
-    """One data set's table: estimate, value, 95 % interval."""
-    depends = generations.header["depends"]
-    samples = depends["eval.samples"]
-    rows = [_with_interval(f"Mean@{samples}", metrics["mean_at_n"])]
+    """One data set's table: metric, value, 95 % interval; and how much of the set has been evaluated."""
+    names = {f"Mean@{generations.samples}": "mean_at_n"}
     for k in pass_k:
-        rows.append(_with_interval(f"Pass@{k}", metrics[f"pass_at_{k}"]))
-        rows.append(_with_interval(f"best@{k} (bootstrap, as the paper's tables)", metrics[f"best_at_{k}"]))
+        names |= {f"Pass@{k}": f"pass_at_{k}", f"best@{k} (bootstrap, as the paper's tables)": f"best_at_{k}"}
     if "maj_at_n" in metrics:
-        rows.append(_with_interval(f"Maj@{samples}", metrics["maj_at_n"]))
-    rows.append(_with_interval("truncated responses", metrics["truncated"]))
-    rows.append(_with_interval(f"responses with {answer_name(depends['reward.kind'])}", metrics["no_answer"]))
-    rows.append(_with_interval("tokens a response", metrics["length_mean"]))
-    rows.append(_with_interval("tokens of the longest", metrics["length_max"]))
+        names[f"Maj@{generations.samples}"] = "maj_at_n"
+    names |= {
+        "truncated responses": "truncated",
+        f"responses with {answer_name(generations.reward_kind)}": "no_answer",
+        "tokens a response": "length_mean",
+        "tokens of the longest": "length_max",
+    }
+    rows = [_with_interval(label, metrics[name]) for label, name in names.items()]
     for name, value in (generations.cosines() or {}).items():
         rows.append(_with_interval(f"cosine of mixed inputs to anchors, {_COSINE[name]}", Estimate(value)))
-    text = console.table(rows, (generations.label, "", "95 % interval"))
-    return f"{text}\n{coverage(generations)}"
-
-
-_COSINE = {"mean": "mean", "min": "least", "below_095": "share below 0.95"}
-
-
-def coverage(generations: Generations) -> str:
-    """How much of the set the metrics stand for."""
     header, done = generations.header, len(generations.problems)
     of = "" if done == header["problems"] else f" of {header['problems']}, the rest is not evaluated yet"
-    return f"{done} problems{of} ({header['too_long']} left out as too long), {generations.path}"
+    return (
+        f"{console.table(rows, (generations.label, '', '95 % interval'))}\n"
+        f"{done} problems{of} ({header['too_long']} left out as too long), {generations.path}"
+    )
 
 
-def table_1(
-    sets: Sequence[tuple[Generations, Metrics]], pass_k: Mapping[str, Sequence[int]] | None = None
-) -> str:
-    """Data sets across, in percent: ours unbiased, ours by the paper's bootstrap, and the paper's own.
+def table_1(sets: Sequence[tuple[Generations, Metrics]], pass_k: Sequence[int] | None = None) -> str:
+    """Data sets as columns, in percent: our unbiased Pass@k, our bootstrap as the paper's, and the paper's.
 
-    The paper's rows stand there where backbone and sampling are the paper's; the one of the same method is
-    marked. Its metrics for a data set that is not evaluated here are not shown.
+    The paper's rows are shown where backbone and sampling are the paper's; the row of the same method is
+    marked. Data sets that are not evaluated here have no column.
+
+    Args:
+      pass_k: None for each set's own; the column "average" needs the same of all sets.
     """
     names = [generations.header["set"] for generations, _ in sets]
-    asked = {g.header["set"]: tuple((pass_k or {}).get(g.header["set"], g.pass_k)) for g, _ in sets}
-    samples = {g.header["set"]: g.header["depends"]["eval.samples"] for g, _ in sets}
-    alike = len({(samples[name], asked[name]) for name in names}) == 1
-    averaged = len(names) > 1 and alike
-    columns = names + ["average"] * averaged
-    of_sets = [metrics for _, metrics in sets]
-    every = of_sets + [estimates.average(of_sets)] * averaged
-    kinds = [asked[name] for name in names] + [asked[names[0]]] * averaged
+    columns = [(generations.samples, tuple(pass_k or generations.pass_k)) for generations, _ in sets]
+    metrics = [of_set for _, of_set in sets]
+    alike = len(set(columns)) == 1
+    titles = [paper.TITLES.get(name, name) for name in names]
+    if alike:
+        legend = f"percent: {_legend(*columns[0])}"
+    else:
+        legend = "percent"
+        titles = [f"{title}: {_legend(*column)}" for title, column in zip(titles, columns, strict=True)]
+    if alike and len(names) > 1:
+        names, titles = [*names, "average"], [*titles, "average"]
+        columns, metrics = [*columns, columns[0]], [*metrics, estimates.average(metrics)]
     ours = [(f"ours, step {sets[0][0].header['step']}", "pass_at"), ("ours, best@k (bootstrap)", "best_at")]
     rows = [
-        (label, *(_triple(metrics, kind, ks) for metrics, ks in zip(every, kinds, strict=True)))
+        (label, *(_triple(one, kind, ks) for one, (_, ks) in zip(metrics, columns, strict=True)))
         for label, kind in ours
     ]
-    rows += _paper_rows(sets, names, columns)
-    heads = [_head(name, samples[name], asked[name], alike) for name in names] + ["average"] * averaged
-    legend = f"percent: {_legend(samples[names[0]], asked[names[0]])}" if alike else "percent"
-    return console.table(rows, (legend, *heads))
+    rows += _paper_rows([generations.header for generations, _ in sets], names)
+    return console.table(rows, (legend, *titles))
 
 
-def _paper_rows(
-    sets: Sequence[tuple[Generations, Metrics]], names: Sequence[str], columns: Sequence[str]
-) -> list[tuple[str, ...]]:
-    headers = [generations.header for generations, _ in sets]
+def _paper_rows(headers: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[tuple[str, ...]]:
     backbone = paper.backbone(headers[0]["model"])
-    if backbone is None or not all(_as_the_paper(header) for header in headers):
+    if backbone is None or not all(_as_the_paper(header["depends"]) for header in headers):
         return []
-    method = _method(headers[0])
-    same_sets = set(names) == set(paper.SETS)
+    method = paper.method(
+        trained=headers[0]["step"] > 0,
+        mixes=headers[0]["depends"]["eval.mixing"],
+        **headers[0]["trained"],
+    )
+    same_sets = {header["set"] for header in headers} == set(paper.SETS)
     rows = []
     for name, cells in paper.TABLE[backbone].items():
-        shown = [cells.get(key) if key != "average" or same_sets else None for key in columns]
+        shown = [cells.get(column) if column != "average" or same_sets else None for column in columns]
+        # A row that has the average alone is of an ablation: shown for the same method only.
         if not any(shown) or (name != method and len(cells) == 1):
             continue
         mark = "  ← this method" if name == method else ""
@@ -95,18 +97,9 @@ def _paper_rows(
     return rows
 
 
-def _as_the_paper(header: Mapping[str, Any]) -> bool:
-    depends = header["depends"]
-    values = {leaf: depends[f"eval.{leaf}"] for leaf in _SAMPLING}
-    return paper.comparable(**values, reward=depends["reward.kind"])
-
-
-_SAMPLING = ("samples", "temperature", "top_p", "top_k", "max_new_tokens")
-
-
-def _method(header: Mapping[str, Any]) -> str | None:
-    return paper.method(
-        trained=header["step"] > 0, mixes=header["depends"]["eval.mixing"], **header["trained"]
+def _as_the_paper(depends: Mapping[str, Any]) -> bool:
+    return paper.comparable(
+        **{leaf: depends[f"eval.{leaf}"] for leaf in _SAMPLING}, reward=depends["reward.kind"]
     )
 
 
@@ -115,17 +108,12 @@ def _cell(cell: paper.Cell) -> str:
 
 
 def _triple(metrics: Metrics, kind: str, pass_k: Sequence[int]) -> str:
-    values = [metrics["mean_at_n"], *(metrics[f"{kind}_{k}"] for k in pass_k)]
-    return " / ".join(f"{100 * estimate.value:.2f}" for estimate in values)
+    shown = [metrics["mean_at_n"], *(metrics[f"{kind}_{k}"] for k in pass_k)]
+    return " / ".join(f"{100 * estimate.value:.2f}" for estimate in shown)
 
 
 def _legend(samples: int, pass_k: Sequence[int]) -> str:
     return " / ".join([f"Mean@{samples}", *(f"Pass@{k}" for k in pass_k)])
-
-
-def _head(name: str, samples: int, pass_k: Sequence[int], alike: bool) -> str:
-    title = paper.TITLES.get(name, name)
-    return title if alike else f"{title}: {_legend(samples, pass_k)}"
 
 
 def _with_interval(label: str, estimate: Estimate) -> tuple[str, float, str]:
