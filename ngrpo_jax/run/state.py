@@ -87,7 +87,7 @@ def restore(run: Run, checkpoints: Checkpoints, step: int) -> RunState:
     if earlier:  # of a version that kept an iterator over the problems, a count of updates and another table
         host = {"data": host["stream"]["data"], "table_age": None, "initial_evaluation": host["before"]}
     if host["data"] != fingerprint(run.training.problems, run.settings.seed):
-        raise ValueError(
+        raise UserError(
             f"the problems to train on have changed since the checkpoint at step {step} in {run.workdir}; "
             "resume with the same data.train, or use another --workdir."
         )
