@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from ngrpo_jax.algo.neighbors import refresh
+from ngrpo_jax.errors import UserError
 from ngrpo_jax.learner import update
 from ngrpo_jax.runtime import distributed, mesh
 from ngrpo_jax.runtime.checkpoints import Checkpoints
