@@ -85,11 +85,9 @@ class Kind:
             fits, noun = isinstance(value, tuple) and all(map(is_plain, value)), f"a tuple, each {noun}"
         else:
             fits = is_plain(value)
-        checks = (Check(lambda _: fits, noun), *self.checks)
-        wrong = next((check for check in checks if not check.holds(value)), None)
         unset = ", or None" if self.optional else ""
-        shown = value if isinstance(value, float) else repr(value)
-        require(wrong is None, f"{name} is {shown}; it must be {wrong and wrong.must_be}{unset}.")
+        for check in (Check(lambda _: fits, noun), *self.checks):
+            require(check.holds(value), f"{name} is {value!r}; it must be {check.must_be}{unset}.")
 
     def read(self, name: str, text: str) -> Any:
         """The value that a text of the command line stands for, checked."""
