@@ -7,7 +7,7 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent / "ngrpo_jax"
-PARTS = {"algo", "model", "settings", "errors", "choices", "rollout", "learner", "tasks", "runtime"}
+PARTS = {"algo", "model", "schema", "settings", "errors", "choices", "rollout", "learner", "tasks", "runtime"}
 MAY_IMPORT = {
     "algo": set(),
     "errors": set(),

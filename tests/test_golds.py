@@ -69,7 +69,7 @@ def settings(tmp_path, **data):
 def test_overlap_with_evaluation_sets_is_told(tmp_path, capsys):
     assert [p.problem for p in training_problems(settings(tmp_path))] == ["p", "q", "r"]
     told = capsys.readouterr().out
-    assert "eval.csv too, and are trained on" in told
+    assert "1 problems are in" in told and "eval.csv too, and are trained on" in told
     assert "row-1 (row-2 there)" in told and "row-3 (row-1 there)" in told
 
 
@@ -132,4 +132,4 @@ def test_unreadable_golds_are_told_by_id(tmp_path, capsys, monkeypatch):
     broken = [*loaded, type(loaded[0])("odd-one", "p", "??? 5")]
     report_unreadable(given, "csv:a", broken)
     assert "csv:a: math-verify cannot read 1 answers" in (told := capsys.readouterr().out)
-    assert told.endswith("match: odd-one.\n") and not golds.default_cache().exists()
+    assert told.endswith("matches: odd-one.\n") and not golds.default_cache().exists()

@@ -23,7 +23,9 @@ from ngrpo_jax.model import decoder, hf
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.runtime import distributed, mesh
 from ngrpo_jax.runtime.checkpoints import Checkpoints
+from ngrpo_jax.schema import flatten
 from ngrpo_jax.settings import Settings
+from ngrpo_jax.setup.resume import changes
 from ngrpo_jax.setup.tokenizer_info import TokenizerInfo, make_tokenizer_info
 from ngrpo_jax.setup.warm_start import RECIPE, recipe
 from ngrpo_jax.tasks import prompts
@@ -88,10 +90,10 @@ def locate_model(settings: Settings, workdir: pathlib.Path, *, weights: bool = T
     directory = workdir / "warm_start"
     if directory.exists():
         made_by = json.loads((workdir / RECIPE).read_text(encoding="utf-8"))
-        if made_by != recipe(settings):
+        changed = changes(flatten(made_by), recipe(settings))
+        if changed:
             raise UserError(
-                f"{directory} was made by other settings of seed, data or warm_start, listed in "
-                f"{workdir / RECIPE}; use those, or another --workdir."
+                f"{directory} was made with {'; '.join(changed)}; use those or another --workdir."
             )
     elif (workdir / "checkpoints").exists():
         raise UserError(

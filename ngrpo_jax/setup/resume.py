@@ -1,18 +1,19 @@
-"""Which settings may change when a run is resumed, and which metric makes a checkpoint the best.
+"""Which settings may change when a run is resumed, and what the settings of an older checkpoint mean today.
 
-Plain values only: neither arrays nor checkpoints.
+Settings are plain values here, by dotted name, as JSON gives them back. Must not know arrays or checkpoints.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from ngrpo_jax.errors import UserError
-from ngrpo_jax.settings import Settings
+from ngrpo_jax.settings import REMOVED, RENAMED, RENAMED_VALUES, Settings
 
+# Where, how fast and how long a run goes. All other settings change what it computes.
 MAY_CHANGE = {
     "train.steps",
     "train.rows_per_device",
@@ -22,19 +23,21 @@ MAY_CHANGE = {
     "train.unroll",
     "train.share_prompts",
     "train.offload",
+    "train.loggers",
+    "train.profile_from",
+    "train.profile_steps",
     "rollout.slots",
     "rollout.chunk",
     "rollout.layout",
     "eval.every",
     "eval.sets",
     "reward.workers",
-    "train.loggers",
-    "train.profile_from",
-    "train.profile_steps",
-    # Where the model is found. Whether it is the same one, its fingerprint in each checkpoint says.
-    "model.path",
+    "reward.deadline_s",  # docs/metrics.md advises to raise these two where verdicts are missing
+    "reward.memory_mb",
+    "model.path",  # where the model is; the digest in each checkpoint says whether it is the same one
     "model.revision",
 }
+MAY_CHANGE_SECTIONS = ("mesh.", "checkpoint.", "warm_start.")
 
 
 def best_key(settings: Settings) -> str:
@@ -43,16 +46,15 @@ def best_key(settings: Settings) -> str:
 
 
 def check_resumable(host: dict[str, Any], step: int, settings: Settings, workdir: pathlib.Path) -> None:
-    """ValueError where a checkpoint is of a run with other settings, or beyond the last step of this one.
-
-    Earlier checkpoints do not store model.dtype; it is not compared then.
-    """
-    there, here = host["settings"], lasting_settings(settings)
-    there = {"model.dtype": here["model.dtype"], **there}
-    changed = [name for name in here if there.get(name) != here[name]]
+    """UserError where a checkpoint is of a run with other settings, or beyond the last step of this one."""
+    here = lasting_settings(settings)
+    # The first versions let model.dtype change and did not store it: its default says nothing of such a run.
+    stored = {"model.dtype": here["model.dtype"], **host["settings"]}
+    changed = changes(stored, here)
     if changed:
-        facts = "; ".join(f"{name} {there.get(name)}, not {here[name]}" for name in changed)
-        raise UserError(f"the run in {workdir} was made with {facts}; use those or another --workdir.")
+        raise UserError(
+            f"the run in {workdir} was made with {'; '.join(changed)}; use those or another --workdir."
+        )
     if step > settings.train.steps:
         raise UserError(
             f"the run in {workdir} is at step {step} already; raise train.steps, which is "
@@ -61,16 +63,38 @@ def check_resumable(host: dict[str, Any], step: int, settings: Settings, workdir
 
 
 def lasting_settings(settings: Settings) -> dict[str, Any]:
-    """Leaf by leaf, the settings that may not change between the parts of a run; as JSON gives them back.
-
-    The rest says where and how fast a run goes, not what it computes.
-    """
-    values = json.loads(json.dumps(dataclasses.asdict(settings)))
-    leaves = {"seed": values.pop("seed")}
-    for section, entries in values.items():
-        leaves |= {f"{section}.{name}": value for name, value in entries.items()}
+    """The settings that may not change between the parts of a run."""
     return {
         name: value
-        for name, value in leaves.items()
-        if name not in MAY_CHANGE and not name.startswith(("mesh.", "checkpoint.", "warm_start."))
+        for name, value in as_json(settings.leaves()).items()
+        if name not in MAY_CHANGE and not name.startswith(MAY_CHANGE_SECTIONS)
     }
+
+
+def changes(stored: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """How stored settings differ from today's, one phrase for each setting.
+
+    Args:
+      stored: written by this version or an earlier one. A setting that is missing did not exist yet, and has
+        its default. A removed one must have its last default, which is what every run does today.
+      here: the settings to compare with.
+    """
+    defaults = as_json(Settings().leaves())
+    renamed = {RENAMED.get(name, name): value for name, value in stored.items()}
+    there = {name: _today(name, value) for name, value in renamed.items()}
+    lost = [
+        f"{name} {value}, which is no setting of this version"
+        for name, value in there.items()
+        if name not in defaults and (name not in REMOVED or value != REMOVED[name][0])
+    ]
+    was = {name: there.get(name, defaults[name]) for name in here}
+    return lost + [f"{name} {was[name]}, not {value}" for name, value in here.items() if was[name] != value]
+
+
+def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON gives them back, a tuple as a list."""
+    return json.loads(json.dumps(settings))
+
+
+def _today(name: str, value: Any) -> Any:
+    return value if isinstance(value, list) else RENAMED_VALUES.get((name, value), value)

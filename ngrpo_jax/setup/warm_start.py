@@ -5,7 +5,6 @@ Owns its size, its examples, and the record of the settings that made it. Must n
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 from typing import Any
 
@@ -15,6 +14,7 @@ from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.runtime import console, files
 from ngrpo_jax.settings import Settings, WarmStartSettings
 from ngrpo_jax.setup.problems import ProblemSet
+from ngrpo_jax.setup.resume import as_json
 from ngrpo_jax.tasks import arithmetic
 from ngrpo_jax.tasks.datasets import Problem
 
@@ -68,11 +68,13 @@ def warm_start_config(settings: WarmStartSettings, tokenizer: Any) -> ModelConfi
 
 
 def recipe(settings: Settings) -> dict[str, Any]:
-    """Everything that a warm start depends on."""
-    data = dataclasses.asdict(settings.data)
-    for name in ("eval", "overlap_with", "drop_overlap"):  # no other source has an arithmetic problem
-        del data[name]
-    return {"seed": settings.seed, "data": data, "warm_start": dataclasses.asdict(settings.warm_start)}
+    """The settings that a warm start depends on, by dotted name."""
+    held_out = ("data.eval", "data.overlap_with", "data.drop_overlap")  # never of an arithmetic problem
+    return {
+        name: value
+        for name, value in as_json(settings.leaves()).items()
+        if name.startswith(("seed", "data.", "warm_start.")) and name not in held_out
+    }
 
 
 def _worked_ids(tokenizer: Any, problem: Problem) -> list[int]:
