@@ -1,10 +1,13 @@
 """The data sets of the paper and GSM8K: the repository of each, its row count, the names of its fields.
 
-Plain data. Every public file is pinned to a commit, so that its row count stays right.
+catalogue.toml holds the data sets; this file gives them their types.
 """
 
 import dataclasses
+import pathlib
+import tomllib
 from collections.abc import Mapping
+from typing import Any
 
 MATH, CHOICE = "math", "choice"
 
@@ -40,14 +43,14 @@ class DataSet:
 
     name: str
     title: str
-    repository: str | None
-    revision: str | None
-    splits: Mapping[str, PublicFile]
     licence: str
+    splits: Mapping[str, PublicFile]
+    fields: Mapping[str, tuple[str, ...]]
+    repository: str | None = None
+    revision: str | None = None
     kind: str = MATH
     config: str = "main"
     training: bool = False  # leaves out rows without a problem or answer, and repeated problems
-    fields: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: _FIELDS)
 
     @property
     def full_name(self) -> str:
@@ -55,80 +58,14 @@ class DataSet:
         return self.name if self.config == "main" else f"{self.name}/{self.config}"
 
 
-CATALOGUE = (
-    DataSet(
-        name="deepscaler",
-        title="DeepScaleR-Preview: competition problems up to 2023 (AIME, AMC, Omni-MATH, Still)",
-        repository="agentica-org/DeepScaleR-Preview-Dataset",
-        revision="b6ae8c60f5c1f2b594e2140b91c49c9ad0949e29",
-        splits={"train": PublicFile("deepscaler.json", 40_315)},
-        licence="MIT",
-        training=True,
-    ),
-    DataSet(
-        name="deepscaler",
-        config="subset",
-        title="A part of DeepScaleR-Preview, chosen by the user",
-        repository=None,
-        revision=None,
-        splits={"train": PublicFile("", 0)},
-        licence="MIT, as the whole",
-        training=True,
-    ),
-    DataSet(
-        name="aime24",
-        title="American Invitational Mathematics Examination 2024, I and II",
-        repository="math-ai/aime24",
-        revision="83a7f387baaa524a8bda0022eac0541582297103",
-        splits={"test": PublicFile("test-00000-of-00001.parquet", 30)},
-        licence="Apache-2.0; problems by the Mathematical Association of America",
-    ),
-    DataSet(
-        name="aime25",
-        title="American Invitational Mathematics Examination 2025, I and II",
-        repository="math-ai/aime25",
-        revision="563bb8404243c5f09de6ec262f2db674fe5bce9b",
-        splits={"test": PublicFile("test.jsonl", 30)},
-        licence="Apache-2.0; problems by the Mathematical Association of America",
-    ),
-    DataSet(
-        name="amc23",
-        title="American Mathematics Competitions 2023, 12A and 12B, those with a number as their answer",
-        repository="math-ai/amc23",
-        revision="80815d37005feb82cd7f8fbc6901d5d3eff43057",
-        splits={"test": PublicFile("test-00000-of-00001.parquet", 40)},
-        licence="Apache-2.0; problems by the Mathematical Association of America",
-    ),
-    DataSet(
-        name="math500",
-        title="500 problems of the MATH test set (Hendrycks et al.), chosen by Lightman et al.",
-        repository="HuggingFaceH4/MATH-500",
-        revision="6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be",
-        splits={"test": PublicFile("test.jsonl", 500)},
-        licence="MIT",
-    ),
-    DataSet(
-        name="gsm8k",
-        title="GSM8K: grade-school word problems (Cobbe et al.)",
-        repository="openai/gsm8k",
-        revision="740312add88f781978c0658806c59bc2815b9866",
-        splits={
-            "test": PublicFile("main/test-00000-of-00001.parquet", 1319),
-            "train": PublicFile("main/train-00000-of-00001.parquet", 7473),
-        },
-        licence="MIT",
-    ),
-    DataSet(
-        name="gpqa_diamond",
-        title="GPQA Diamond: graduate-level science questions with four choices (Rein et al.)",
-        repository="Idavidrein/gpqa",
-        revision=None,  # gated: no commit of it could be checked
-        splits={"test": PublicFile("gpqa_diamond.csv", 198)},
-        licence="CC-BY-4.0; its authors request that no question be shown in plain text on the net",
-        kind=CHOICE,
-        fields=_CHOICE_FIELDS,
-    ),
-)
+def _data_set(entry: dict[str, Any]) -> DataSet:
+    splits = {split: PublicFile(**file) for split, file in entry.pop("splits").items()}
+    fields = _CHOICE_FIELDS if entry.get("kind") == CHOICE else _FIELDS
+    return DataSet(**entry, splits=splits, fields=fields)
+
+
+_FILE = pathlib.Path(__file__).with_suffix(".toml")
+CATALOGUE = tuple(map(_data_set, tomllib.loads(_FILE.read_text(encoding="utf-8"))["data_set"]))
 
 NAMES = tuple(dict.fromkeys(entry.name for entry in CATALOGUE))
 
