@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from ngrpo_jax.errors import Preempted, UserError, exit_of, require
+from ngrpo_jax.former_settings import former, former_in
 from ngrpo_jax.runtime import ending
 
 DEBUG = "NGRPO_DEBUG"  # set in the environment: every exception shows its traceback
@@ -97,7 +98,7 @@ def parse_flags(argv: Sequence[str], **extra: str | bool | None) -> tuple[Any, d
     Returns:
       The locked ConfigDict with its overrides applied, and a dict of `workdir` and the extra flags.
     """
-    from ngrpo_jax.settings import Settings, former  # here alone: settings import jax
+    from ngrpo_jax.settings import Settings  # here alone: settings import jax
 
     parser = ArgumentParser(argv[0])
     for name, default in {"config": None, "workdir": None, **extra}.items():
@@ -133,8 +134,6 @@ def _unknown(flag: str, known: Sequence[str]) -> str:
 
 def load_config(path: str) -> Any:
     """The ConfigDict that a file of configs/ makes."""
-    from ngrpo_jax.settings import REMOVED, RENAMED, former
-
     spec = importlib.util.spec_from_file_location("ngrpo_config", path)
     require(spec is not None and spec.loader is not None, f"{path!r} is no Python file.")
     assert spec is not None and spec.loader is not None
@@ -145,8 +144,5 @@ def load_config(path: str) -> Any:
         return module.get_config()
     except Exception as error:  # a config is the user's own code, so that any exception is the user's to mend
         text = pathlib.Path(path).read_text(encoding="utf-8", errors="replace")
-        reason = next((former(name) for name in (*RENAMED, *REMOVED) if f".{name}" in text), None)
-        reason = reason or (
-            f"{error}" if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        )
-        raise UserError(f"the config {path} cannot be loaded: {reason}") from error
+        raised = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"the config {path} cannot be loaded: {former_in(text) or raised}") from error

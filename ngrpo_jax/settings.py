@@ -17,6 +17,7 @@ from ngrpo_jax.algo.mixture import STRATEGIES, TABLES, TOKENS, WEIGHTS, Mixing
 from ngrpo_jax.algo.neighbors import METRICS
 from ngrpo_jax.algo.objectives import ALGORITHMS, KL_ESTIMATORS
 from ngrpo_jax.errors import require
+from ngrpo_jax.former_settings import former
 from ngrpo_jax.runtime.loggers import LOGGERS
 from ngrpo_jax.schema import (
     Check,
@@ -343,23 +344,6 @@ class Settings(Section, prefix=""):
     def row_tokens(self) -> int:
         """Tokens of a packed row: those of the longest sequence unless train.row_tokens is set."""
         return self.train.row_tokens or self.data.max_prompt_tokens + self.rollout.max_new_tokens
-
-
-# What became of settings of earlier versions: for a resumed run, and for a config or a flag that names them.
-RENAMED: dict[str, str] = {}
-RENAMED_VALUES: dict[tuple[str, Any], Any] = {("objective.old_logprobs", "trainer"): "learner"}
-# Removed setting -> its last default, and what to use in its place.
-REMOVED: dict[str, tuple[Any, str]] = {
-    "rollout.top_p": (1.0, "training samples from the whole distribution; leave it out"),
-    "rollout.top_k": (0, "training samples from the whole distribution; leave it out"),
-}
-
-
-def former(name: str) -> str | None:
-    """The sentence about a setting that earlier versions had; None where there was no such setting."""
-    if name in RENAMED:
-        return f"the setting {name} is called {RENAMED[name]} now."
-    return f"the setting {name} has been removed: {REMOVED[name][1]}." if name in REMOVED else None
 
 
 def resolve(config: Any) -> Settings:

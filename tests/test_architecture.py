@@ -7,13 +7,26 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent / "ngrpo_jax"
-PARTS = {"algo", "model", "schema", "settings", "errors", "choices", "rollout", "learner", "tasks", "runtime"}
+PARTS = {
+    "algo",
+    "model",
+    "schema",
+    "settings",
+    "former_settings",
+    "errors",
+    "choices",
+    "rollout",
+    "learner",
+    "tasks",
+    "runtime",
+}
 MAY_IMPORT = {
     "algo": set(),
     "errors": set(),
     "choices": set(),
+    "former_settings": set(),
     "schema": {"errors"},
-    "settings": {"algo", "errors", "choices", "schema", "runtime.loggers"},
+    "settings": {"algo", "errors", "choices", "schema", "former_settings", "runtime.loggers"},
     "model": {"algo", "errors", "choices", "runtime.files"},
     "rollout": {"algo", "model", "settings", "errors", "choices"},
     "learner": {"algo", "model", "settings", "errors", "choices", "rollout.trajectory"},

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import base, tiny
-from ngrpo_jax import settings as settings_module
+from ngrpo_jax import former_settings
 from ngrpo_jax.model import decoder
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.run.start import begin
@@ -163,7 +163,7 @@ def test_the_dtype_that_the_first_versions_did_not_store_may_be_any():
 
 
 def test_a_renamed_setting_is_compared_under_its_new_name(monkeypatch):
-    monkeypatch.setitem(settings_module.RENAMED, "rollout.samples", "rollout.group")
+    monkeypatch.setitem(former_settings.RENAMED, "rollout.samples", "rollout.group")
     stored = lasting_settings(_settings())
     stored["rollout.samples"] = stored.pop("rollout.group")
     _resume(stored, _settings())

@@ -11,7 +11,8 @@ from ngrpo_jax import flags
 from ngrpo_jax.algo.mixture import Mixing
 from ngrpo_jax.algo.objectives import LossConfig
 from ngrpo_jax.errors import UserError
-from ngrpo_jax.settings import REMOVED, Settings, resolve
+from ngrpo_jax.former_settings import REMOVED
+from ngrpo_jax.settings import Settings, resolve
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.py") if path.name != "__init__.py")

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ngrpo_jax.errors import UserError
-from ngrpo_jax.settings import REMOVED, RENAMED, RENAMED_VALUES, Settings
+from ngrpo_jax.former_settings import REMOVED, RENAMED, RENAMED_VALUES
+from ngrpo_jax.settings import Settings
 
 # Where, how fast and how long a run goes. All other settings change what it computes.
 MAY_CHANGE = {
