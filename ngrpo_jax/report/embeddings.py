@@ -6,7 +6,6 @@ A is anchors, X points.
 
 import dataclasses
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from ngrpo_jax import flags
 from ngrpo_jax.errors import UserError, require
 from ngrpo_jax.evaluation.statistics import geometry
 from ngrpo_jax.model import decoder
-from ngrpo_jax.report import charts
-from ngrpo_jax.report.style import document
+from ngrpo_jax.report import charts, templates
+from ngrpo_jax.report.page import labelled
 from ngrpo_jax.runtime import console, mesh
 from ngrpo_jax.settings import Settings, resolve
 from ngrpo_jax.setup.model_spec import open_checkpoint, open_model_spec
@@ -151,27 +150,20 @@ def _page(
     clouds: Sequence[charts.Cloud],
     rows: Sequence[tuple[str, float, float, float]],
 ) -> str:
-    legend = "".join(
-        f'<span><i style="background:{cloud.color}"></i>{escape(cloud.label)}</span>' for cloud in clouds
-    )
-    cells = "".join(
-        f"<tr><td>{escape(name)}</td>" + "".join(f"<td>{value:.4f}</td>" for value in values) + "</tr>"
-        for name, *values in rows
-    )
-    tokens = escape(", ".join(anchors.text(anchor) for anchor in anchors.ids))
-    drawing = drawing.replace("<svg", f'<svg role="img" aria-label="Tokens in a plane: {tokens}"', 1)
-    return document(
-        "Inputs in the plane",
-        '<div class="eyebrow">N-GRPO, Figure 1</div><h1>Noise and mixtures among the tokens</h1>'
-        f'<p class="soft">{escape(anchors.settings.model.path)}, step {anchors.step}; tokens {tokens}. '
-        f"{SAMPLES} samples a token of Gaussian noise (σ = {SIGMA} of the row's root mean square) and of "
-        f"mixtures with its {anchors.settings.mixing.k - 1} nearest neighbours, in which the anchor has the "
-        f"largest weight. The plane is that of largest variance of these and of {len(clouds[0].points)} rows "
-        "of the vocabulary.</p>"
-        f'<figure class="panel"><div class="legend">{legend}</div>{drawing}</figure>'
-        '<div class="box scroll"><table><thead><tr><th>input</th><th>cosine to its anchor</th>'
-        "<th>cosine to the nearest token</th><th>nearest token is a candidate</th></tr></thead>"
-        f"<tbody>{cells}</tbody></table></div>",
+    tokens = ", ".join(anchors.text(anchor) for anchor in anchors.ids)
+    return templates.fill(
+        "plane.html",
+        title="Inputs in the plane",
+        model=anchors.settings.model.path,
+        step=anchors.step,
+        tokens=tokens,
+        samples=SAMPLES,
+        sigma=SIGMA,
+        neighbors=anchors.settings.mixing.k - 1,
+        background=len(clouds[0].points),
+        clouds=[{"color": cloud.color, "label": cloud.label, "last": ""} for cloud in clouds],
+        drawing=labelled(drawing, f"Tokens in a plane: {tokens}"),
+        rows=[(name, *(f"{value:.4f}" for value in values)) for name, *values in rows],
     )
 
 
