@@ -30,7 +30,6 @@ def highlight(text: str, spans: Sequence[Sequence[int]]) -> Markup:
 def shown(sample: dict[str, Any]) -> dict[str, Any]:
     """What the page shows of a row of samples.jsonl."""
     reward, spans, problem = sample.get("reward"), sample.get("mixed") or [], str(sample.get("problem", ""))
-    graded = isinstance(reward, int | float)
     title = problem if len(problem) <= _TITLE else problem[: _TITLE - 3] + "…"
     facts = [("problem", problem)] if title != problem else []
     facts += [("expected", sample["answer"])] if sample.get("answer") is not None else []
@@ -38,8 +37,8 @@ def shown(sample: dict[str, Any]) -> dict[str, Any]:
         cut = "" if sample.get("stopped", True) else ", cut off at the limit"
         facts += [("length", f"{sample['tokens']} tokens{cut}")]
     return {
-        "badge": "" if reward is None else f"reward {reward:g}" if graded else f"reward {reward}",
-        "tone": "" if not graded else "good" if reward > 0 else "bad",
+        "badge": "" if reward is None else f"reward {reward:g}",
+        "tone": "" if reward is None else "good" if reward > 0 else "bad",
         "title": title if sample.get("step") is None else f"step {sample['step']} · {title}",
         "facts": [*facts, ("mixed", f"{len(spans)} places" if spans else "nowhere")],
         "response": highlight(sample["response"], spans),
