@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ngrpo_jax.errors import UserError
-from ngrpo_jax.runtime import console, distributed
+from ngrpo_jax.runtime import console
 
 OK, SKIPPED, FAILED = "ok", "not checked", "FAILED"  # from the best verdict to the worst
 
@@ -49,15 +49,14 @@ def run_checks(checks: Sequence[Check], given: Mapping[str, Any]) -> tuple[list[
     return rows, results
 
 
-def merge(rows: Sequence[Row]) -> list[Row]:
-    """Each row with the worst verdict of any process, which is named. Every process has to call this."""
-    if not distributed.process().several:
-        return list(rows)
+def merge(of_processes: Sequence[Sequence[Sequence[str]]]) -> list[Row]:
+    """The rows of all processes as one list: each with its worst verdict, and the process that gave it."""
     merged = []
-    for of_check in zip(*distributed.allgather("preflight", [list(row) for row in rows]), strict=True):
-        worst = max(of_check, key=lambda row: (OK, SKIPPED, FAILED).index(row[1]))
-        name, verdict, remark = worst
-        where = "" if verdict == OK else f"process {of_check.index(worst)}: "
+    for rows in zip(*of_processes, strict=True):
+        index, (name, verdict, remark) = max(
+            enumerate(rows), key=lambda entry: (OK, SKIPPED, FAILED).index(entry[1][1])
+        )
+        where = f"process {index}: " if len(rows) > 1 and verdict != OK else ""
         merged.append(Row(name, verdict, where + remark))
     return merged
 

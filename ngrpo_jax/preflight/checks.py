@@ -10,6 +10,8 @@ import dataclasses
 import os
 import pathlib
 import tempfile
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -41,7 +43,7 @@ def run(config: Any, workdir: pathlib.Path) -> int:
     rows, results = checklist.run_checks(CHECKS, {"config": config, "directory": workdir})
     joined = "processes" in results
     if joined:
-        rows = checklist.merge(rows)
+        rows = checklist.merge(distributed.allgather("preflight", rows))
     if not joined or distributed.process().primary:
         print(checklist.table(rows), flush=True)
     return 0 if all(row.verdict == checklist.OK for row in rows) else 2
@@ -174,13 +176,20 @@ def _memory(settings: Settings, _: Any, config: ModelConfig) -> Found:
 
 
 def _update_programs(settings: Settings, config: ModelConfig, devices: jax.sharding.Mesh, _: Any) -> Found:
-    return programs.compile_update(settings, config, devices)
+    return _timed(lambda: programs.compile_update(settings, config, devices))
 
 
 def _rollout_programs(
     settings: Settings, config: ModelConfig, devices: jax.sharding.Mesh, info: TokenizerInfo, _: Any
 ) -> Found:
-    return programs.compile_rollout(settings, config, devices, info)
+    return _timed(lambda: programs.compile_rollout(settings, config, devices, info))
+
+
+def _timed(compile_programs: Callable[[], programs.Compiled]) -> Found:
+    begun = time.monotonic()
+    compiled = compile_programs()
+    seconds = console.format_seconds(time.monotonic() - begun)
+    return compiled, f"{len(compiled)} compiled in {seconds}: {', '.join(compiled)}"
 
 
 CHECKS = (
