@@ -1,0 +1,130 @@
+"""Parts of a training step: which problems each host takes, and the metrics of a rollout."""
+
+import types
+
+import numpy as np
+import pytest
+
+from ngrpo_jax.model.config import ModelConfig
+from ngrpo_jax.model.flops import forward_flops
+from ngrpo_jax.rollout.trajectory import Trajectories
+from ngrpo_jax.run import metrics
+from ngrpo_jax.run.step import problems_of
+from ngrpo_jax.runtime import distributed, hardware
+from ngrpo_jax.setup.problems import ProblemSet
+from ngrpo_jax.tasks.datasets import Problem
+from ngrpo_jax.tasks.rewards import Counts
+
+CONFIG = ModelConfig("qwen2", 32, 16, 32, 2, 4, 2, 4)
+PROBLEMS = ProblemSet([Problem(str(i), f"{i}?", str(i)) for i in range(10)], [[i] for i in range(10)])
+
+
+def _run(**changes):
+    """As much of a run as these functions read."""
+    own = types.SimpleNamespace
+    settings = own(seed=3, rollout=own(prompts=6, group=2), objective=own(old_logprobs="sampler"))
+    parts = {"settings": settings, "training": PROBLEMS, "reference": None, "mesh": own(size=4)}
+    return own(**(parts | {"model_spec": own(config=CONFIG)} | changes))
+
+
+def _rollout(run, lengths_B):
+    """Responses of these lengths to the first of the problems."""
+    written = Trajectories.empty(len(lengths_B), max(lengths_B), 1)
+    written = written._replace(lengths_B=np.array(lengths_B, np.int32))
+    batch = run.training.take(range(len(lengths_B) // 2))
+    return metrics.Rollout(batch, written, np.zeros((len(batch.problems), 2), np.float32), Counts())
+
+
+def test_hosts_share_the_problems_that_one_process_takes(monkeypatch):
+    whole = problems_of(_run(), 2)
+    assert len(whole.problems) == 6 and whole.prompts == [[int(p.id)] for p in whole.problems]
+    assert whole.problems != problems_of(_run(), 1).problems
+    parts = []
+    for host in range(3):
+        monkeypatch.setattr(distributed, "process", lambda host=host: distributed.Process(host, 3))
+        parts.append(problems_of(_run(), 2).problems)
+    assert [parts[i % 3][i // 3] for i in range(6)] == whole.problems
+
+
+def test_metrics_of_rewards_and_their_grading():
+    graded = Counts(graded=8, timeouts=1, failures=1, seconds=2.0)
+    found = metrics.reward_metrics(np.array([[1.0, 0.0], [1.0, 1.0]], np.float32), graded)
+    assert found["reward/mean"] == 0.75 and found["groups/zero_variance"] == 0.5
+    assert found["speed/verdicts"] == 4.0 and found["reward/no_verdict"] == 0.25
+
+
+def test_metrics_of_devices_count_a_prompt_once_for_each_response(monkeypatch):
+    run, seconds = _run(), {"update": 2.0, "logprobs": 4.0}
+    rollout = _rollout(run, [3, 5])  # to one prompt, of one token
+    monkeypatch.setattr(hardware, "peak_memory", lambda device: 12)
+    monkeypatch.setattr(hardware, "peak_flops", lambda device: 1e6)
+    found = metrics.device_metrics(run, rollout, seconds)
+    work = forward_flops(CONFIG, 1, 3) + forward_flops(CONFIG, 1, 5)
+    assert found == {
+        "speed/update_tokens": (1 + 3 + 1 + 5) / 2.0,
+        "speed/update_mfu": pytest.approx(3 * work / 2.0 / (1e6 * 4)),
+        "memory/peak": 12.0,
+    }
+    found = metrics.device_metrics(_run(reference={}), rollout, seconds)
+    assert found["speed/logprob_tokens"] == 10 / 4.0
+
+
+def test_what_the_system_does_not_tell_is_left_out(monkeypatch):
+    run = _run()
+    monkeypatch.setattr(hardware, "peak_memory", lambda device: None)
+    monkeypatch.setattr(hardware, "peak_flops", lambda device: None)
+    found = metrics.device_metrics(run, _rollout(run, [3, 5]), {"update": 2.0, "logprobs": 4.0})
+    assert found.keys() == {"speed/update_tokens"}
+
+
+def test_sample_rows_show_the_first_response_to_the_first_problems():
+    run = _run()
+    rollout = _rollout(run, [2, 1, 3, 1, 1, 1])
+    tokens_BT = np.arange(18, dtype=np.int32).reshape(6, 3)
+    mixed_BT = np.zeros((6, 3), bool)
+    mixed_BT[2, 1] = True
+    trajectories = rollout.trajectories._replace(tokens_BT=tokens_BT, mixed_BT=mixed_BT)
+    rewards_PG = np.array([[1, 0], [0, 1], [1, 1]], np.float32)
+    tokenizer = types.SimpleNamespace(decode=lambda ids, **_: "".join(chr(97 + int(i)) for i in ids))
+    run.model_spec.tokenizer_info = types.SimpleNamespace(tokenizer=tokenizer)
+    rows = metrics.sample_rows(run, rollout._replace(trajectories=trajectories, rewards_PG=rewards_PG), 7)
+    assert [(row["step"], row["id"], row["reward"], row["tokens"]) for row in rows] == [
+        (7, "0", 1.0, 2),
+        (7, "1", 0.0, 3),
+    ]
+    assert [row["response"] for row in rows] == ["ab", "ghi"]
+    assert [row["mixed"] for row in rows] == [[], [(1, 2)]]
+
+
+def test_cosines_are_of_mixed_inputs_spread_over_all_hosts(monkeypatch):
+    """As many as one process would choose, and the same, however many hosts wrote them."""
+    monkeypatch.setattr(metrics, "COSINE_SAMPLE", 4)
+    lengths_B = np.array([5, 1, 4, 6], np.int32)  # responses to two problems, of a host each
+    mixed_BT = np.arange(6) < np.array([3, 0, 2, 6])[:, None]
+    weights_BTC = (np.arange(24.0).reshape(4, 6) / 24)[..., None]
+
+    def trajectories(rows):
+        part = Trajectories.empty(len(rows), 6, 1)._replace(
+            lengths_B=lengths_B[rows], mixed_BT=mixed_BT[rows]
+        )
+        return part._replace(mixtures=part.mixtures._replace(weights=weights_BTC[rows].astype(np.float32)))
+
+    monkeypatch.setattr(
+        metrics, "cosines_at", lambda policy, written, at: written.mixtures.weights[tuple(at.T)][:, 0]
+    )
+    responses = metrics.Responses(np.zeros((2, 2)), lengths_B, np.ones(4, bool), mixed_BT.sum(axis=1))
+    rollout = metrics.Rollout(None, trajectories([0, 1, 2, 3]), responses.rewards_PG, Counts())
+    alone = metrics.response_metrics(None, rollout, responses)
+    chosen = weights_BTC[mixed_BT][[0, 3, 6, 10], 0]
+    assert alone["rollout/mix_cosine_mean"] == pytest.approx(chosen.mean())
+    assert alone["rollout/mix_cosine_min"] == pytest.approx(chosen.min())
+    given = []
+    for host in range(2):
+        monkeypatch.setattr(distributed, "process", lambda host=host: distributed.Process(host, 2))
+        monkeypatch.setattr(
+            distributed, "allgather", lambda name, value: given.append(value) or [[[0.0, 0.0]]]
+        )
+        metrics.response_metrics(
+            None, rollout._replace(trajectories=trajectories([2 * host, 2 * host + 1])), responses
+        )
+    assert sorted(cosine for pairs in given for cosine, _ in pairs) == pytest.approx(sorted(chosen))
