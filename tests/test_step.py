@@ -16,7 +16,9 @@ from ngrpo_jax.tasks.datasets import Problem
 from ngrpo_jax.tasks.rewards import Counts
 
 CONFIG = ModelConfig("qwen2", 32, 16, 32, 2, 4, 2, 4)
-PROBLEMS = ProblemSet([Problem(str(i), f"{i}?", str(i)) for i in range(10)], [[i] for i in range(10)])
+PROBLEMS = ProblemSet(
+    [Problem(str(i), f"{i}?", str(i)) for i in range(10)], [[i] * (i + 1) for i in range(10)]
+)
 
 
 def _run(**changes):
@@ -37,7 +39,9 @@ def _rollout(run, lengths_B):
 
 def test_hosts_share_the_problems_that_one_process_takes(monkeypatch):
     whole = problems_of(_run(), 2)
-    assert len(whole.problems) == 6 and whole.prompts == [[int(p.id)] for p in whole.problems]
+    assert len(whole.problems) == 6 and [prompt[0] for prompt in whole.prompts] == [
+        int(p.id) for p in whole.problems
+    ]
     assert whole.problems != problems_of(_run(), 1).problems
     parts = []
     for host in range(3):
@@ -55,18 +59,18 @@ def test_metrics_of_rewards_and_their_grading():
 
 def test_metrics_of_devices_count_a_prompt_once_for_each_response(monkeypatch):
     run, seconds = _run(), {"update": 2.0, "logprobs": 4.0}
-    rollout = _rollout(run, [3, 5])  # to one prompt, of one token
+    rollout = _rollout(run, [3, 5, 2, 4])  # to a prompt of one token and one of two
     monkeypatch.setattr(hardware, "peak_memory", lambda device: 12)
     monkeypatch.setattr(hardware, "peak_flops", lambda device: 1e6)
     found = metrics.device_metrics(run, rollout, seconds)
-    work = forward_flops(CONFIG, 1, 3) + forward_flops(CONFIG, 1, 5)
+    work = sum(forward_flops(CONFIG, *lengths) for lengths in [(1, 3), (1, 5), (2, 2), (2, 4)])
     assert found == {
-        "speed/update_tokens": (1 + 3 + 1 + 5) / 2.0,
+        "speed/update_tokens": (1 + 3 + 1 + 5 + 2 + 2 + 2 + 4) / 2.0,
         "speed/update_mfu": pytest.approx(3 * work / 2.0 / (1e6 * 4)),
         "memory/peak": 12.0,
     }
     found = metrics.device_metrics(_run(reference={}), rollout, seconds)
-    assert found["speed/logprob_tokens"] == 10 / 4.0
+    assert found["speed/logprob_tokens"] == 20 / 4.0
 
 
 def test_what_the_system_does_not_tell_is_left_out(monkeypatch):
