@@ -27,7 +27,7 @@ Compiled = dict[str, jax.stages.Compiled]
 
 
 def compile_update(settings: Settings, config: ModelConfig, devices: jax.sharding.Mesh) -> Compiled:
-    """The programs of an update by name; "score" and a dtype gives log-probabilities under such parameters."""
+    """The programs of an update by name; "score" and a dtype: log-probabilities under such parameters."""
     learner = make_learner(settings, config, devices)
     programs, state = learner.programs, mesh.shapes_on(learner.abstract, learner.shardings)
     rows, count = _rows_of_a_call(settings, devices)
