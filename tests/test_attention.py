@@ -1,4 +1,4 @@
-"""Attention of packed rows: each implementation against the rule of visibility written out in NumPy."""
+"""Attention of packed rows: each implementation against the rule of segments written out in NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,8 @@ def _segments(*names):
     own, prefix = np.zeros((2, len(names), T), np.int32)
     for row, name in enumerate(names):
         start = 0
-        for index, (length, seen) in enumerate(LAYOUTS[name], start=1):
-            own[row, start : start + length], prefix[row, start : start + length] = index, seen
+        for index, (length, of_prefix) in enumerate(LAYOUTS[name], start=1):
+            own[row, start : start + length], prefix[row, start : start + length] = index, of_prefix
             start += length
     return Segments(jnp.asarray(own), jnp.asarray(prefix))
 
@@ -41,21 +41,21 @@ def _oracle(q, k, v, segments):
     out = np.zeros_like(q)
     group = q.shape[2] // k.shape[2]
     for b, t in np.ndindex(own.shape):
-        seen = [
+        attended = [
             s
             for s in range(t + 1)
             if own[b, s] == own[b, t] or (prefix[b, t] > 0 and own[b, s] == prefix[b, t])
         ]
         for n in range(q.shape[2]):
-            scores = k[b, seen, n // group] @ q[b, t, n] / np.sqrt(H)
+            scores = k[b, attended, n // group] @ q[b, t, n] / np.sqrt(H)
             weights = np.exp(scores - scores.max())
-            out[b, t, n] = weights @ v[b, seen, n // group] / weights.sum()
+            out[b, t, n] = weights @ v[b, attended, n // group] / weights.sum()
     return out
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (4, 2), (6, 2)])
 @pytest.mark.parametrize(("name", "block"), [("plain", 0), ("chunked", 8), ("chunked", 16), ("chunked", 64)])
-def test_every_token_sees_its_segment_and_its_prefix_up_to_itself(name, block, heads):
+def test_every_token_attends_to_its_segment_and_its_prefix_up_to_itself(name, block, heads):
     segments = _segments(*LAYOUTS)
     q, k, v, _ = _inputs(len(LAYOUTS), *heads)
     attend = attention.make(name, block=block)
@@ -87,7 +87,7 @@ def test_gradients_of_chunked_are_those_of_plain(block, band, monkeypatch):
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
-def test_each_device_goes_through_its_own_rows_and_heads():
+def test_each_device_computes_its_own_rows_and_heads():
     segments = _segments(*(list(LAYOUTS) * 3)[:8])
     want = _gradients(attention.plain, segments, 8, (4, 2))
     attend = attention.make("chunked", meshes.make_mesh(2, 2, 2), block=8)
@@ -104,15 +104,23 @@ def test_the_kernel_for_tpus_agrees_where_it_is_interpreted():
     _assert_close(_gradients(attend, segments, 2, (4, 2)), _gradients(attention.plain, segments, 2, (4, 2)))
 
 
-def test_blocks_that_see_nobody_are_skipped():
-    own = jnp.asarray([[1] * 8 + [2] * 8 + [3] * 8 + [0] * 8])
-    order, needed = blockwise._needed_blocks(own.reshape(1, 4, 8), jnp.zeros((1, 4, 8), jnp.int32))
-    np.testing.assert_array_equal(needed, [[1, 1, 1, 0]])
-    np.testing.assert_array_equal(order[0, :3, 0], [0, 1, 2])
-    prefix = jnp.asarray([[0] * 8 + [1] * 8 + [1] * 8 + [0] * 8])
-    order, needed = blockwise._needed_blocks(own.reshape(1, 4, 8), prefix.reshape(1, 4, 8))
-    np.testing.assert_array_equal(needed, [[1, 2, 2, 0]])
-    np.testing.assert_array_equal(order[0, 2, :2], [0, 2])
+@pytest.mark.parametrize(
+    ("prefixes", "poisoned", "finite"),
+    [
+        ([0, 0, 0, 0], 0, [1, 2, 3]),  # segments of their own
+        ([0, 0, 1, 0], 0, [1, 3]),  # block 2 attends to block 0
+        ([0, 0, 1, 0], 1, [0, 2, 3]),  # ... and skips block 1, which is between them
+        ([0, 0, 0, 0], 3, [0, 1, 2, 3]),  # padding, which attends to no block at all
+    ],
+)
+def test_blocks_of_keys_without_a_common_segment_are_skipped(prefixes, poisoned, finite):
+    """Values of one block are NaN, which even a weight of 0 would carry into the outputs of a block."""
+    own, prefix = (jnp.repeat(jnp.asarray(ids), 8)[None] for ids in ([1, 2, 3, 0], prefixes))
+    q, k, v = (jax.random.normal(jax.random.key(i), (1, 32, 2, H)) for i in range(3))
+    v = v.at[:, 8 * poisoned : 8 * poisoned + 8].set(jnp.nan)
+    out = attention.make("chunked", block=8)(q, k, v, Segments(own, prefix))
+    of_blocks = np.isfinite(np.asarray(out).reshape(4, -1)).all(axis=1)
+    np.testing.assert_array_equal(np.flatnonzero(of_blocks), finite)
 
 
 def _scratch(name, length):

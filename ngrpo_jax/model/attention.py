@@ -1,16 +1,16 @@
-"""Self-attention of packed rows: who may see whom, and the ways to compute it.
+"""Self-attention of packed rows: which tokens attend to which, and four ways to compute it.
 
-Owns the rule of visibility (`Segments`), the implementations behind one signature, and the choice among them.
-Must not know the layers around it, the rollout's cache, or where rows come from.
+Owns the rule of segments (`Segments`, `attention_mask`), the implementations behind one signature, and the
+choice among them. Must not know the layers around it, the rollout's cache, or where rows come from.
 
     plain    scores of the whole row, [T, T]; for short rows
-    chunked  blocks of queries against blocks of keys with a running softmax; blocks in which nobody sees
-             anybody are skipped, and the backward pass recomputes what it needs: memory grows with T
+    chunked  blocks of queries against blocks of keys with a running softmax (blockwise.py): memory grows
+             with T, and pairs of blocks without a common segment are skipped
     cudnn    fused attention of NVIDIA GPUs, through jax.nn.dot_product_attention
     splash   the Pallas kernel for TPUs
 
-A token sees the tokens up to its own place that are of its own segment or of its prefix segment: so several
-responses in a row can share one prompt.
+A token attends to the tokens up to its own position in the row whose segment is its own or its prefix. A
+prefix lets several responses in a row share one prompt.
 """
 
 import functools
@@ -22,26 +22,28 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from ngrpo_jax import choices
 from ngrpo_jax.errors import UserError
-from ngrpo_jax.model.blockwise import BLOCK, MASKED, chunked, sees
+from ngrpo_jax.model.blockwise import BLOCK, MASKED, attends, chunked
 
-NAMES = ("plain", "chunked", "cudnn", "splash")
 SHORT_ROW = 256  # tokens up to which the whole [T, T] is cheaper than blocks
-_LANES = 128  # what splash attention wants rows and heads to be multiples of
+_LANES = 128  # the lengths of rows and heads that splash attention takes are multiples of it
 
 
 class Segments(NamedTuple):
-    """Who sees whom in rows [B, T], int32.
+    """Segments of rows, int32 [B, T] each.
 
-    `own` is each token's segment: ids rise along the row from 1, and 0, padding, stands anywhere. `prefix`
-    is the segment that it sees besides its own, 0 for none. What attention gives at padding has no
-    meaning but is finite.
+    Attributes:
+      own: each token's segment. Ids rise along the row from 1; 0 is padding, which may be anywhere. The
+        output at padding is finite, but has no meaning.
+      prefix: the segment that a token attends to besides its own, 0 for none.
     """
 
     own: Any
     prefix: Any
 
 
+# (q [B, T, N, H], k [B, T, K, H], v [B, T, K, H], segments) -> [B, T, N, H]
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Segments], jax.Array]
 
 
@@ -55,7 +57,7 @@ def choose(name: str, *, platform: str, row_tokens: int, shared_prefixes: bool, 
       dtype: of queries, keys and values.
 
     Raises:
-      ValueError: one sentence naming the setting train.attention.
+      UserError: one sentence naming the setting train.attention.
     """
     fused = dtype != "float32" and row_tokens % 2 == 0  # what cuDNN's backward pass takes
     if name == "auto":
@@ -63,8 +65,8 @@ def choose(name: str, *, platform: str, row_tokens: int, shared_prefixes: bool, 
             return "plain"
         best = {"tpu": "chunked" if shared_prefixes else "splash", "gpu": "cudnn" if fused else "chunked"}
         return best.get(platform, "chunked")
-    if name not in NAMES:
-        raise UserError(f"train.attention is {name!r}; it must be one of auto, {', '.join(NAMES)}.")
+    if name not in choices.ATTENTION:
+        raise UserError(f"train.attention is {name!r}; it must be one of {', '.join(choices.ATTENTION)}.")
     needs = {"cudnn": ("gpu", "an NVIDIA GPU"), "splash": ("tpu", "a TPU")}
     if name in needs and needs[name][0] != platform:
         raise UserError(
@@ -85,12 +87,12 @@ def choose(name: str, *, platform: str, row_tokens: int, shared_prefixes: bool, 
 
 
 def make(name: str, mesh: Mesh | None = None, *, block: int = BLOCK, interpret: bool = False) -> Attend:
-    """attend(q [B, T, N, H], k [B, T, K, H], v [B, T, K, H], segments) -> [B, T, N, H].
+    """The implementation of this name.
 
     Args:
-      name: one of NAMES.
-      mesh: where rows are split over data × fsdp and heads over tensor; each device then goes through its own
-        rows, and through as many blocks as those need. None: one device.
+      name: "plain", "chunked", "cudnn" or "splash".
+      mesh: where rows are split over data × fsdp and heads over tensor. "chunked" and "splash" then run on
+        each device for its own rows, so that its loops end with the blocks of those rows. None: one device.
       block: tokens of a block of "chunked".
       interpret: run the kernel of "splash" without a TPU, for tests.
     """
@@ -113,39 +115,40 @@ def make(name: str, mesh: Mesh | None = None, *, block: int = BLOCK, interpret: 
     )
 
 
-def visible(segments: Segments) -> jax.Array:
-    """The rule itself, bool [B, T, T]: whether token t (second axis) sees token s (third)."""
+def attention_mask(segments: Segments) -> jax.Array:
+    """The rule itself, bool [B, T, T]: whether token t (second axis) attends to token s (third)."""
     own_BT, prefix_BT = segments
     T = own_BT.shape[1]
-    return jnp.tril(jnp.ones((T, T), bool))[None] & sees(own_BT, prefix_BT, own_BT)
+    return jnp.tril(jnp.ones((T, T), bool))[None] & attends(own_BT, prefix_BT, own_BT)
 
 
 def plain(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments: Segments) -> jax.Array:
     """Attention by the whole matrix of scores, in float32."""
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
-    q_BTKNH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("btknh,bskh->bknts", q_BTKNH, k_BTKH, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible(segments)[:, None, None], scores * H**-0.5, MASKED)
+    q = q_BTNH.reshape(B, T, K, N // K, H)
+    scores = jnp.einsum("btknh,bskh->bknts", q, k_BTKH, preferred_element_type=jnp.float32)
+    scores = jnp.where(attention_mask(segments)[:, None, None], scores * H**-0.5, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BTKH.dtype)
     return jnp.einsum("bknts,bskh->btknh", weights, v_BTKH).reshape(B, T, N, H)
 
 
 def cudnn(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments: Segments) -> jax.Array:
-    """cuDNN's fused attention: scores are never formed; the mask is, once a row for all heads.
+    """cuDNN's fused attention: it never forms the scores; the mask exists once a row, for all heads.
 
-    The mask is causal already: cuDNN is told so for the half of the blocks that it then never visits.
+    `is_causal` repeats what the mask says already: with it cuDNN skips the half of the blocks above the
+    diagonal.
     """
-    mask_B1TS = visible(segments)[:, None]
+    mask_B1TT = attention_mask(segments)[:, None]
     return jax.nn.dot_product_attention(
-        q_BTNH, k_BTKH, v_BTKH, mask=mask_B1TS, is_causal=True, implementation="cudnn"
+        q_BTNH, k_BTKH, v_BTKH, mask=mask_B1TT, is_causal=True, implementation="cudnn"
     )
 
 
 def splash(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments: Segments, *, interpret: bool = False
 ) -> jax.Array:
-    """The TPU kernel, on rows and heads filled up to its lanes; blind to `segments.prefix`."""
+    """The TPU kernel, on rows and heads padded to its lanes; it ignores `segments.prefix`."""
     # Imported here: the kernels need Pallas, which a CPU run has no use for.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -153,13 +156,13 @@ def splash(
     _, T, N, H = q_BTNH.shape
     time, width = -T % _LANES, -H % _LANES
 
-    def lanes(x_BTNH: jax.Array) -> jax.Array:
+    def pad(x_BTNH: jax.Array) -> jax.Array:
         return jnp.pad(x_BTNH, ((0, 0), (0, time), (0, 0), (0, width))).swapaxes(1, 2)
 
     causal = masks.MultiHeadMask([masks.CausalMask((T + time, T + time))] * N)
     kernel = kernels.make_splash_mha(causal, head_shards=1, q_seq_shards=1, interpret=interpret)
     ids_BT = jnp.pad(segments.own, ((0, 0), (0, time)))
     out = jax.vmap(kernel)(
-        lanes(q_BTNH * H**-0.5), lanes(k_BTKH), lanes(v_BTKH), kernels.SegmentIds(ids_BT, ids_BT)
+        pad(q_BTNH * H**-0.5), pad(k_BTKH), pad(v_BTKH), kernels.SegmentIds(ids_BT, ids_BT)
     )
     return out.swapaxes(1, 2)[:, :T, :, :H].astype(q_BTNH.dtype)

@@ -1,6 +1,7 @@
-"""What a decoder is: sizes, positions, tokens. Frozen and hashable, so that it can be a static argument.
+"""The configuration of a decoder: sizes, positions, tokens.
 
-Knows no file format (that is hf_format.py) and holds no arrays.
+Frozen and hashable, so that it can be a static argument of a compiled program. Must not know any file format
+(hf_format.py), and holds no arrays.
 """
 
 import dataclasses
@@ -12,9 +13,9 @@ ARCHITECTURES = ("qwen2", "qwen3", "llama")
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """The "llama3" stretching of rotary frequencies (Llama 3.1): long wavelengths are divided by `factor`.
+    """The "llama3" scaling of rotary frequencies (Llama 3.1): low frequencies are divided by `factor`.
 
-    Wavelengths above original_max_position_embeddings / low_freq_factor are stretched in full, those below
+    Wavelengths above original_max_position_embeddings / low_freq_factor are scaled in full, those below
     original_max_position_embeddings / high_freq_factor not at all, those between in proportion.
     """
 
@@ -39,11 +40,11 @@ class ModelConfig:
 
     `vocab_size` counts the rows of the embedding, which may be more than the tokenizer has tokens. `dtype` is
     the type of matrix products; parameters of any type are cast to it where they are used. `max_positions` is
-    the length that the model was made for, for callers to check against: nothing here enforces it.
-    `eos_token_ids` is the union that the checkpoint's own files give; the tokenizer may add to it.
+    the length that the model was trained for; callers check against it, and nothing here enforces it.
+    `eos_token_ids` is the union of those in the checkpoint's own files; the tokenizer may add to it.
 
     Raises:
-      ValueError: on construction, for an unknown architecture or sizes that do not fit one another.
+      UserError: on construction, for an unknown architecture or sizes that do not fit one another.
     """
 
     architecture: str

@@ -1,9 +1,11 @@
-"""The language model as functions of (params, config, inputs), for whole sequences; columns.py writes tokens.
+"""The language model as functions of (params, config, inputs), for whole sequences.
 
-Parameters are stacked: every leaf under "layers" has a leading [L], and layers run under `lax.scan`, so that
-compile time does not grow with depth. A tuple of L trees in their place (`unstack_layers`) works as well.
+Owns the layers' order, the learner's parameter tree and its counts; inference.py decodes single tokens with
+the same weights in another layout. Parameters are stacked: every leaf under "layers" has a leading [L], and
+layers run under `lax.scan`, so that compile time does not grow with depth. A tuple of L trees in their place
+(`unstack_layers`) works as well.
 
-Inputs are token ids or Mixtures (algo/mixture/); nothing here knows how a mixture came about.
+Inputs are token ids or Mixtures (algo/mixture/). Must not know how a mixture was made.
 """
 
 import functools
@@ -24,7 +26,7 @@ Params = dict[str, Any]
 
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    # Keeps the outputs of weight products and recomputes attention, whose scores grow with T².
+    # Saves the outputs of weight products and recomputes attention, whose scores grow with T².
     "dots": jax.checkpoint_policies.save_only_these_names(products.NAME),
 }
 
@@ -33,7 +35,8 @@ _REMAT_POLICIES = {
 def init(key: jax.Array, config: ModelConfig) -> Params:
     """Fresh float32 parameters, stacked: matrices normal, norms 1, biases 0.
 
-    Deviations are 1/sqrt(inputs), less in what is added to the residual stream, and 1/sqrt(D) in the tables.
+    Standard deviations are 1/sqrt(inputs), less where a product is added to the residual stream; 1/sqrt(D) in
+    the embedding and the head.
     """
     embed_key, head_key, layers_key = jax.random.split(key, 3)
     V, D = config.vocab_size, config.hidden_size
@@ -54,7 +57,7 @@ def init(key: jax.Array, config: ModelConfig) -> Params:
 
 
 def unstack_layers(params: Params) -> Params:
-    """`params` with "layers" a tuple of per-layer trees; if it is one, as is."""
+    """`params` with "layers" as a tuple of per-layer trees; unchanged if it is one."""
     layers = params["layers"]
     if isinstance(layers, tuple):
         return params
@@ -79,14 +82,14 @@ def hidden_states(
       params: in either layout.
       inputs: token ids, int [B, T], or a Mixture [B, T, C].
       positions_BT: position of every token for the rotary angles; 0..T-1 where missing.
-      segment_ids_BT: int; tokens see earlier tokens (by place in the row) of their own segment alone, so that
-        several sequences can share a row. Segment 0 is padding. Missing: each row is one segment.
-      prefix_ids_BT: int; a segment that tokens see besides their own, 0 for none.
+      segment_ids_BT: int; tokens attend to earlier tokens (by index in the row) of their own segment alone,
+        so that several sequences can share a row. Segment 0 is padding. Missing: each row is one segment.
+      prefix_ids_BT: int; a segment that tokens attend to besides their own, 0 for none.
       attend: how attention is computed, one of `attention.make`.
       remat: what the backward pass recomputes, layer by layer: "none", "full" (everything), or "dots" (all
         but the products with weights).
-      unroll: write stacked layers out one after the other rather than scan them: a scan copies what the
-        backward pass needs into and out of stacked buffers, but compiles in a time that does not grow with L.
+      unroll: write stacked layers out one after the other rather than scan them. A scan copies what the
+        backward pass needs into and out of stacked buffers, but its compile time does not grow with L.
 
     Raises:
       ValueError: for an unknown `remat`.
@@ -127,7 +130,7 @@ def head(params: Params, config: ModelConfig) -> jax.Array:
 
 
 def table_rows(params: Params, config: ModelConfig, table: str) -> jax.Array:
-    """The rows [V, D] among which neighbours are sought: of the input "embedding", or of the "head"."""
+    """The rows [V, D] that neighbour tables compare: of the input "embedding", or of the "head"."""
     return params["embed"]["embedding"] if table == "embedding" else head(params, config)
 
 
@@ -168,7 +171,7 @@ def _embed(params: Params, config: ModelConfig, inputs: jax.Array | Mixture) -> 
 
 
 def _block(config: ModelConfig, layer: Params, *arguments: Any) -> Any:
-    """One layer with the parameters given; Linen's own annotation of `apply` fits no module in particular."""
+    """One layer with the parameters given; Any, because Linen annotates the result of `apply` too widely."""
     return Block(config).apply({"params": layer}, *arguments)
 
 
@@ -177,7 +180,8 @@ def _final_norm(params: Params, config: ModelConfig, x_BTD: jax.Array) -> Any:
 
 
 def _rematerialised(run_layer: Callable, remat: str, *, in_scan: bool) -> Callable:
-    """`run_layer` under the named policy. A scan already keeps XLA from merging the recomputation away."""
+    """`run_layer` under the named policy. Within a scan, XLA cannot merge the recomputation with the forward
+    pass, so that nothing else has to prevent it."""
     if remat == "none":
         return run_layer
     if remat not in _REMAT_POLICIES:

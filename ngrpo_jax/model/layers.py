@@ -1,7 +1,7 @@
 """The parts of a decoder layer: rotary angles, and the Linen modules of attention, MLP and norms.
 
-Rotation and normalisation are float32; products of matrices are in `config.dtype`.
-Knows nothing of how layers are strung together (decoder.py) or stored (hf.py).
+Rotation and normalisation are float32; matrix products are in `config.dtype`. Must not know how layers follow
+one another (decoder.py), how attention is computed (attention.py), or how weights are stored (hf.py).
 """
 
 from collections.abc import Callable
@@ -14,24 +14,26 @@ import numpy as np
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.model.products import dense_product, swiglu
 
-# Deviation 1/sqrt(inputs): a fixed 0.02 suits widths near 2000 and leaves a small model's attention flat.
+# Standard deviation 1/sqrt(inputs): with a fixed 0.02, which suits widths near 2000, the attention of a small
+# model is almost uniform.
 _KERNEL_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 Rope = tuple[jax.Array, jax.Array]  # cosines and sines, each [B, T, H/2]
 Initializer = nn.initializers.Initializer
-See = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (q, k, v) -> attention, of packed rows
+# (q [B, T, N, H], k [B, T, K, H], v [B, T, K, H]) -> [B, T, N, H], for the segments of these rows
+AttendInRows = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def inverse_frequencies(config: ModelConfig) -> np.ndarray:
-    """Rotary frequencies in radians per position, float32 [H/2] (2104.09864, and Llama 3.1's scaling)."""
+    """Rotary frequencies in radians a position, float32 [H/2] (arXiv 2104.09864, and Llama 3.1's scaling)."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
     frequencies = config.rope_theta**-exponents
     scaling = config.rope_scaling
     if scaling is not None:
-        turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
-        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        kept = np.clip(kept, 0.0, 1.0)
-        frequencies = kept * frequencies + (1 - kept) * frequencies / scaling.factor
+        periods = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
+        unscaled = (periods - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        unscaled = np.clip(unscaled, 0.0, 1.0)
+        frequencies = unscaled * frequencies + (1 - unscaled) * frequencies / scaling.factor
     return frequencies.astype(np.float32)
 
 
@@ -43,15 +45,17 @@ def rope_angles(config: ModelConfig, positions_BT: jax.Array) -> Rope:
 
 
 def cosines_and_sines(angles: jax.Array) -> Rope:
-    """Both, computed once. As plain operations, XLA would fuse them into all that uses them, and compute them
-    anew in every layer and head; results of a loop, here of two rounds, it leaves as they are.
+    """Cosines and sines of angles, computed once.
+
+    XLA would fuse plain cosines and sines into every operation that uses them, and so compute them anew in
+    every layer and head. It does not recompute what a loop returns, here one of two iterations.
     """
     both = jax.lax.map(lambda sine: jax.lax.cond(sine, jnp.sin, jnp.cos, angles), jnp.array([False, True]))
     return both[0], both[1]
 
 
 def rotate(x_BTNH: jax.Array, rope: Rope) -> jax.Array:
-    """Rotates entry i with entry i + H/2 of every head ("rotate half", as Hugging Face weights want it)."""
+    """Rotates entry i with entry i + H/2 of every head ("rotate half", the order of Hugging Face weights)."""
     cos, sin = (part[:, :, None, :] for part in rope)
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -59,12 +63,33 @@ def rotate(x_BTNH: jax.Array, rope: Rope) -> jax.Array:
 
 
 def _residual_init(config: ModelConfig) -> Initializer:
-    """For matrices that write into the residual stream: 2 L of them add up to a variance near 1."""
+    """For matrices whose products are added to the residual stream: 2 L of them sum to a variance near 1."""
     return nn.initializers.variance_scaling(0.5 / config.num_layers, "fan_in", "normal")
 
 
+def _dense(
+    config: ModelConfig,
+    name: str,
+    features: int | tuple[int, ...],
+    *,
+    axis: int | tuple[int, ...] = -1,
+    use_bias: bool = False,
+    kernel_init: Initializer = _KERNEL_INIT,
+) -> nn.DenseGeneral:
+    """A product with a weight, whose gradients are those of products.py."""
+    return nn.DenseGeneral(
+        features,
+        axis=axis,
+        use_bias=use_bias,
+        dtype=config.dtype,
+        kernel_init=kernel_init,
+        dot_general=dense_product,
+        name=name,
+    )
+
+
 class RMSNorm(nn.Module):
-    """x / rms(x) · scale over the last axis (1910.07467), computed in float32."""
+    """x / rms(x) · scale over the last axis (arXiv 1910.07467), computed in float32."""
 
     eps: float
     dtype: str
@@ -78,78 +103,49 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention of the tokens given; `see` computes it and knows who sees whom (model/attention.py)."""
+    """Self-attention, with rotary angles; `attend` decides which tokens attend to which (attention.py)."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, rope: Rope, see: See) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, rope: Rope, attend: AttendInRows) -> jax.Array:
         config = self.config
 
         def project(name: str, heads: int) -> jax.Array:
-            features = (heads, config.head_dim)
-            dense = nn.DenseGeneral(
-                features,
-                use_bias=config.qkv_bias,
-                dtype=config.dtype,
-                kernel_init=_KERNEL_INIT,
-                dot_general=dense_product,
-                name=name,
-            )
-            return dense(x_BTD)
+            return _dense(config, name, (heads, config.head_dim), use_bias=config.qkv_bias)(x_BTD)
 
-        q, k, v = (
-            project("q", config.num_heads),
-            project("k", config.num_kv_heads),
-            project("v", config.num_kv_heads),
-        )
+        q = project("q", config.num_heads)
+        k, v = (project(name, config.num_kv_heads) for name in ("k", "v"))
         if config.qk_norm:
             q = RMSNorm(config.norm_eps, config.dtype, name="q_norm")(q)
             k = RMSNorm(config.norm_eps, config.dtype, name="k_norm")(k)
-        return nn.DenseGeneral(
-            config.hidden_size,
-            axis=(-2, -1),
-            use_bias=False,
-            dtype=config.dtype,
-            kernel_init=_residual_init(config),
-            dot_general=dense_product,
-            name="o",
-        )(see(rotate(q, rope), rotate(k, rope), v))
+        attended_BTNH = attend(rotate(q, rope), rotate(k, rope), v)
+        init = _residual_init(config)
+        return _dense(config, "o", config.hidden_size, axis=(-2, -1), kernel_init=init)(attended_BTNH)
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) · up(x)) (SwiGLU, 2002.05202)."""
+    """down(silu(gate(x)) · up(x)) (SwiGLU, arXiv 2002.05202)."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         config = self.config
-
-        def dense(name: str, features: int, init: Initializer) -> nn.Dense:
-            return nn.Dense(
-                features,
-                use_bias=False,
-                dtype=config.dtype,
-                kernel_init=init,
-                dot_general=dense_product,
-                name=name,
-            )
-
-        gate = dense("gate", config.intermediate_size, _KERNEL_INIT)(x_BTD)
-        up = dense("up", config.intermediate_size, _KERNEL_INIT)(x_BTD)
-        return dense("down", config.hidden_size, _residual_init(config))(swiglu(gate, up))
+        gate, up = (_dense(config, name, config.intermediate_size)(x_BTD) for name in ("gate", "up"))
+        down = _dense(config, "down", config.hidden_size, kernel_init=_residual_init(config))
+        return down(swiglu(gate, up))
 
 
 class Block(nn.Module):
-    """One layer: normalised attention and normalised MLP, each added to what came in."""
+    """One pre-norm layer: x + attention(norm(x)), then the same with the MLP."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, rope: Rope, see: See) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, rope: Rope, attend: AttendInRows) -> jax.Array:
         eps, dtype = self.config.norm_eps, self.config.dtype
         normed = RMSNorm(eps, dtype, name="input_norm")(x_BTD)
-        x_BTD = x_BTD + Attention(self.config, name="attention")(normed, rope, see)
+        x_BTD = x_BTD + Attention(self.config, name="attention")(normed, rope, attend)
         normed = RMSNorm(eps, dtype, name="post_attention_norm")(x_BTD)
         return x_BTD + MLP(self.config, name="mlp")(normed)

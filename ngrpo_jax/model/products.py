@@ -1,9 +1,9 @@
-"""The two products of a layer whose gradients are worth writing out: activations × weights, and SwiGLU.
+"""The two products of a layer whose gradients are written out: activations × weights, and SwiGLU.
 
-Left to autodiff, the gradient of a weight is the transpose of (gradientᵀ · input), and XLA's CPU backend pays
-for it with a transposed copy of the gradient, into which it fuses (and so repeats, with strided reads) the
-arithmetic before it: a third of a small model's update. Written as inputᵀ · gradient nothing of the kind
-happens. On accelerators both ways are one call of the same matrix product.
+Autodiff's gradient of a weight is the transpose of (gradientᵀ · input). For it XLA's CPU backend makes a
+transposed copy of the gradient, and fuses the arithmetic before it into that copy, where it is repeated with
+strided reads: a third of a small model's update. Written as inputᵀ · gradient it needs no copy. On
+accelerators both are one call of the same matrix product. Must not know the layers that use them.
 
 X is all leading dimensions as one.
 """
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-# Rematerialisation cannot see the product inside its written-out gradient, so its result bears a name.
+# Remat policies do not recognise a product inside of a custom gradient; this name marks its result for them.
 NAME = "dense_product"
 
 
@@ -33,7 +33,7 @@ def dense_product(
 
 @jax.custom_vjp
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate) · up, elementwise; the backward pass keeps the two arguments alone."""
+    """silu(gate) · up, elementwise; only the two arguments are saved for the backward pass."""
     return nn.silu(gate) * up
 
 
@@ -42,8 +42,8 @@ def _swiglu_forward(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, tuple[ja
 
 
 def _swiglu_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # The barriers keep XLA from storing what it could share, between the passes and between the two results:
-    # on a CPU reading it back takes longer than an exponential, and kept it takes two arrays a layer.
+    # Without the barriers XLA would store the sigmoid to share it between the passes and between the two
+    # results. On a CPU reading it takes longer than an exponential, and it would take two arrays a layer.
     gate, up = jax.lax.optimization_barrier(saved)
     again = jax.lax.optimization_barrier(gate)
     sigmoid = jax.nn.sigmoid(gate)
