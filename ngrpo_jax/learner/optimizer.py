@@ -1,4 +1,4 @@
-"""The optax chain: clip the global gradient, then AdamW with a constant rate after a linear warm-up."""
+"""The optax chain: clip the global gradient norm, then AdamW with a constant rate after a linear warm-up."""
 
 from __future__ import annotations
 

@@ -29,6 +29,7 @@ import jax
 import numpy as np
 
 from ngrpo_jax.algo.mixture import Mixture
+from ngrpo_jax.errors import UserError
 from ngrpo_jax.learner.advantages import Allgather, single_host, token_weights
 from ngrpo_jax.learner.bins import first_fit, first_fit_groups
 from ngrpo_jax.model.attention import BLOCK
@@ -113,13 +114,13 @@ def pack(batch: Batch, weight_BT: np.ndarray, layout: RowLayout) -> Rows:
       rows whose number is a multiple of `layout.rows`.
 
     Raises:
-      ValueError: a sequence longer than a row.
+      UserError: a sequence longer than a row.
     """
     prefixes = [len(prompt) - 1 for prompt in batch.prompts]
     counts = [int(n) for n in batch.trajectories.lengths_B]
     lengths = [prefix + count for prefix, count in zip(prefixes, counts, strict=True)]
     if max(lengths) > layout.row_tokens:
-        raise ValueError(
+        raise UserError(
             f"sequence {int(np.argmax(lengths))} takes {max(lengths)} positions, more than a row of "
             f"train.row_tokens = {layout.row_tokens}."
         )

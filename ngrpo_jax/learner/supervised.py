@@ -1,10 +1,11 @@
-"""Supervised training from nothing: the warm start of the small model that needs no download.
+"""Supervised training from fresh parameters: the warm start of the small model that needs no download.
 
-Next-token cross-entropy on the worked part of each example, less a bonus for entropy (the confidence penalty
-of arXiv 1701.06548): it leaves a model that is unsure rather than wrong, which is what reinforcement learning
-from a reward alone can mend. AdamW under a warmed-up cosine. Knows token ids only, not what they say.
+Next-token cross-entropy on the response of each example, less a bonus for entropy (the confidence penalty of
+arXiv 1701.06548). The bonus leaves a model that is uncertain rather than wrong, whose samples therefore differ
+in reward: that difference is all that reinforcement learning has to learn from. AdamW under a warmed-up
+cosine. Must not know what the token ids mean.
 
-N is examples.
+E is examples.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ def train_supervised(
 
     Args:
       config: of the model to make.
-      examples: pairs of non-empty id lists; drawn with replacement, by `seed`.
+      examples: pairs of non-empty id lists; sampled with replacement, by `seed`.
       settings: steps, batch and peak rate.
-      seed: of initial parameters and of the draws.
+      seed: of the initial parameters and of the sampling.
       progress: called every 25 steps and after the last with (steps done, mean loss in nats a token).
 
     Returns:
@@ -49,7 +50,7 @@ def train_supervised(
     optimizer = _optimizer(settings)
     params = decoder.init(jax.random.key(seed), config)
     opt_state = jax.jit(optimizer.init)(params)
-    ids_NT, weight_NT = _pad(examples)
+    ids_ET, weight_ET = _pad(examples)
 
     def step(params, opt_state, ids_BT, weight_BT):
         def loss(params):
@@ -66,11 +67,11 @@ def train_supervised(
         return optax.apply_updates(params, updates), opt_state, value
 
     step = jax.jit(step, donate_argnums=(0, 1))
-    draws = np.random.default_rng(seed)
+    generator = np.random.default_rng(seed)
     losses = []
     for done in range(1, settings.steps + 1):
-        chosen = draws.integers(len(examples), size=settings.batch)
-        params, opt_state, value = step(params, opt_state, ids_NT[chosen], weight_NT[chosen])
+        chosen = generator.integers(len(examples), size=settings.batch)
+        params, opt_state, value = step(params, opt_state, ids_ET[chosen], weight_ET[chosen])
         losses.append(value)
         if progress is not None and (done % 25 == 0 or done == settings.steps):
             progress(done, float(np.mean(jax.device_get(losses))))
@@ -90,12 +91,12 @@ def _optimizer(settings: WarmStartSettings) -> optax.GradientTransformation:
 
 
 def _pad(examples: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[np.ndarray, np.ndarray]:
-    """Right-padded ids int32 [N, T] and target weights float32 [N, T], 1 at response tokens."""
+    """Right-padded ids int32 [E, T] and target weights float32 [E, T], 1 at response tokens."""
     length = max(len(prompt) + len(response) for prompt, response in examples)
-    ids_NT = np.zeros((len(examples), length), np.int32)
-    weight_NT = np.zeros((len(examples), length), np.float32)
+    ids_ET = np.zeros((len(examples), length), np.int32)
+    weight_ET = np.zeros((len(examples), length), np.float32)
     for row, (prompt, response) in enumerate(examples):
         end = len(prompt) + len(response)
-        ids_NT[row, :end] = [*prompt, *response]
-        weight_NT[row, len(prompt) : end] = 1.0
-    return ids_NT, weight_NT
+        ids_ET[row, :end] = [*prompt, *response]
+        weight_ET[row, len(prompt) : end] = 1.0
+    return ids_ET, weight_ET

@@ -1,1 +1,1 @@
-"""The language model: the only room that knows Flax and the Hugging Face file format."""
+"""The language model: the only room that imports Flax or reads and writes Hugging Face files."""

@@ -76,7 +76,7 @@ def old_logprobs(settings: Settings) -> str:
 
 
 def attention_name(settings: Settings) -> str:
-    """The learner's attention, "auto" resolved; ValueError where these devices cannot run it."""
+    """The learner's attention, "auto" resolved; UserError where these devices cannot run it."""
     return attention.choose(
         settings.train.attention,
         platform=jax.local_devices()[0].platform,
