@@ -188,9 +188,9 @@ class ObjectiveSettings(Section, prefix="objective."):
             "correction already; use old_logprobs 'learner', or set importance_cap to None.",
         )
         yield (
-            self.algorithm != "gspo" or self.aggregate != "token",
-            "objective.aggregate is 'token' with objective.algorithm 'gspo'; a ratio per sequence needs "
-            "'sequence' or 'constant'.",
+            self.aggregate != "token" or not ALGORITHMS[self.algorithm].by_sequence,
+            f"objective.aggregate is 'token' with objective.algorithm {self.algorithm!r}; a ratio per "
+            "sequence needs 'sequence' or 'constant'.",
         )
         yield (
             self.overlong_interval == 0 or self.overlong == "penalize",

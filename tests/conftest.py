@@ -5,7 +5,9 @@ NGRPO_TEST_PLATFORM=cuda,cpu (or tpu,cpu) runs tests on that machine's devices, 
 NGRPO_TEST_OPTIMIZED=1 compiles as users do.
 """
 
+import logging
 import os
+import re
 import shutil
 import tempfile
 
@@ -51,6 +53,31 @@ def pytest_configure(config):
 def pytest_unconfigure(config):
     if OWN_CACHE in config.stash:
         shutil.rmtree(config.stash[OWN_CACHE], ignore_errors=True)
+
+
+class _Compilations(logging.Handler):
+    """Records the names of the programs that XLA compiles, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def emit(self, record):
+        found = re.search(r"Finished XLA compilation of jit\((.*?)\)", record.getMessage())
+        if found:
+            self.names.append(found[1])
+
+
+@pytest.fixture
+def compiled():
+    """Names of the programs that XLA has compiled since the test began, as jax.log_compiles tells them."""
+    handler, logger = _Compilations(), logging.getLogger("jax")
+    logger.addHandler(handler)
+    try:
+        with jax.log_compiles():
+            yield handler.names
+    finally:
+        logger.removeHandler(handler)
 
 
 def pytest_collection_modifyitems(items):

@@ -10,9 +10,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import learner_case as case
 import numpy as np
 import pytest
-from test_update import CONFIG, OBJECTIVE, TEMPERATURE, _assert_same, _batch, _params, _programs
 
 from ngrpo_jax.algo.mixture import Mixture
 from ngrpo_jax.learner import packing, update
@@ -49,7 +49,7 @@ CHOICES = {
 
 def _forward(params):
     """Log-probabilities of the written tokens, and entropies, [16, LIMIT]; each sequence in a row alone."""
-    prompts, written, _ = _batch()
+    prompts, written, _ = case.rollout_batch()
     longest = max(map(len, prompts)) + LIMIT
     ids_BTC = np.zeros((len(prompts), longest, written.mixtures.ids.shape[-1]), np.int32)
     weights_BTC = np.zeros(ids_BTC.shape, np.float32)
@@ -61,11 +61,11 @@ def _forward(params):
             leaf[i] for leaf in written.mixtures[:2]
         )
     hidden_BTD = decoder.hidden_states(
-        params, CONFIG, Mixture(jnp.asarray(ids_BTC), jnp.asarray(weights_BTC))
+        params, case.CONFIG, Mixture(jnp.asarray(ids_BTC), jnp.asarray(weights_BTC))
     )
     before_BT = np.array([len(prompt) - 1 + np.arange(LIMIT) for prompt in prompts])
     hidden_BtD = jnp.take_along_axis(hidden_BTD, before_BT[..., None], axis=1)
-    logits_BtV = jnp.einsum("btd,vd->btv", hidden_BtD, decoder.head(params, CONFIG)) / TEMPERATURE
+    logits_BtV = jnp.einsum("btd,vd->btv", hidden_BtD, decoder.head(params, case.CONFIG)) / case.TEMPERATURE
     laws_BtV = jax.nn.log_softmax(logits_BtV)
     logprobs_Bt = jnp.take_along_axis(laws_BtV, written.tokens_BT[..., None], axis=2)[..., 0]
     return logprobs_Bt, -jnp.sum(jnp.exp(laws_BtV) * laws_BtV, axis=-1)
@@ -73,12 +73,13 @@ def _forward(params):
 
 @functools.cache
 def _logprobs(seed):
-    return np.asarray(jax.jit(_forward)(_params(seed))[0], np.float64)
+    """Log-probabilities and entropies under the parameters of a seed, float64."""
+    return tuple(np.asarray(x, np.float64) for x in jax.jit(_forward)(case.make_params(seed)))
 
 
 def _advantages(o):
     """Advantages of the 16 responses and whether they count, by (12) and the settings `o`."""
-    _, written, _ = _batch()
+    _, written, _ = case.rollout_batch()
     rewards = REWARDS.astype(np.float64)
     included = np.ones((4, 4), bool)
     stopped = written.stopped_B.reshape(4, 4)
@@ -96,7 +97,7 @@ def _advantages(o):
 
 def _weights(i, included, o):
     """Shares of the loss of the tokens of response i."""
-    _, written, _ = _batch()
+    _, written, _ = case.rollout_batch()
     lengths = written.lengths_B
     share = {
         "sequence": 1 / (included.sum() * lengths[i]),
@@ -107,7 +108,7 @@ def _weights(i, included, o):
     return share * kept * included[i]
 
 
-def _loss(new, entropy, old, ref, sampler, advantage, weight, o):
+def _loss(o, advantage, weight, entropy, old, ref, sampler, new):
     """(13) of one response, from float64 [n] each."""
 
     def ratio(above, below):
@@ -127,42 +128,51 @@ def _loss(new, entropy, old, ref, sampler, advantage, weight, o):
     return -np.sum(weight * (term - o.kl_coef * kl + o.entropy_coef * entropy))
 
 
+def _losses(o, own):
+    """Of each response: its loss as a function of its log-probabilities, these, and its weights."""
+    _, written, _ = case.rollout_batch()
+    advantages, included = _advantages(o)
+    new_BT, entropy_BT = _logprobs(NEW)
+    sampler_BT = written.logprobs_BT.astype(np.float64)
+    old_BT = new_BT if own else sampler_BT if o.old_logprobs == "sampler" else _logprobs(OLD)[0]
+    ref_BT, _ = _logprobs(REFERENCE)
+    for i, n in enumerate(written.lengths_B):
+        weight = _weights(i, included, o)
+        given = (x_BT[i, :n] for x_BT in (entropy_BT, old_BT, ref_BT, sampler_BT))
+        loss = functools.partial(_loss, o, advantages[i], weight, *given)
+        yield loss, new_BT[i, :n], weight
+
+
+def _oracle_loss(o, own=False):
+    return sum(loss(new) for loss, new, _ in _losses(o, own))
+
+
 def _oracle(o, own):
     """(loss, gradients of all parameters); `own`: π_old is π_θ at the parameters of the update."""
-    _, written, _ = _batch()
-    advantages, included = _advantages(o)
-    values, pull = jax.vjp(jax.jit(_forward), _params(NEW))
-    new_BT, entropy_BT = (np.asarray(value, np.float64) for value in values)
-    sampler_BT = written.logprobs_BT.astype(np.float64)
-    old_BT = new_BT if own else sampler_BT if o.old_logprobs == "sampler" else _logprobs(OLD)
-    loss, (to_new, to_entropy) = 0.0, np.zeros((2, 16, LIMIT))
-    for i, n in enumerate(written.lengths_B):
-        old, ref, sampler = old_BT[i, :n], _logprobs(REFERENCE)[i, :n], sampler_BT[i, :n]
-        weight = _weights(i, included, o)
-
-        def of(new, i=i, n=n, rest=(old, ref, sampler, advantages[i], weight)):
-            return _loss(new, entropy_BT[i, :n], *rest, o)
-
-        loss += of(new_BT[i, :n])
-        to_entropy[i, :n] = -o.entropy_coef * weight
-        for t in range(n):
-            step = np.zeros(n)
+    to_new, to_entropy = np.zeros((2, 16, LIMIT))
+    for i, (loss, new, weight) in enumerate(_losses(o, own)):
+        to_entropy[i, : len(new)] = -o.entropy_coef * weight
+        for t in range(len(new)):
+            step = np.zeros(len(new))
             step[t] = 1e-5
-            to_new[i, t] = (of(new_BT[i, :n] + step) - of(new_BT[i, :n] - step)) / 2e-5
+            to_new[i, t] = (loss(new + step) - loss(new - step)) / 2e-5
+    _, pull = jax.vjp(jax.jit(_forward), case.make_params(NEW))
     (grads,) = pull((jnp.float32(to_new), jnp.float32(to_entropy)))
-    return loss, jax.device_get(grads)
+    return _oracle_loss(o, own), jax.device_get(grads)
 
 
 def _learner(o, own, mesh=None):
     """The same of the compiled step, from rewards on, packed."""
-    prompts, written, _ = _batch()
+    prompts, written, _ = case.rollout_batch()
     computed = compute_advantages(REWARDS, written, o)
     responses = packing.Batch(
         prompts, written, computed.advantages_PG.reshape(-1), computed.included_PG.reshape(-1)
     )
     (batch,) = packing.mini_batches(responses, o, packing.RowLayout(64, 4, share_prompts=True), count=1)
-    programs, shardings, _ = _programs(mesh, objective=o)
-    old, new, ref = (jax.device_put(_params(seed), shardings.params) for seed in (OLD, NEW, REFERENCE))
+    programs, shardings, _ = case.make_programs(mesh, objective=o)
+    old, new, ref = (
+        jax.device_put(case.make_params(seed), shardings.params) for seed in (OLD, NEW, REFERENCE)
+    )
     source = "update" if own else "sampler" if o.old_logprobs == "sampler" else "learner"
     (calls,) = update.compute_logprobs(programs, old, ref if o.kl_coef else None, [batch], old=source)
     sums = jax.device_get(update.gradients(programs, new, calls))
@@ -171,14 +181,30 @@ def _learner(o, own, mesh=None):
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_the_compiled_step_is_the_objective(name):
-    o, own = dataclasses.replace(OBJECTIVE, **CHOICES[name]), name.startswith("the update's")
+    o, own = dataclasses.replace(case.OBJECTIVE, **CHOICES[name]), name.startswith("the update's")
     loss, expected = _oracle(o, own)
     metrics, grads = _learner(o, own)
-    _assert_same(grads, metrics, (expected, {"learner/loss": loss}))
+    case.assert_same_step(grads, metrics, (expected, {"learner/loss": loss}))
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(case.OBJECTIVE)])
+def test_every_setting_of_the_objective_changes_the_loss_of_some_choice(field):
+    """So that a step which ignored it could not pass the comparison above; each alone, the rest as chosen."""
+    changes = []
+    for name, choices in CHOICES.items():
+        if field not in choices:
+            continue
+        default = {field: getattr(case.OBJECTIVE, field)}
+        if field == "overlong":  # an interval is refused without a penalty
+            default["overlong_interval"] = 0
+        chosen, own = dataclasses.replace(case.OBJECTIVE, **choices), name.startswith("the update's")
+        one, other = (_oracle_loss(o, own) for o in (chosen, dataclasses.replace(chosen, **default)))
+        changes.append(abs(one - other) / abs(other))
+    assert max(changes) > 1e-3
 
 
 def test_gspo_on_a_mesh_of_all_axes():
-    o = dataclasses.replace(OBJECTIVE, **CHOICES["GSPO"])
+    o = dataclasses.replace(case.OBJECTIVE, **CHOICES["GSPO"])
     loss, expected = _oracle(o, False)
     metrics, grads = _learner(o, False, meshes.make_mesh(2, 2, 2))
-    _assert_same(grads, metrics, (expected, {"learner/loss": loss}))
+    case.assert_same_step(grads, metrics, (expected, {"learner/loss": loss}))

@@ -1,9 +1,9 @@
 """Supervised training from fresh parameters: the warm start of the small model that needs no download.
 
 Next-token cross-entropy on the response of each example, less a bonus for entropy (the confidence penalty of
-arXiv 1701.06548). The bonus leaves a model that is uncertain rather than wrong, whose samples therefore differ
-in reward: that difference is all that reinforcement learning has to learn from. AdamW under a warmed-up
-cosine. Must not know what the token ids mean.
+arXiv 1701.06548). The bonus leaves a model that is uncertain rather than wrong, so that its samples differ in
+reward, and reinforcement learning learns from nothing but such differences. AdamW under a warmed-up cosine.
+Must not know what the token ids mean.
 
 E is examples.
 """
