@@ -54,10 +54,10 @@ def rollout_batch():
         max_new_tokens=20,
         temperature=TEMPERATURE,
         mixing=Mixing(rate=0.5, k=3),
-        stop_ids=tuple(range(0, 96, 7)),
+        stop_ids=tuple(range(0, 96, 24)),
         seed=1,
     )
-    assert written.mixed_BT.sum() > 10
+    assert written.mixed_BT.sum() > 10 and 2 < written.stopped_B.sum() < 14
     advantages = np.random.default_rng(0).normal(size=16).astype(np.float32)
     return [prompt for prompt in PROMPTS for _ in range(4)], written, advantages
 

@@ -65,7 +65,8 @@ def test_microbatches_are_split_into_as_many_calls_as_they_need(monkeypatch, siz
     monkeypatch.setattr(update, "MICROBATCHES_PER_CALL", size)
     grads, metrics, calls, batch = case.step_gradients(row_tokens=30, rows=1)
     counts = [int(call.count) for call in calls]
-    assert counts == {1: [1, 1, 1, 1, 1], 2: [2, 2, 1], 3: [3, 2]}[size] and len(batch) == 5
+    assert len(batch) > 4 and sum(counts) == len(batch) and len(counts) == -(-len(batch) // size)
+    assert set(counts[:-1]) == {size}
     case.assert_same_step(grads, metrics)
 
 
