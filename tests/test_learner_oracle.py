@@ -84,7 +84,8 @@ def _advantages(o):
     included = np.ones((4, 4), bool)
     stopped = written.stopped_B.reshape(4, 4)
     if o.overlong == "penalize":
-        late = np.maximum(written.lengths_B - (LIMIT - o.overlong_interval), 0) / o.overlong_interval
+        interval = o.overlong_interval
+        late = np.maximum(written.lengths_B - (LIMIT - interval), 0) / max(interval, 1)
         rewards -= o.overlong_penalty * np.where(stopped, late.reshape(4, 4), 1.0)
     if o.overlong == "mask":
         included &= stopped
