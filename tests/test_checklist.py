@@ -49,7 +49,7 @@ def _refuses(*_):
 
 
 FAULTS = {
-    "settings": ({"rollout__temperature": 0.0}, "rollout.temperature is 0.0"),
+    "settings": ({"train__row_tokens": 8}, "train.row_tokens is 8"),
     "mesh": ({"mesh__data": 3}, "mesh.data 3"),
     "model": ({"model__path": "no/such-model-anywhere"}, "no/such-model-anywhere"),
     "tokenizer": ({"data__chat_template": "missing.jinja"}, "missing.jinja"),
