@@ -2,9 +2,9 @@
 
     python -m docs.launch_tables
 
-writes them anew between their marks, from the root of the repository. Memory is that of preflight/memory.py,
-for the paper's settings; hours follow from the makers' figures for the chips and two shares of them that are
-assumed. It stands beside the document it belongs to; tests/test_launch_tables.py holds the two together.
+replaces the tables between their marks. Run it from the root of the repository. Memory is the estimate of
+preflight/memory.py for the paper's settings; hours follow from the makers' specifications of the chips, of
+which two shares are assumed to be reached. tests/test_launch_tables.py fails where a table is out of date.
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ DOCUMENT = pathlib.Path(__file__).parent / "launch.md"
 BEGIN = "<!-- {}: written by python -m docs.launch_tables -->"
 END = "<!-- end of {} -->"
 GIB = 1024**3
-FULL = 0.85  # of a device's memory: the estimate may be 15 % too low
+FULL = 0.85  # of a device's memory may be taken: the estimate may be 15 % too low
 
 # Assumed of a run, and said in the document.
 PROMPT, RESPONSE = 150, 4000  # tokens, on average
-BANDWIDTH_SHARE, FLOPS_SHARE = 0.5, 0.35  # of the makers' figures
+BANDWIDTH_SHARE, FLOPS_SHARE = 0.5, 0.35  # of the makers' specifications
 EVALUATED = 30 * 32  # responses of one evaluation on AIME24
 
 
@@ -55,40 +55,44 @@ SLICES = (
 MODELS = {"1.5B": ("ngrpo_1_5b", shapes.SHAPES["r1-1.5b"]), "7B": ("ngrpo_7b", shapes.SHAPES["r1-7b"])}
 
 
-class Plan(NamedTuple):
-    """A run on a mesh, and the bytes that a device then holds by phase."""
+class MeshChoice(NamedTuple):
+    """A run on a mesh, and what a device then holds."""
 
     settings: Settings
-    held: dict[str, int]
+    allocations: list[memory.Allocation]
 
     @property
     def peak(self) -> int:
-        return self.held["always"] + max(size for phase, size in self.held.items() if phase != "always")
+        """The most bytes that a device holds at one time."""
+        return memory.peak(self.allocations)[0]
 
-    @property
-    def mesh(self) -> str:
-        return f"{self.settings.mesh.fsdp} × {self.settings.mesh.tensor}"
+    def __str__(self) -> str:
+        grid = self.settings.mesh
+        always, rollout, update = (
+            memory.held(self.allocations, phase) / GIB for phase in ("always", "rollout", "update")
+        )
+        return (
+            f"{grid.fsdp} × {grid.tensor}: always {always:.1f}, rollout {rollout:.1f}, update {update:.1f}: "
+            f"**{self.peak / GIB:.1f}**"
+        )
 
 
-def plans(config: str, model: ModelConfig, devices: int) -> Iterator[Plan]:
+def choices(config: str, model: ModelConfig, devices: int) -> Iterator[MeshChoice]:
     """Every mesh fsdp × tensor of so many devices that the model can be split over."""
-    given = flags.load_config(str(DOCUMENT.parent.parent / "configs" / f"{config}.py"))
-    settings = resolve(given)
+    settings = resolve(flags.load_config(str(DOCUMENT.parent.parent / "configs" / f"{config}.py")))
     for tensor in range(1, model.num_kv_heads + 1):
         if devices % tensor or model.num_kv_heads % tensor:
             continue
         grid = MeshSettings(data=1, fsdp=devices // tensor, tensor=tensor)
         own = dataclasses.replace(settings, mesh=grid)
-        allocations = memory.training_estimate(own, model)
-        phases = ("always", "table", "rollout", "update")
-        yield Plan(own, {phase: memory.held(allocations, phase) for phase in phases})
+        yield MeshChoice(own, memory.training_estimate(own, model))
 
 
-def best(config: str, model: ModelConfig, where: Slice) -> tuple[Plan, bool]:
-    """The mesh that splits least of those that fit, or the one that lacks least; whether it fits."""
-    every = list(plans(config, model, where.devices))
-    fitting = [plan for plan in every if plan.peak <= FULL * where.memory * GIB]
-    return (fitting[0], True) if fitting else (min(every, key=lambda plan: plan.peak), False)
+def best(config: str, model: ModelConfig, where: Slice) -> tuple[MeshChoice, bool]:
+    """(the mesh that splits products least of those that fit, True), or (the smallest, False)."""
+    every = list(choices(config, model, where.devices))
+    fitting = [choice for choice in every if choice.peak <= FULL * where.memory * GIB]
+    return (fitting[0], True) if fitting else (min(every, key=lambda choice: choice.peak), False)
 
 
 def memory_table() -> str:
@@ -97,16 +101,14 @@ def memory_table() -> str:
     for where in SLICES:
         cells = [where.name, f"{where.devices} × {where.memory}"]
         for config, model in MODELS.values():
-            plan, fits = best(config, model, where)
-            most = ", ".join(f"{name} {plan.held[name] / GIB:.1f}" for name in ("rollout", "update"))
-            text = f"{plan.mesh}: always {plan.held['always'] / GIB:.1f}, {most}: **{plan.peak / GIB:.1f}**"
-            cells.append(text if fits else f"no; at best {text}")
+            choice, fits = best(config, model, where)
+            cells.append(f"{choice}" if fits else f"no; at best {choice}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def hours(settings: Settings, model: ModelConfig, where: Slice) -> tuple[float, float, float]:
-    """Seconds of a step's rollout and of its update, and hours of the whole run."""
+    """(seconds of a step's rollout, seconds of its update, hours of the whole run)."""
     grid, run = settings.mesh, settings.rollout
     compute = 2  # bytes of bfloat16
     slots = run.slots * grid.tensor / where.devices
@@ -115,7 +117,7 @@ def hours(settings: Settings, model: ModelConfig, where: Slice) -> tuple[float, 
     of_step = read / (BANDWIDTH_SHARE * where.bandwidth)
     sequences = run.prompts * run.group
     rollout = sequences * RESPONSE / run.slots * of_step
-    # Old and reference log-probabilities, a forward pass and its repetition, and twice that for gradients.
+    # Forward passes: old and reference log-probabilities, two with full remat, two as much as gradients.
     work = (1 + 1 + 2 + 2) * sequences * forward_flops(model, PROMPT, RESPONSE)
     update = work / (where.devices * FLOPS_SHARE * PEAK_FLOPS[where.kind])
     assert settings.eval.every is not None
@@ -129,11 +131,11 @@ def cost_table() -> str:
     lines = ["| slice | model | rollout, s | update, s | hours | chip-hours |", "|---|---|---|---|---|---|"]
     for where in SLICES:
         for name, (config, model) in MODELS.items():
-            plan, fits = best(config, model, where)
+            choice, fits = best(config, model, where)
             if fits:
-                rollout, update, whole = hours(plan.settings, model, where)
-                figures = (rollout, update, whole, where.devices * whole)
-                lines.append(f"| {where.name} | {name} | " + " | ".join(f"{x:.0f}" for x in figures) + " |")
+                rollout, update, whole = hours(choice.settings, model, where)
+                cells = (rollout, update, whole, where.devices * whole)
+                lines.append(f"| {where.name} | {name} | " + " | ".join(f"{x:.0f}" for x in cells) + " |")
     return "\n".join(lines)
 
 
