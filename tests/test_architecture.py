@@ -90,6 +90,13 @@ def test_every_file_stands_on_the_map():
             assert path.name in named, f"{path.relative_to(ROOT)} is missing from docs/architecture.md"
 
 
+def test_the_way_of_a_prompt_is_at_most_a_dozen_files():
+    page = (ROOT.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    steps = re.findall(r"^\d+\. `(\S+)`: ", page, flags=re.MULTILINE)
+    assert 1 < len(steps) <= 12 and len(set(steps)) == len(steps)
+    assert all((ROOT / step).is_file() for step in steps)
+
+
 @pytest.mark.parametrize("path", _modules(), ids=_name)
 def test_only_the_model_knows_flax_modules(path):
     if _name(path).startswith("model."):
