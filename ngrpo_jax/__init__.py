@@ -1,7 +1,7 @@
 """N-GRPO in JAX: reinforcement learning of reasoning language models with neighbour-mixed rollouts.
 
 A prompt becomes trajectories (`rollout`), trajectories get rewards (`tasks`), rewarded trajectories
-become an update (`learner`). `train.py` is the only place that knows this ring; docs/architecture.md
+become an update (`learner`). `run/step.py` is the only place that has this ring; docs/architecture.md
 is the map. Nothing is imported here, so that a grading process starts without JAX.
 
 Dimension letters that end a name:

@@ -1,4 +1,4 @@
-"""The training command: the only place that knows the whole ring.
+"""The training command: flags, checks in order, and the loop of a run (run/).
 
     python -m ngrpo_jax.train --config=configs/NAME.py --workdir=DIR [--config.a.b=value] [--preflight]
 
