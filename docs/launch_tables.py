@@ -27,7 +27,7 @@ END = "<!-- end of {} -->"
 GIB = 1024**3
 FULL = 0.85  # of a device's memory may be taken: the estimate may be 15 % too low
 
-# Assumed of a run, and said in the document.
+# Assumed of a run; the document gives these numbers too.
 PROMPT, RESPONSE = 150, 4000  # tokens, on average
 BANDWIDTH_SHARE, FLOPS_SHARE = 0.5, 0.35  # of the makers' specifications
 EVALUATED = 30 * 32  # responses of one evaluation on AIME24
@@ -140,7 +140,7 @@ def cost_table() -> str:
 
 
 def rewritten(document: str) -> str:
-    """The document with today's tables. Raises ValueError where marks are missing."""
+    """The document with up-to-date tables. Raises ValueError where marks are missing."""
     for name, table in (("memory", memory_table), ("cost", cost_table)):
         begin, end = BEGIN.format(name), END.format(name)
         if begin not in document or end not in document:

@@ -51,7 +51,7 @@ def table() -> str:
 
 
 def rewritten(document: str) -> str:
-    """The document with today's table. Raises ValueError where its marks are missing."""
+    """The document with an up-to-date table. Raises ValueError where its marks are missing."""
     if BEGIN not in document or END not in document:
         raise ValueError(f"{DOCUMENT} has lost the marks of its table, {BEGIN} and {END}")
     before, _, rest = document.partition(BEGIN)

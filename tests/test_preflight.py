@@ -204,9 +204,9 @@ def test_device_memory_reads_the_accelerator_or_the_host(tmp_path):
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("700\n")
     (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 200\n")
-    assert capacity._cgroup_available(str(tmp_path)) == 500
+    assert capacity.container_memory(str(tmp_path)) == 500
     (tmp_path / "memory.max").write_text("max\n")
-    assert capacity._cgroup_available(str(tmp_path)) is None
+    assert capacity.container_memory(str(tmp_path)) is None
 
 
 def test_a_workdir_may_be_there_or_not_and_is_left_alone(tmp_path):

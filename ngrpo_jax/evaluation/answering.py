@@ -79,7 +79,7 @@ def sample_and_grade(
     )
     sentence = failures(trajectories, samples, [problems.problems[index].id for index in indices])
     if sentence:
-        print(f"warning: {eval_set.name}: {sentence}; they are graded as they stand", flush=True)
+        print(f"warning: {eval_set.name}: {sentence}; they are graded all the same", flush=True)
     texts = response_texts(policy.tokenizer_info, trajectories)
     golds = [problems.problems[index].answer for index in indices for _ in range(samples)]
     rewards = np.asarray(grader.grade(texts, golds, settings.reward.kind), np.float32)

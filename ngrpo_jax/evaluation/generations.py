@@ -56,7 +56,7 @@ class Generations:
 
     def graded(self) -> estimates.GradedResponses:
         """The graded responses of the finished problems. UserError, naming the file, where there is none."""
-        require(bool(self.problems), f"{self.path} holds no finished problem yet; evaluate goes on in it.")
+        require(bool(self.problems), f"{self.path} holds no finished problem yet; evaluate continues it.")
         fields = ("reward", "final", "tokens", "stopped")
         return graded_responses(
             [[tuple(row[name] for name in fields) for row in rows] for rows in self.problems]
@@ -108,7 +108,7 @@ def read(path: pathlib.Path) -> Generations:
 
 
 def read_finished(path: pathlib.Path) -> tuple[Generations, int]:
-    """(what is finished, bytes that it takes in the file): a last problem without all its rows is not."""
+    """(the finished problems, where they end in the file, in bytes); a last problem may lack rows."""
     lines = list(files.read_jsonl(path, unfinished=True))
     if not lines:
         return Generations(path, {}, []), 0

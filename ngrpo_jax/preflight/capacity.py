@@ -16,12 +16,12 @@ from ngrpo_jax.runtime.console import format_bytes
 
 
 def available_memory() -> int | None:
-    """Bytes that one device of this host may use; None where the system does not say."""
+    """Bytes that one device of this host may use; None where the system gives no number."""
     return device_memory(jax.local_devices()[0], sharers=jax.local_device_count())
 
 
 def device_memory(device: jax.Device, sharers: int = 1) -> int | None:
-    """Bytes that a device may use; None where the system does not say.
+    """Bytes that a device may use; None where the system gives no number.
 
     Args:
         sharers: CPU devices among which the host's memory is divided.
@@ -29,7 +29,7 @@ def device_memory(device: jax.Device, sharers: int = 1) -> int | None:
     if device.platform != "cpu":
         stats = device.memory_stats() or {}
         return int(stats["bytes_limit"]) if "bytes_limit" in stats else None
-    free = [size for size in (_meminfo_available(), _cgroup_available()) if size is not None]
+    free = [size for size in (host_memory(), container_memory()) if size is not None]
     return min(free) // sharers if free else None
 
 
@@ -67,7 +67,8 @@ def is_writable(folder: pathlib.Path) -> bool:
     return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
 
 
-def _meminfo_available(path: str = "/proc/meminfo") -> int | None:
+def host_memory(path: str = "/proc/meminfo") -> int | None:
+    """Bytes that Linux counts as available; None on other systems."""
     if not os.path.exists(path):
         return None
     for line in pathlib.Path(path).read_text(encoding="ascii").split("\n"):
@@ -76,8 +77,8 @@ def _meminfo_available(path: str = "/proc/meminfo") -> int | None:
     return None
 
 
-def _cgroup_available(directory: str = "/sys/fs/cgroup") -> int | None:
-    """What a container's limit leaves (cgroup v2), its file cache counted as free; None without a limit."""
+def container_memory(directory: str = "/sys/fs/cgroup") -> int | None:
+    """Bytes that a container's limit leaves (cgroup v2), its file cache counted as free; None without one."""
     limit, used, stat = (pathlib.Path(directory, f"memory.{name}") for name in ("max", "current", "stat"))
     if not limit.exists() or not used.exists() or limit.read_text().strip() == "max":
         return None

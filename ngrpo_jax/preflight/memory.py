@@ -4,8 +4,8 @@ Owns the estimate: a list of allocations, each with the phase in which it is hel
 at no device. Must not know how much memory a device has (capacity.py), nor refuse anything (fit.py).
 
 The estimate counts the arrays that grow with a setting. benchmarks/memory.py compares it with what the kernel
-counts on a CPU: it is within 15 %. That is enough to tell which setting makes a run too large; it does not
-promise that a run which fits by a narrow margin will fit.
+counts on a CPU: it is within 15 %. That is enough to find the setting that makes a run too large, but a run
+that fits by a narrow margin may fail.
 """
 
 from __future__ import annotations
@@ -201,16 +201,16 @@ def _update_allocations(
     layer = tokens * (4 * D + (2 * features + 4 * F) // tensor) * compute
     layer += scores * (2 * _F32 + compute) // tensor
     products = tokens * (2 * D + (features + 2 * F) // tensor) * compute
-    kept = {"full": layer, "dots": L * products + layer, "none": L * layer}[train.remat]
+    stored = {"full": layer, "dots": L * products + layer, "none": L * layer}[train.remat]
     # The gradients of one layer's inputs, projections, gate/up/product, scores and weights.
-    kept += tokens * (2 * D + (features + 3 * F) // tensor) * compute + 2 * scores * _F32 // tensor
+    stored += tokens * (2 * D + (features + 3 * F) // tensor) * compute + 2 * scores * _F32 // tensor
     logits = logits_copies * min(train.logprob_chunk, tokens) * config.vocab_size * _F32 // tensor
     # Token look-up and its gradient need whole rows: by XLA's account of a sharded update.
     gathered = 2 * _F32 * config.vocab_size * D // tensor if settings.mesh.fsdp > 1 else 0
     shorter = "lower train.rows_per_device" if train.rows_per_device > 1 else "lower rollout.max_new_tokens"
     remedy = shorter if train.remat == "full" else f"{shorter} or set train.remat to full"
     return [
-        Allocation("activations of a microbatch", L * tokens * D * compute + kept, "update", remedy),
+        Allocation("activations of a microbatch", L * tokens * D * compute + stored, "update", remedy),
         Allocation("logits chunk", logits, "update", "lower train.logprob_chunk"),
         Allocation("tables gathered from other devices", gathered, "update", "raise mesh.tensor"),
     ]

@@ -118,7 +118,7 @@ def _change_card(name: str, summary: dict[str, Any], key: str) -> Card:
 
 
 def _chart(run: Run, panel: panels.Panel) -> dict[str, Any]:
-    """A panel with its drawing and its legend; the drawing says in words what it shows."""
+    """A panel with its drawing and its legend; the label of the drawing gives its values in words."""
     series = [
         charts.Series(label, *run.values(key), color=charts.COLORS[index % len(charts.COLORS)])
         for index, (key, label) in enumerate(panel.series.items())
@@ -140,7 +140,7 @@ def _chart(run: Run, panel: panels.Panel) -> dict[str, Any]:
 
 
 def labelled(drawing: str, label: str) -> Markup:
-    """An SVG with a label for those who cannot see it."""
+    """An SVG with a label for screen readers."""
     return Markup(drawing.replace("<svg", Markup('<svg role="img" aria-label="{}"').format(label), 1))
 
 

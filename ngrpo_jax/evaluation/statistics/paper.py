@@ -75,7 +75,7 @@ def method(
     if departs and strategy == "neighbor" and (mixes or (trained and rate > 0)):
         return None
     if mixes:
-        # Table 5 does not say which checkpoint it mixes at inference: its row matches every one.
+        # Which checkpoint Table 5 mixes at inference is not given: its row matches every one.
         soft = "Soft Thinking" if not trained else None
         return {"neighbor": "mixing at inference", "soft": soft}.get(strategy)
     if not trained:
