@@ -14,13 +14,13 @@ import pathlib
 import time
 from collections.abc import Sequence
 
-from ngrpo_jax import flags
+from ngrpo_jax import files, flags
 from ngrpo_jax.model import hf
 from ngrpo_jax.preflight import checks, fit
 from ngrpo_jax.run import summary
 from ngrpo_jax.run.loop import train
 from ngrpo_jax.run.start import begin, compose
-from ngrpo_jax.runtime import distributed, files, mesh
+from ngrpo_jax.runtime import distributed, mesh
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.settings import resolve
 from ngrpo_jax.setup.model_spec import load_params, model_identity

@@ -389,7 +389,7 @@ def test_a_bad_row_is_named(rows, sentence, tmp_path):
     ("file", "content", "sentence"),
     [
         ("a.csv", "problem,answer\np,é\n".encode("latin-1"), "a.csv, line 2: not UTF-8 text"),
-        ("a.jsonl", '\n{"problem": "é"}'.encode("latin-1"), "a.jsonl, row 2: not UTF-8 text"),
+        ("a.jsonl", '\n{"problem": "é"}'.encode("latin-1"), "a.jsonl line 2 is not UTF-8 text"),
         ("a.json", '[{"problem": "é"}]'.encode("latin-1"), "a.json, line 1: not UTF-8 text"),
         ("a.csv", b"problem,answer\np,q,3\n", "a.csv, row 1: 3 fields where the header has 2"),
         ("a.csv", b'problem,answer\n"p,3\n', "a.csv, line 2: not CSV (unexpected end of data)"),

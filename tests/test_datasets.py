@@ -151,34 +151,34 @@ def test_tfds_mistakes_say_what_to_do(prepared, tmp_path):
     [
         (
             '{"problem": "p"}',
-            "row 2: no field 'answer'; every row needs a problem and an answer (fields here: problem)",
+            ", row 2: no field 'answer'; every row needs a problem and an answer (fields here: problem)",
         ),
-        ('{"answer": "2"}', "row 2: no field 'problem'"),
-        ('{"problem": null, "answer": "2"}', "row 2: no field 'problem'"),
-        ('{"problem": " ", "answer": "2"}', "row 2: field 'problem' is empty"),
-        ('{"problem": 5, "answer": "2"}', "row 2: field 'problem' is int, not text"),
-        ('{"problem": "p", "answer": ["2"]}', "row 2: field 'answer' is list, not text"),
-        ('{"problem": "p", "answer": true}', "row 2: field 'answer' is bool, not text"),
-        ('{"problem": "\\ud800", "answer": "2"}', "row 2: field 'problem' holds half a character"),
+        ('{"answer": "2"}', ", row 2: no field 'problem'"),
+        ('{"problem": null, "answer": "2"}', ", row 2: no field 'problem'"),
+        ('{"problem": " ", "answer": "2"}', ", row 2: field 'problem' is empty"),
+        ('{"problem": 5, "answer": "2"}', ", row 2: field 'problem' is int, not text"),
+        ('{"problem": "p", "answer": ["2"]}', ", row 2: field 'answer' is list, not text"),
+        ('{"problem": "p", "answer": true}', ", row 2: field 'answer' is bool, not text"),
+        ('{"problem": "\\ud800", "answer": "2"}', ", row 2: field 'problem' holds half a character"),
         (
             '{"problem": "p", "answer": "2", "id": "row-1"}',
-            "row 2: an earlier row has the id 'row-1' too",
+            ", row 2: an earlier row has the id 'row-1' too",
         ),
-        ('["p", "2"]', "row 2: not an object with the fields problem and answer"),
-        ('{"problem": "p", ', "row 2: not JSON ("),
+        ('["p", "2"]', ", row 2: not an object with the fields problem and answer"),
+        ('{"problem": "p", ', " line 2 is not JSON ("),
     ],
 )
 def test_a_bad_row_is_named_by_file_row_and_field(tmp_path, line, message):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(ROWS[0]) + "\n" + line + "\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=re.escape(f"{path}, {message}")):
+    with pytest.raises(ValueError, match=re.escape(f"{path}{message}")):
         load(f"jsonl:{path}")
 
 
 def test_text_that_is_not_utf8_is_named(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes('{"problem": "é", "answer": "2"}'.encode("latin-1"))
-    with pytest.raises(ValueError, match=re.escape(f"{path}, row 1: not UTF-8 text")):
+    with pytest.raises(ValueError, match=re.escape(f"{path} line 1 is not UTF-8 text")):
         load(f"jsonl:{path}")
 
 

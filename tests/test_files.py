@@ -5,8 +5,8 @@ import os
 
 import pytest
 
+from ngrpo_jax import files
 from ngrpo_jax.errors import StorageError, UserError
-from ngrpo_jax.runtime import files
 
 
 def test_lines_have_numbers_values_and_ends(tmp_path):

@@ -266,7 +266,7 @@ def test_directories_that_are_none_or_not_whole_are_refused(copy_of, tmp_path):
     with pytest.raises(UserError, match=r"neither model.safetensors nor model.safetensors.index.json"):
         hf.load(folder)
     (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"config.json is not JSON"):
         hf.load(folder)
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match=r"has no config.json"):

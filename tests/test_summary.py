@@ -74,6 +74,6 @@ def test_only_a_summary_of_as_many_steps_counts_as_finished(tmp_path):
 
 def test_a_damaged_summary_is_named(tmp_path):
     (tmp_path / "summary.json").write_text('{"steps": 1')
-    with pytest.raises(ValueError, match=r"summary\.json is no JSON .*; remove it") as refusal:
+    with pytest.raises(ValueError, match=r"summary\.json is not JSON .*; remove it") as refusal:
         summary.read_finished(tmp_path, 1)
     assert "\n" not in str(refusal.value)

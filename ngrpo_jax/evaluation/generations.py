@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from ngrpo_jax import files
 from ngrpo_jax.errors import require
 from ngrpo_jax.evaluation.answers import final_answer, graded_responses
 from ngrpo_jax.evaluation.statistics import estimates, geometry
-from ngrpo_jax.runtime import files
 
 FORMAT = 1
 _HEADER = ("set", "step", "model", "problems", "pass_k", "trained", "depends")

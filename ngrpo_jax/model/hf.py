@@ -14,6 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from ngrpo_jax import files
 from ngrpo_jax.errors import UserError, is_storage_failure
 from ngrpo_jax.model import hf_format, hf_weights
 from ngrpo_jax.model.config import ModelConfig
@@ -124,13 +125,13 @@ def save(
     partial.mkdir(parents=True)
     try:
         saved_dtype = dtype or str(params["embed"]["embedding"].dtype)
-        hf_weights.write_json(partial / _CONFIG, hf_format.config_to_json(config, saved_dtype))
+        files.write_json(partial / _CONFIG, hf_format.config_to_json(config, saved_dtype))
         tensors = hf_weights.stored(config, params, dtype, to_host)
         hf_weights.write_files(partial, tensors, hf_weights.sizes(config, params, dtype), max_shard_bytes)
         for file in copied:
             shutil.copyfile(file, partial / file.name)
         written = sorted(file.name for file in partial.iterdir())
-        hf_weights.write_json(partial / _RECEIPT, {"files": written})
+        files.write_json(partial / _RECEIPT, {"files": written})
         if target.exists():
             target.rename(replaced)
         partial.rename(target)
@@ -184,8 +185,9 @@ def read_config(path: str | os.PathLike, *, dtype: str = "float32") -> ModelConf
     file = directory / _CONFIG
     if not file.is_file():
         raise UserError(f"{directory} has no {_CONFIG}: it is no Hugging Face checkpoint, or half-downloaded")
-    raw = hf_weights.read_json(file)
-    generation = hf_weights.read_json(directory / _GENERATION) if (directory / _GENERATION).is_file() else {}
+    raw = files.read_json(file, hf_weights.REMEDY)
+    defaults = directory / _GENERATION
+    generation = files.read_json(defaults, hf_weights.REMEDY) if defaults.is_file() else {}
     try:
         return hf_format.config_from_json(raw, generation, dtype)
     except ValueError as error:
@@ -216,7 +218,7 @@ def check_replaceable(path: str | os.PathLike) -> None:
         raise UserError(f"{target} is a file: name a directory to save to")
     present = {file.name for file in target.iterdir()} - {_RECEIPT}
     receipt = target / _RECEIPT
-    known = hf_weights.read_json(receipt)["files"] if receipt.is_file() else []
+    known = files.read_json(receipt)["files"] if receipt.is_file() else []
     foreign = sorted(present - set(known))
     if foreign:
         raise UserError(

@@ -6,7 +6,6 @@ Works through the table of tensors in hf_format.py and must not know architectur
 import contextlib
 import functools
 import itertools
-import json
 import math
 import pathlib
 from collections.abc import Callable, Iterator
@@ -18,36 +17,20 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from ngrpo_jax import files
 from ngrpo_jax.errors import UserError, storage
 from ngrpo_jax.model import hf_format
 from ngrpo_jax.model.config import ModelConfig
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+REMEDY = "fetch it again"  # for a broken file of a checkpoint
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _COMPARED_ROWS = 8192
 
 Files = dict[str, Any]  # tensor name -> the open safetensors file that holds it
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The object that a JSON file holds; UserError, naming the file, where it holds none."""
-    with storage(path):
-        content = path.read_bytes()
-    try:
-        raw = json.loads(content)
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): fetch it again") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} must hold a JSON object: fetch it again")
-    return raw
-
-
-def write_json(path: pathlib.Path, raw: dict[str, Any]) -> None:
-    """Writes indented JSON."""
-    path.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
 def open_files(directory: pathlib.Path, stack: contextlib.ExitStack) -> Files:
@@ -155,7 +138,7 @@ def write_files(
         del held  # before the next leaf is made
     if len(shards) > 1:
         metadata = {"total_size": sum(sizes.values())}
-        write_json(directory / INDEX, {"metadata": metadata, "weight_map": weight_map})
+        files.write_json(directory / INDEX, {"metadata": metadata, "weight_map": weight_map})
 
 
 def _weight_paths(directory: pathlib.Path) -> list[pathlib.Path]:
@@ -164,7 +147,7 @@ def _weight_paths(directory: pathlib.Path) -> list[pathlib.Path]:
         return [directory / SINGLE]
     if not (directory / INDEX).is_file():
         raise UserError(f"{directory} has neither {SINGLE} nor {INDEX}: fetch the model's safetensors files")
-    weight_map = read_json(directory / INDEX).get("weight_map")
+    weight_map = files.read_json(directory / INDEX, REMEDY).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{directory / INDEX} has no weight_map: fetch it again")
     names = sorted(set(weight_map.values()))

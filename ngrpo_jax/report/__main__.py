@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ngrpo_jax import flags
+from ngrpo_jax import files, flags
 from ngrpo_jax.errors import require
 from ngrpo_jax.report.page import render
 from ngrpo_jax.report.workdir import read
-from ngrpo_jax.runtime import files
 
 
 def main(argv: Sequence[str]) -> None:

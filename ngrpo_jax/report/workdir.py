@@ -1,12 +1,11 @@
 """The files of a run's workdir that the report shows, read and checked. Owns their names; draws nothing."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ngrpo_jax.errors import UserError, require
-from ngrpo_jax.runtime import files
+from ngrpo_jax import files
+from ngrpo_jax.errors import require
 from ngrpo_jax.runtime.metrics import read_rows
 
 Row = dict[str, Any]
@@ -59,12 +58,7 @@ def _object(path: Path, consequence: str, missing: list[str]) -> dict[str, Any]:
     if not path.is_file():
         missing.append(f"There is no {path.name}: {consequence}.")
         return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error}); remove it or make it again.") from error
-    require(isinstance(found, dict), f"{path} holds no JSON object; remove it or make it again.")
-    return found
+    return files.read_json(path, "remove it or make it again")
 
 
 def _samples(path: Path, consequence: str, missing: list[str]) -> list[Row]:

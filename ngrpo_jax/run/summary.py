@@ -5,7 +5,6 @@ Must not decide anything about the run.
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -13,11 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from ngrpo_jax.errors import UserError
+from ngrpo_jax import files
 from ngrpo_jax.model import decoder
 from ngrpo_jax.preflight import fit, memory
 from ngrpo_jax.run.state import Run, RunState
-from ngrpo_jax.runtime import console, distributed, files, metrics
+from ngrpo_jax.runtime import console, distributed, metrics
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.settings import Settings
 from ngrpo_jax.setup.model_spec import save_model
@@ -29,10 +28,7 @@ def read_finished(workdir: pathlib.Path, steps: int) -> dict[str, Any] | None:
     path = workdir / "summary.json"
     if not path.is_file():
         return None
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON ({error}); remove it, and the run goes on.") from error
+    summary = files.read_json(path, "remove it, and the run goes on")
     return summary if summary["steps"] >= steps else None
 
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from ngrpo_jax import files
 from ngrpo_jax.errors import UserError, storage
-from ngrpo_jax.runtime import files
 from ngrpo_jax.runtime.loggers import LOGGERS, Logger
 
 VARYING_GROUPS = ("time/", "speed/", "memory/")  # what differs between runs that compute the same

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 import operator
 import pathlib
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ngrpo_jax import files
 from ngrpo_jax.choices import WARM_START
 from ngrpo_jax.errors import UserError
 from ngrpo_jax.model import decoder, hf
@@ -89,7 +89,7 @@ def locate_model(settings: Settings, workdir: pathlib.Path, *, weights: bool = T
         return hf.locate(settings.model.path, settings.model.revision, weights=weights)
     directory = workdir / "warm_start"
     if directory.exists():
-        made_by = json.loads((workdir / RECIPE).read_text(encoding="utf-8"))
+        made_by = files.read_json(workdir / RECIPE)
         changed = changes(flatten(made_by), recipe(settings))
         if changed:
             raise UserError(

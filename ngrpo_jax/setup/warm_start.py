@@ -8,10 +8,11 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
+from ngrpo_jax import files
 from ngrpo_jax.learner.supervised import train_supervised
 from ngrpo_jax.model import hf
 from ngrpo_jax.model.config import ModelConfig
-from ngrpo_jax.runtime import console, files
+from ngrpo_jax.runtime import console
 from ngrpo_jax.settings import Settings, WarmStartSettings
 from ngrpo_jax.setup.problems import ProblemSet
 from ngrpo_jax.setup.resume import as_json

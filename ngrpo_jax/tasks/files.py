@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ngrpo_jax.errors import UserError, storage
+from ngrpo_jax.files import read_jsonl
 
 from .rows import Row
 
@@ -32,10 +33,7 @@ def read(path: pathlib.Path, kind: str | None = None) -> Numbered:
 
 
 def _jsonl(path: pathlib.Path) -> Numbered:
-    # Not splitlines(), which also splits at U+2028 and other characters that JSON allows in strings.
-    for number, line in enumerate(_bytes(path).split(b"\n"), 1):
-        if line.strip():
-            yield number, _parsed(line, f"{path}, row {number}")
+    return ((line.number, line.value) for line in read_jsonl(path))
 
 
 def _json(path: pathlib.Path) -> Numbered:
@@ -106,9 +104,9 @@ def _decoded(content: bytes, place: str) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        if ", row " not in place:
-            place = f"{place}, line {line}"
-        raise UserError(f"{place}: not UTF-8 text ({error.reason}); save the file as UTF-8") from error
+        raise UserError(
+            f"{place}, line {line}: not UTF-8 text ({error.reason}); save the file as UTF-8"
+        ) from error
 
 
 def _parsed(content: bytes, place: str) -> Any:

@@ -1,4 +1,4 @@
-"""Files on disk: replaced whole, and read as JSON lines.
+"""Files on disk: replaced whole, read as JSON or as JSON lines.
 
 Owns how text gets to storage and back. Must not know what a file is about, and must not import JAX, so that
 every room can use it.
@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ngrpo_jax.errors import UserError, storage
+from ngrpo_jax.errors import UserError, require, storage
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -47,6 +47,23 @@ def write_text(path: pathlib.Path, text: str) -> None:
 def write_json(path: pathlib.Path, value: Any) -> None:
     """`write_text` of an indented JSON document."""
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: pathlib.Path, remedy: str = "correct it or make it again") -> dict[str, Any]:
+    """The object that a JSON file holds; `remedy` ends the sentence where it holds none.
+
+    Raises:
+        UserError: there is no such file, or it holds no JSON object.
+        StorageError: the file cannot be read.
+    """
+    with storage(path):
+        content = path.read_bytes()
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is {_fault(error)}; {remedy}.") from error
+    require(isinstance(value, dict), f"{path} holds no JSON object; {remedy}.")
+    return value
 
 
 def append_jsonl(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -94,7 +111,7 @@ def read_jsonl(path: pathlib.Path, *, unfinished: bool = False) -> Iterator[Line
 
 
 def _fault(error: Exception) -> str:
-    """What is wrong with a line that cannot be read as JSON."""
+    """What is wrong with text that cannot be read as JSON."""
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 text ({error.reason})"
     if isinstance(error, json.JSONDecodeError):
