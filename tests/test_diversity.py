@@ -42,6 +42,7 @@ def test_mean_pairwise_distance():
     assert diversity.mean_pairwise_distance([[1, 2, 3, 4], [1, 2], [1, 2]]) == pytest.approx(
         (0.5 + 0.5 + 0) / 3
     )
+    assert diversity.mean_pairwise_distance([[1, 2], [1, 2, 3, 4]]) == 0.5
     assert diversity.mean_pairwise_distance([[], []]) == 0.0
     assert math.isnan(diversity.mean_pairwise_distance([[1]]))
     assert diversity.mean_pairwise_distance([[1, 2], [1, 3]], max_tokens=1) == 0.0

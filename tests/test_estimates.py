@@ -43,6 +43,14 @@ def test_without_answers_there_is_no_majority():
     assert estimates.training_metrics(_graded(answers=[[None] * 4] * 4), 2)["maj_at_n"] == 0.0
 
 
+def test_a_training_run_records_values_under_names_without_a_k():
+    found, every = estimates.training_metrics(_graded(), 4), estimates.estimate_metrics(_graded(), (1, 4))
+    assert found["pass_at_k"] == every["pass_at_4"].value
+    same = ("mean_at_n", "maj_at_n", "truncated", "length_mean")
+    assert {name: found[name] for name in same} == {name: every[name].value for name in same}
+    assert set(found) == {*same, "pass_at_k"}
+
+
 def test_the_average_is_over_sets_and_of_what_all_have():
     one, two = (
         estimates.estimate_metrics(_graded(), (1, 4)),

@@ -227,6 +227,20 @@ def test_compare_prints_the_paired_table(whole, tmp_path, capsys):
         assert "p = 1 (1 against 2)" in printed and "+20.00 points" in printed
 
 
+def test_compare_counts_as_many_samples_of_both(whole, tmp_path, capsys):
+    """A has one correct sample of three, the last: with the two samples of B it solves nothing."""
+    header, *rows = [json.loads(line) for line in whole[1].read_text().split("\n")[:-1]]
+    paths = tmp_path / "three.jsonl", tmp_path / "two.jsonl"
+    for path, samples in zip(paths, (3, 2), strict=True):
+        header["depends"]["eval.samples"] = samples
+        written = [header, *({**row, "reward": row["sample"] / 2} for row in rows if row["sample"] < samples)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in written))
+    _stored("--compare", *paths)
+    printed = capsys.readouterr().out
+    assert "5 problems, 2 samples each" in printed
+    assert dict(re.findall(r"(both|only A|only B|neither) +(\d+)", printed))["neither"] == "5"
+
+
 def test_what_cannot_be_read_or_compared_is_one_sentence(whole, tmp_path, capsys):
     assert "nowhere.jsonl" in _refused(capsys, _stored, "--from", "nowhere.jsonl")
     other = tmp_path / "other.jsonl"

@@ -93,6 +93,15 @@ def test_interval_over_problems_covers_the_truth_about_as_often_as_it_says():
     assert 0.89 <= covered / 200 <= 0.99
 
 
+@pytest.mark.parametrize(("level", "deviations"), [(0.95, 1.96), (0.5, 0.674)])
+def test_interval_is_that_of_the_normal_approximation_for_many_problems(level, deviations):
+    values_P = np.random.default_rng(3).random(2000)
+    low, high = passk.bootstrap_interval(values_P, level=level, resamples=4000)
+    error = deviations * values_P.std() / np.sqrt(len(values_P))
+    assert low == pytest.approx(values_P.mean() - error, abs=0.1 * error)
+    assert high == pytest.approx(values_P.mean() + error, abs=0.1 * error)
+
+
 def test_interval_of_pass_at_k_holds_its_value():
     correct_PN = np.random.default_rng(2).random((30, 8)) < 0.2
     values_P = passk.pass_at_k_by_problem(correct_PN, 4)
