@@ -29,6 +29,7 @@ import numpy as np
 
 from benchmarks import measure, shapes
 from ngrpo_jax import flags
+from ngrpo_jax.algo.neighbors.eligibility import eligible_rows
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.model.decoder import parameter_count
 from ngrpo_jax.preflight import fit, memory
@@ -132,7 +133,7 @@ def _begin(config: ModelConfig, settings: Settings, workdir: pathlib.Path) -> tu
     """A run with random weights and as many random prompts as a step takes, none with an end in sight."""
     draw, rows = np.random.default_rng(0), config.vocab_size
     mixing = settings.mixing.method((), ())
-    tokenizer_info = TokenizerInfo(None, (), mixing, np.ones(rows, bool), None)
+    tokenizer_info = TokenizerInfo(None, (), mixing, eligible_rows(rows, mixing.k))
     model_spec = ModelSpec("", config, tokenizer_info)
     count = settings.rollout.prompts
     ids_PT = draw.integers(rows, size=(count, settings.data.max_prompt_tokens))

@@ -30,15 +30,16 @@ def end(kind):
 def main(words):
     kind, victim = words[2], int(words[3])
     process = distributed.initialize()
-    for number in range(6):
-        distributed.allgather("number", number)
+    texts = [f"é{index}" * 3000 * index for index in range(process.count)]  # longer than one message
+    assert distributed.allgather("texts", texts[process.index]) == texts
+    assert distributed.allgather_items("shares", list(process.share(5))) == list(range(5))
     print("death at", time.time(), flush=True)
     if kind == "all":
         time.sleep(2 * process.index)  # as hosts that are not equally fast
-    if kind == "all" or process.index == victim:
+    if kind == "all" or (process.index == victim and kind != "names"):
         end(kind)
     while True:
-        distributed.allgather("again", None)
+        distributed.allgather("other" if kind == "names" and process.index == victim else "again", None)
         time.sleep(0.05)
 
 

@@ -76,3 +76,10 @@ def test_what_all_processes_find_wrong_is_said_by_each_with_status_2(tmp_path):
     for index, log in enumerate(logs):
         assert f"process {index} ended with status 2" in launcher.stderr
         assert log.count("error: ") == 1 and "error: this file is no data file." in log
+
+
+def test_processes_at_different_exchanges_end_with_a_sentence(tmp_path):
+    launcher, _, logs = _run(tmp_path, "names", 1)
+    assert launcher.returncode == 1, (launcher.stderr, logs)
+    for log in logs:
+        assert "must make the same exchanges in the same order" in log

@@ -248,8 +248,8 @@ def test_a_partial_or_wrong_environment_is_one_sentence(change, named):
     assert "\n" not in str(refused.value)
 
 
-def test_the_environment_says_who_one_is():
-    assert distributed.explicit(GOOD) == distributed.Explicit("host:1", 2, 1)
+def test_the_environment_gives_number_and_count():
+    assert distributed.explicit(GOOD) == ("host:1", distributed.Process(1, 2))
     assert distributed.explicit({}) is None
     task = dict.fromkeys(distributed.SLURM, "1")
     assert distributed.slurm_tasks(task | {"SLURM_NTASKS": "4"}) == 4

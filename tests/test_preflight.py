@@ -6,9 +6,9 @@ import os
 import pathlib
 
 import jax
-import numpy as np
 import pytest
 
+from ngrpo_jax.algo.neighbors.eligibility import eligible_rows
 from ngrpo_jax.flags import load_config
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.preflight import capacity, memory, programs
@@ -87,7 +87,7 @@ def test_master_parameters_and_moments_are_the_learners_state_on_one_device():
 @pytest.mark.parametrize("layout", ["tensor", "replicated"])
 def test_a_rollouts_share_is_what_its_programs_take(layout):
     settings, devices, sizes = _split(rollout__layout=layout)
-    info = TokenizerInfo(None, (), settings.mixing.method(()), np.ones(LARGE.vocab_size, bool), None)
+    info = TokenizerInfo(None, (), settings.mixing.method(()), eligible_rows(LARGE.vocab_size, 1))
     policy = abstract_policy(LARGE, info, devices, layout)
     compiled = compile_largest(policy.params, training_request(policy, settings), policy.table_VC)
     table = LARGE.vocab_size * settings.mixing.k * 4

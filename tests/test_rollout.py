@@ -310,12 +310,12 @@ def test_top_k_one_draws_the_argmax():
     np.testing.assert_array_equal(_generate(params, BASE, top_k=1, samples=1).tokens_BT, greedy.tokens_BT)
 
 
-def _compilations():
+def compilations():
     """A list that grows by a name for each program that XLA compiles from now on."""
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda name, *_, **facts: (
-            compiled.append(facts) if name.endswith("backend_compile_duration") else None
+        lambda name, *_, **about: (
+            compiled.append(about) if name.endswith("backend_compile_duration") else None
         )
     )
     return compiled
@@ -339,7 +339,7 @@ def test_nothing_compiles_after_compile_ahead():
     )
     assert compile_ahead(params, request, table_VC) > 0
     keys = jax.random.key_data(jax.random.split(jax.random.key(0), 8))
-    compiled = _compilations()
+    compiled = compilations()
     rng = np.random.default_rng(0)
     sizes = set()
     for lengths in ((2, 3, 9, 1), (60, 8, 70, 33), (5, 5, 5, 120)):

@@ -118,7 +118,7 @@ def _mixing(settings: Settings, tokenizer: Any, config: ModelConfig) -> Found:
     info = make_tokenizer_info(tokenizer, config, settings)
     mixing = settings.mixing
     what = f"rate {mixing.rate}, k {mixing.k}" if mixing.active else "none"
-    return info, f"{what}; {int(info.usable_V.sum())} usable rows; stops at {info.stop_ids}"
+    return info, f"{what}; {int(info.eligible.valid_V.sum())} usable rows; stops at {info.stop_ids}"
 
 
 def _held_out_data(settings: Settings, tokenizer: Any) -> Found:

@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
-from ngrpo_jax.model import inference
+from ngrpo_jax.model import cached_attention
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.model.decoder import parameter_count
 from ngrpo_jax.runtime.console import format_bytes
@@ -123,7 +123,7 @@ def rollout_estimate(config: ModelConfig, sizes: RolloutSizes) -> list[Allocatio
     tokens = prompts * sizes.prompt_tokens
     features = _attention_features(config) + 3 * config.intermediate_size
     hidden = tokens * (3 * config.hidden_size + features // tensor) * compute
-    block = min(sizes.prompt_tokens, inference.QUERY_BLOCK)
+    block = min(sizes.prompt_tokens, cached_attention.QUERY_BLOCK)
     scores = prompts * config.num_heads * block * sizes.prompt_tokens * (_F32 + compute) // tensor
     logits = 3 * slots * config.vocab_size * _F32  # as they come, scaled, and as probabilities
     shorter = "lower data.max_prompt_tokens or rollout.slots"

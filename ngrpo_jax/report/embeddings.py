@@ -60,8 +60,8 @@ class Anchors:
             self.ids,
             count,
             metric=self.settings.mixing.metric,
-            valid_V=self.tokenizer_info.usable_V,
-            group_V=self.tokenizer_info.spelling_V,
+            valid_V=self.tokenizer_info.eligible.valid_V,
+            group_V=self.tokenizer_info.eligible.group_V,
         )
 
 
@@ -99,7 +99,7 @@ def plane_page(argv: Sequence[str]) -> tuple[Path, str]:
     ids_AC, _ = anchors.nearest(k - 1)
     candidates_AC = np.concatenate([np.array(anchors.ids)[:, None], ids_AC], axis=1)
     embedding_VD = anchors.embedding_VD
-    usable = np.flatnonzero(anchors.tokenizer_info.usable_V)
+    usable = np.flatnonzero(anchors.tokenizer_info.eligible.valid_V)
     background_XD = embedding_VD[random.choice(usable, min(BACKGROUND, len(usable)), replace=False)]
     noise_AXD = np.stack(
         [geometry.noisy_points(embedding_VD[anchor], SIGMA, SAMPLES, random) for anchor in anchors.ids]
@@ -130,7 +130,7 @@ def _nearness(
     anchors: Anchors, points_AXD: np.ndarray, candidates_AC: np.ndarray
 ) -> tuple[float, float, float]:
     """Means over points: cosine to the anchor, cosine to the nearest token, whether that is a candidate."""
-    usable = np.flatnonzero(anchors.tokenizer_info.usable_V)
+    usable = np.flatnonzero(anchors.tokenizer_info.eligible.valid_V)
     to_anchor, to_any, own = [], [], []
     for anchor, points_XD, candidates in zip(anchors.ids, points_AXD, candidates_AC, strict=True):
         row_D = anchors.embedding_VD[anchor]

@@ -15,10 +15,9 @@ import jax.numpy as jnp
 
 from ngrpo_jax.algo import mixture as mix
 from ngrpo_jax.algo.sampling import greedy, log_total, sample, scaled, truncate
-from ngrpo_jax.model import inference
-from ngrpo_jax.model.config import ModelConfig
+from ngrpo_jax.model.inference import InferenceModel
 from ngrpo_jax.rollout.request import SamplingParams
-from ngrpo_jax.rollout.sharding import SlotSharding
+from ngrpo_jax.rollout.sharding import ONE_DEVICE, SlotSharding
 from ngrpo_jax.rollout.slots import Prefix, Slots, constrained
 
 
@@ -44,40 +43,37 @@ class ChunkOutput(NamedTuple):
     valid_TB: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sharding"))
+@functools.partial(jax.jit, static_argnames=("model", "sharding"))
 def prefill(
     params: Any,
     ids_BT: jax.Array,
     lengths_B: jax.Array,
     *,
-    config: ModelConfig,
-    sharding: SlotSharding | None = None,
+    model: InferenceModel,
+    sharding: SlotSharding = ONE_DEVICE,
 ) -> Prefix:
     """Right-padded prompts -> hidden state of each last token, and a cache of T columns.
 
     On a mesh the prompts are divided over the shards of the slots (which must divide B), and every shard then
     holds all of the result, since any of its slots may continue any prompt.
     """
-    if sharding is None:
-        return Prefix(*inference.prefill(params, config, ids_BT, lengths_B))
-    ids_BT, lengths_B = jax.lax.with_sharding_constraint((ids_BT, lengths_B), sharding.over_rows())
-    hidden_BD, cache = inference.prefill(params, config, ids_BT, lengths_B)
-    hidden_BD = jax.lax.with_sharding_constraint(hidden_BD, sharding.whole())
-    return Prefix(hidden_BD, sharding.constrain_cache(cache, split_rows=False))
+    ids_BT, lengths_B = sharding.constrain((ids_BT, lengths_B), sharding.rows)
+    hidden_BD, cache = model.prefill(params, ids_BT, lengths_B)
+    return Prefix(sharding.constrain(hidden_BD), sharding.constrain_cache(cache, None))
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "sampling", "steps", "sharding"), donate_argnames="slots"
+    jax.jit, static_argnames=("model", "sampling", "steps", "sharding"), donate_argnames="slots"
 )
 def decode_chunk(
     params: Any,
     table_VC: jax.Array | None,
     slots: Slots,
     *,
-    config: ModelConfig,
+    model: InferenceModel,
     sampling: SamplingParams,
     steps: int,
-    sharding: SlotSharding | None = None,
+    sharding: SlotSharding = ONE_DEVICE,
 ) -> tuple[Slots, ChunkOutput]:
     """Generates `steps` tokens in every slot; a row that ends on the way generates nothing valid after it.
 
@@ -86,25 +82,25 @@ def decode_chunk(
       table_VC: neighbour table, or None where the strategy needs none.
       slots: donated; its buffers become the result's.
     """
-    rope_table = inference.rope_table(config, slots.cache.columns)
+    rope_table = model.rope_table(slots.cache.columns)
 
     def step(slots: Slots, _: None) -> tuple[Slots, ChunkOutput]:
-        logits_BV = inference.logits(params, slots.hidden_BD)
+        logits_BV = model.logits(params, slots.hidden_BD)
         token_B, mixture, mixed_B, logprob_B = sample_step(logits_BV, table_VC, slots, sampling)
         # The log-sum-exp is finite just where no logit is NaN or +inf and not all are -inf.
         nonfinite_B = slots.active_B & ~jnp.isfinite(logprob_B)
         valid_B = slots.active_B & ~nonfinite_B
-        recent_BW = jnp.concatenate([slots.recent_BW, token_B[:, None]], axis=1)[:, 1:]
+        tail_BE = jnp.concatenate([slots.tail_BE, token_B[:, None]], axis=1)[:, 1:]
         generated_B = slots.generated_B + valid_B
         stopped_B = jnp.isin(token_B, jnp.asarray(sampling.stop_ids, jnp.int32)) & valid_B
-        hidden_BD, cache = inference.decode_step(params, config, mixture, slots.cache, rope_table)
+        hidden_BD, cache = model.decode_step(params, mixture, slots.cache, rope_table)
         output = ChunkOutput(token_B, mixture, mixed_B, logprob_B, stopped_B, nonfinite_B, valid_B)
         after = slots._replace(
             cache=cache,
             hidden_BD=hidden_BD,
             generated_B=generated_B,
-            recent_BW=recent_BW,
-            thinking_B=slots.thinking_B & ~mix.completed(sampling.mixing.until_ids, recent_BW),
+            tail_BE=tail_BE,
+            thinking_B=slots.thinking_B & ~mix.completed(sampling.mixing.until_ids, tail_BE),
             active_B=valid_B & ~stopped_B & (generated_B < slots.limits_B),
         )
         return after, output

@@ -20,6 +20,7 @@ import numpy as np
 
 from ngrpo_jax.algo.mixture import Mixing
 from ngrpo_jax.algo.neighbors import neighbor_table
+from ngrpo_jax.errors import require
 from ngrpo_jax.model import decoder, inference
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.rollout.decode import ChunkOutput
@@ -124,7 +125,7 @@ def generate(
       Trajectories with B = prompts × samples, prompt-major.
 
     Raises:
-      ValueError: an argument that cannot be right, by name.
+      UserError: an argument that cannot be right, by name.
     """
     count = len(prompts) * samples
     request = RolloutRequest(
@@ -142,7 +143,8 @@ def generate(
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(count))
     sequences = make_sequences(request, prompts, keys_B, lengths_B)
     if table_VC is None and request.sampling.mixing.uses_table:
-        table_VC = _default_table(params, request)
+        rows_VD = decoder.table_rows(params, config, request.sampling.mixing.table)
+        table_VC = neighbor_table(rows_VD, request.sampling.mixing.k, metric=request.sampling.mixing.metric)
     if not inference.is_inference_layout(params):
         params = inference.to_inference_layout(params, config)
     return rollout(params, request, sequences, table_VC=table_VC, stats=stats, progress=progress)
@@ -170,13 +172,16 @@ def rollout(
       Trajectories with B = prompts × samples, prompt-major.
 
     Raises:
-      ValueError: a table that is missing or of another shape.
+      UserError: a table that is missing or of another shape.
     """
     mixing, stats = request.sampling.mixing, RolloutStats() if stats is None else stats
     needed = (request.config.vocab_size, mixing.k)
     found = None if table_VC is None else tuple(table_VC.shape)
-    if mixing.uses_table and found != needed:
-        raise ValueError(f"the neighbour table has shape {found}; this model and k need {needed}.")
+    require(
+        found == needed or not mixing.uses_table,
+        f"the neighbour table has shape {found}; this model and k need {needed}.",
+    )
+    table_VC = table_VC if mixing.uses_table else None  # an argument more would be another program
     under_way = _Rollout(params, table_VC, Programs.of(request, params), sequences, stats)
     under_way.run(progress)
     return under_way.results
@@ -215,7 +220,7 @@ class _Rollout:
         """Inserts, decodes and collects until every sequence has ended."""
         scheduler, lookahead = self._scheduler, self._programs.request.lookahead
         if lookahead is None:
-            lookahead = 0 if jax.default_backend() == "cpu" else 1
+            lookahead = 0 if self._programs.model.platform == "cpu" else 1
         running: collections.deque[_Chunk] = collections.deque()
         while scheduler.queued or scheduler.active or running:
             self._fill_free_slots(alone=not running)
@@ -227,27 +232,27 @@ class _Rollout:
                     progress(self._stats)
 
     def _fill_free_slots(self, *, alone: bool) -> None:
-        """Prefills and inserts until no slot is free or no sequence is queued.
-
-        `alone`: no chunk is running. Beside one, blocking here would leave the device idle after it.
-        """
+        """Prefills and inserts until no slot is free or the queue is empty; `alone`: no chunk is running."""
         while True:
             prompts = self._scheduler.next_prefill()
             if prompts is not None:
-                start = time.perf_counter()
-                self._prefix = self._programs.prefill(
-                    self._params, [self._sequences.prompts[i] for i in prompts]
-                )
-                if alone:
-                    jax.block_until_ready(self._prefix)
-                    self._stats.prefill_s += time.perf_counter() - start
+                self._prefix = self._prefill([self._sequences.prompts[i] for i in prompts], alone=alone)
             insertions = self._scheduler.next_insertions()
-            if insertions is None or self._prefix is None:
+            if insertions is None:
                 return
-            columns = self._prefix.cache.columns
-            if self._slots.cache.columns < columns:
-                self._slots = self._programs.resize(self._slots, columns)
-            self._slots = self._programs.insert(self._slots, self._prefix, insertions)
+            assert self._prefix is not None
+            columns = max(self._prefix.cache.columns, self._slots.cache.columns)
+            slots = self._programs.resize(self._slots, columns)
+            self._slots = self._programs.insert(slots, self._prefix, insertions)
+
+    def _prefill(self, prompts: Sequence[Sequence[int]], *, alone: bool) -> Prefix:
+        """A prefill, timed where no chunk is running: after one, blocking would leave the device idle."""
+        start = time.perf_counter()
+        prefix = self._programs.prefill(self._params, prompts)
+        if alone:
+            jax.block_until_ready(prefix)
+            self._stats.prefill_s += time.perf_counter() - start
+        return prefix
 
     def _start_chunk(self) -> _Chunk:
         """Starts a chunk, and the copy of its results to the host."""
@@ -277,32 +282,20 @@ def _collect(
     results: Trajectories, sequence_B: np.ndarray, output: ChunkOutput, limits_B: np.ndarray
 ) -> tuple[list[int], int]:
     """Copies a chunk's tokens into the results; returns the sequences that have ended, and the tokens."""
+    recorded = results.tokens_BT, results.mixtures, results.mixed_BT, results.logprobs_BT
+    generated = output.tokens_TB, output.mixtures, output.mixed_TB, output.logprobs_TB
+    pairs = list(zip(jax.tree.leaves(recorded), jax.tree.leaves(generated), strict=True))
     ended, tokens = [], 0
-    of_results, of_output = jax.tree.leaves(results.mixtures), jax.tree.leaves(output.mixtures)
     for slot in np.flatnonzero(sequence_B != FREE):
         sequence, count = sequence_B[slot], int(output.valid_TB[:, slot].sum())
-        start = results.lengths_B[sequence]
-        here, there = (sequence, slice(start, start + count)), (slice(count), slot)
-        results.tokens_BT[here] = output.tokens_TB[there]
-        results.mixed_BT[here] = output.mixed_TB[there]
-        results.logprobs_BT[here] = output.logprobs_TB[there]
-        for recorded, new in zip(of_results, of_output, strict=True):
-            recorded[here] = new[there]
         had_ended = results.ended(sequence, limits_B[sequence])
+        start = results.lengths_B[sequence]
+        for of_sequence, of_slot in pairs:
+            of_sequence[sequence, start : start + count] = of_slot[:count, slot]
         results.lengths_B[sequence] += count
-        results.stopped_B[sequence] |= output.stopped_TB[there].any()
+        results.stopped_B[sequence] |= output.stopped_TB[:count, slot].any()
         results.nonfinite_B[sequence] |= output.nonfinite_TB[:, slot].any()
         tokens += count
         if results.ended(sequence, limits_B[sequence]) and not had_ended:
             ended.append(int(sequence))
     return ended, tokens
-
-
-def _default_table(params: Any, request: RolloutRequest) -> jax.Array:
-    """A neighbour table over all rows, of parameters in either layout."""
-    mixing = request.sampling.mixing
-    if inference.is_inference_layout(params):
-        rows_VD = inference.table_rows(params, mixing.table)
-    else:
-        rows_VD = decoder.table_rows(params, request.config, mixing.table)
-    return neighbor_table(rows_VD, mixing.k, metric=mixing.metric)

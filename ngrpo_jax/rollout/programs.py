@@ -7,15 +7,17 @@ is left to compile once a rollout begins. Must not know which sequence is in whi
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ngrpo_jax.algo.mixture import tail_length
+from ngrpo_jax.model.inference import InferenceModel
 from ngrpo_jax.rollout import decode
 from ngrpo_jax.rollout import slots as slot_state
 from ngrpo_jax.rollout.request import RolloutRequest
@@ -46,41 +48,35 @@ def prompt_lengths(longest: int) -> tuple[int, ...]:
     return (*lengths[:-1], _round_up(longest, GRAIN))
 
 
-def smallest(sizes: Sequence[int], need: int) -> int:
-    """The smallest of rising sizes that holds `need`; the largest where none does."""
-    return next((size for size in sizes if size >= need), sizes[-1])
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
-class Programs(NamedTuple):
-    """The compiled programs of a request on the devices of its parameters, with their static arguments.
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The compiled programs of a request on the devices of its parameters: shapes and static arguments.
 
     Attributes:
       slots: the request's, rounded up to a multiple of the shards.
       prefill_rows: prompts of one prefill.
       cache_sizes: numbers of columns that the slots' cache can have.
       prompt_lengths: numbers of tokens that prompts are padded to.
-      sharding: None for one device.
     """
 
     request: RolloutRequest
+    model: InferenceModel
     slots: int
     prefill_rows: int
     cache_sizes: tuple[int, ...]
     prompt_lengths: tuple[int, ...]
-    sharding: SlotSharding | None
+    sharding: SlotSharding
 
     @classmethod
     def of(cls, request: RolloutRequest, params: Any) -> Programs:
         """For parameters in the inference layout: arrays, or jax.ShapeDtypeStruct with a sharding."""
-        sharding = None if request.sharding is None else SlotSharding.of(request.sharding, params)
-        shards = 1 if sharding is None else sharding.shards
+        sharding = SlotSharding.of(request.sharding, params)
+        shards = sharding.shards
         slots = _round_up(request.slots, shards)
+        device = next(iter(params["final_norm"]["scale"].sharding.device_set))
         return cls(
             request,
+            InferenceModel(request.config, device.platform),
             slots,
             prefill_rows=_round_up(max(1, slots // request.samples), shards),
             cache_sizes=cache_sizes(request.max_prompt_tokens + request.max_new_tokens),
@@ -91,21 +87,21 @@ class Programs(NamedTuple):
     @property
     def shards(self) -> int:
         """Parts that the slots are split into."""
-        return 1 if self.sharding is None else self.sharding.shards
+        return self.sharding.shards
 
     def empty(self) -> Slots:
         """Slots without a sequence, with the smallest cache."""
-        return slot_state.empty(*self._empty_arguments(self.cache_sizes[0]))
+        return slot_state.empty(self.cache_sizes[0], **self.of_empty())
 
     def prefill(self, params: Any, prompts: Sequence[Sequence[int]]) -> Prefix:
         """At most `prefill_rows` prompts, padded to that number and to one of the few lengths."""
-        length = smallest(self.prompt_lengths, max(map(len, prompts)))
+        length = _smallest(self.prompt_lengths, max(map(len, prompts)))
         ids_BT = np.zeros((self.prefill_rows, length), np.int32)
         lengths_B = np.ones(self.prefill_rows, np.int32)
         for row, prompt in enumerate(prompts):
             ids_BT[row, : len(prompt)] = prompt
             lengths_B[row] = len(prompt)
-        return decode.prefill(params, ids_BT, lengths_B, **self._prefill_arguments())
+        return decode.prefill(params, ids_BT, lengths_B, **self.of_prefill())
 
     def insert(self, slots: Slots, prefix: Prefix, insertions: Insertions) -> Slots:
         """The slots, whose cache has at least the prefix's columns, with new sequences; donates the slots."""
@@ -115,10 +111,10 @@ class Programs(NamedTuple):
         """The slots with a cache of at least so many columns, reached by one size after the other.
 
         So the programs to compile are those between neighbouring sizes. Where the cache shrinks, it keeps one
-        size more than is needed, lest it go back and forth at every refill.
+        size more than is needed, lest it go back and forth at every insertion.
         """
-        wanted = self.cache_sizes.index(smallest(self.cache_sizes, columns))
         at = self.cache_sizes.index(slots.cache.columns)
+        wanted = self.cache_sizes.index(_smallest(self.cache_sizes, columns))
         while at < wanted or at > wanted + 1:
             at += 1 if at < wanted else -1
             slots = slot_state.resize(slots, self.cache_sizes[at])
@@ -126,54 +122,38 @@ class Programs(NamedTuple):
 
     def decode(self, params: Any, table_VC: Any | None, slots: Slots) -> tuple[Slots, decode.ChunkOutput]:
         """The slots one chunk later, and what the chunk generated; donates the slots."""
-        return decode.decode_chunk(params, self._table(table_VC), slots, **self._decode_arguments())
+        return decode.decode_chunk(params, table_VC, slots, **self.of_decode())
 
-    def _table(self, table_VC: Any | None) -> Any | None:
-        return table_VC if self.request.sampling.mixing.uses_table else None
+    def of_empty(self) -> dict[str, Any]:
+        """Static arguments of `slots.empty`."""
+        tail = tail_length(self.request.sampling.mixing.until_ids)
+        return dict(config=self.request.config, count=self.slots, tail=tail, sharding=self.sharding)
 
-    def _empty_arguments(self, columns: int) -> tuple:
-        window = tail_length(self.request.sampling.mixing.until_ids)
-        return self.request.config, self.slots, columns, window, self.sharding
+    def of_prefill(self) -> dict[str, Any]:
+        """Static arguments of `decode.prefill`."""
+        return dict(model=self.model, sharding=self.sharding)
 
-    def _prefill_arguments(self) -> dict[str, Any]:
-        return dict(config=self.request.config, sharding=self.sharding)
-
-    def _decode_arguments(self) -> dict[str, Any]:
+    def of_decode(self) -> dict[str, Any]:
+        """Static arguments of `decode.decode_chunk`."""
         request = self.request
-        return dict(
-            config=request.config, sampling=request.sampling, steps=request.chunk, sharding=self.sharding
-        )
-
-    def lower_largest(self, params: Any, table_VC: Any | None) -> dict[str, jax.stages.Compiled]:
-        """See `compile_largest`."""
-        ids_BT = jax.ShapeDtypeStruct((self.prefill_rows, self.prompt_lengths[-1]), jnp.int32)
-        lengths_B = jax.ShapeDtypeStruct((self.prefill_rows,), jnp.int32)
-        prefill = decode.prefill.lower(params, ids_BT, lengths_B, **self._prefill_arguments())
-        empty = slot_state.empty.lower(*self._empty_arguments(self.cache_sizes[-1]))
-        compiled = {"prefill": prefill.compile(), "empty": empty.compile()}
-        prefix = _results(prefill, compiled["prefill"])
-        slots = _results(empty, compiled["empty"])
-        nothing = Insertions.none(self.slots, self.shards)
-        insert = slot_state.insert.lower(slots, prefix, nothing, sharding=self.sharding)
-        chunk = decode.decode_chunk.lower(params, self._table(table_VC), slots, **self._decode_arguments())
-        return {**compiled, "insert": insert.compile(), "decode_chunk": chunk.compile()}
+        return dict(model=self.model, sampling=request.sampling, steps=request.chunk, sharding=self.sharding)
 
 
 def compile_ahead(params: Any, request: RolloutRequest, table_VC: Any | None = None) -> float:
     """Runs every program that a rollout of this request may need once, without a sequence; seconds.
 
-    Run rather than compiled by hand, since `jax.jit` shares nothing with programs compiled that way.
+    They are run because `jax.jit` does not find programs again that `.lower().compile()` has compiled.
 
     Args:
       params: in the inference layout.
-      table_VC: as `engine.rollout` takes it; where it is missing, a table of the same shape stands in.
+      table_VC: as of `engine.rollout`; where it is missing, a table of the same shape stands in.
     """
     begun = time.perf_counter()
-    programs = Programs.of(request, params)
-    if request.sampling.mixing.uses_table and table_VC is None:
-        table_VC = jnp.zeros((request.config.vocab_size, request.sampling.mixing.k), jnp.int32)
-        if programs.sharding is not None:
-            table_VC = jax.device_put(table_VC, programs.sharding.whole())
+    programs, mixing = Programs.of(request, params), request.sampling.mixing
+    if not mixing.uses_table:
+        table_VC = None
+    elif table_VC is None:
+        table_VC = programs.sharding.whole(np.zeros((request.config.vocab_size, mixing.k), np.int32))
     prefixes = [programs.prefill(params, [[0] * length]) for length in programs.prompt_lengths]
     nothing = Insertions.none(programs.slots, programs.shards)
     slots = programs.empty()
@@ -194,7 +174,19 @@ def compile_largest(
 
     Args: as of `compile_ahead`; `params` and `table_VC` jax.ShapeDtypeStruct with a sharding.
     """
-    return Programs.of(request, params).lower_largest(params, table_VC)
+    programs = Programs.of(request, params)
+    if not request.sampling.mixing.uses_table:
+        table_VC = None
+    ids_BT = jax.ShapeDtypeStruct((programs.prefill_rows, programs.prompt_lengths[-1]), jnp.int32)
+    lengths_B = jax.ShapeDtypeStruct((programs.prefill_rows,), jnp.int32)
+    prefill = decode.prefill.lower(params, ids_BT, lengths_B, **programs.of_prefill())
+    empty = slot_state.empty.lower(programs.cache_sizes[-1], **programs.of_empty())
+    compiled = {"prefill": prefill.compile(), "empty": empty.compile()}
+    prefix, slots = _results(prefill, compiled["prefill"]), _results(empty, compiled["empty"])
+    nothing = Insertions.none(programs.slots, programs.shards)
+    insert = slot_state.insert.lower(slots, prefix, nothing, sharding=programs.sharding)
+    chunk = decode.decode_chunk.lower(params, table_VC, slots, **programs.of_decode())
+    return {**compiled, "insert": insert.compile(), "decode_chunk": chunk.compile()}
 
 
 def _results(lowered: jax.stages.Lowered, compiled: jax.stages.Compiled) -> Any:
@@ -204,3 +196,12 @@ def _results(lowered: jax.stages.Lowered, compiled: jax.stages.Compiled) -> Any:
         lowered.out_info,
         compiled.output_shardings,
     )
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _smallest(sizes: Sequence[int], need: int) -> int:
+    """The smallest of rising sizes that holds `need`; the largest where none does."""
+    return next((size for size in sizes if size >= need), sizes[-1])

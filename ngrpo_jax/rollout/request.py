@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from ngrpo_jax.algo.mixture import Mixing
+from ngrpo_jax.errors import require
 from ngrpo_jax.model.config import ModelConfig
 
 NO_MIXING = Mixing(strategy="none")
@@ -32,7 +33,7 @@ class SamplingParams:
       mixing: what is done to inputs.
       stop_ids: tokens that end a response; may be empty.
 
-    Raises ValueError for values that cannot be right.
+    Raises UserError for values that cannot be right.
     """
 
     temperature: float
@@ -42,15 +43,15 @@ class SamplingParams:
     stop_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise ValueError(
-                f"temperature {self.temperature} must be 0 or above, top_p {self.top_p} in (0, 1], "
-                f"top_k {self.top_k} 0 or above."
-            )
-        if self.mixing.mixes and self.temperature == 0:
-            raise ValueError(
-                "temperature is 0 with mixing on; the weights of a mixture need a temperature above 0."
-            )
+        require(
+            self.temperature >= 0 and 0 < self.top_p <= 1 and self.top_k >= 0,
+            f"temperature {self.temperature} must be 0 or above, top_p {self.top_p} in (0, 1], "
+            f"top_k {self.top_k} 0 or above.",
+        )
+        require(
+            self.temperature > 0 or not self.mixing.mixes,
+            "temperature is 0 with mixing on; the weights of a mixture need a temperature above 0.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,7 @@ class RolloutRequest:
       lookahead: chunks that are started before the results of an earlier one are read; None: 0 on CPU, where
         host and device share the cores, else 1.
 
-    Raises ValueError for values that cannot be right.
+    Raises UserError for values that cannot be right.
     """
 
     config: ModelConfig
@@ -86,13 +87,12 @@ class RolloutRequest:
     def __post_init__(self) -> None:
         for name in ("samples", "max_new_tokens", "slots", "chunk", "max_prompt_tokens"):
             value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be 1 or more.")
+            require(value >= 1, f"{name} is {value}; it must be 1 or more.")
         for stop in self.sampling.stop_ids:
-            if not 0 <= stop < self.config.vocab_size:
-                raise ValueError(
-                    f"stop id {stop} lies outside the vocabulary of {self.config.vocab_size} rows."
-                )
+            require(
+                0 <= stop < self.config.vocab_size,
+                f"stop id {stop} lies outside the vocabulary of {self.config.vocab_size} rows.",
+            )
 
 
 class Sequences(NamedTuple):
@@ -119,36 +119,38 @@ def make_sequences(
       limits_B: bound of each response, from 1 to max_new_tokens; None: max_new_tokens for all.
 
     Raises:
-      ValueError: no prompt, an empty one, one that is too long or holds a token outside of the vocabulary;
+      UserError: no prompt, an empty one, one that is too long or holds a token outside of the vocabulary;
         keys or bounds that are not one for each sequence.
     """
-    if not prompts:
-        raise ValueError("prompts is empty; a rollout needs at least one.")
+    require(len(prompts) > 0, "prompts is empty; a rollout needs at least one.")
     for index, prompt in enumerate(prompts):
         _check_prompt(request, index, prompt)
     count, longest = len(prompts) * request.samples, request.max_new_tokens
     limits_B = np.full(count, longest) if limits_B is None else np.asarray(limits_B)
-    if limits_B.shape != (count,) or limits_B.min() < 1 or limits_B.max() > longest:
-        raise ValueError(
-            f"lengths_B must hold a number from 1 to max_new_tokens = {longest} for each of the {count} "
-            "sequences."
-        )
+    require(
+        limits_B.shape == (count,) and limits_B.min() >= 1 and limits_B.max() <= longest,
+        f"lengths_B must hold a number from 1 to max_new_tokens = {longest} for each of the {count} "
+        "sequences.",
+    )
     if jax.dtypes.issubdtype(getattr(keys_B, "dtype", None), jax.dtypes.prng_key):
         keys_B = jax.random.key_data(keys_B)
     keys_B2 = np.asarray(keys_B)
-    if keys_B2.shape != (count, 2) or keys_B2.dtype != np.uint32:
-        raise ValueError(f"keys_B must hold one key for each of the {count} sequences; got {keys_B2.shape}.")
+    require(
+        keys_B2.shape == (count, 2) and keys_B2.dtype == np.uint32,
+        f"keys_B must hold one key for each of the {count} sequences; got shape {keys_B2.shape}.",
+    )
     return Sequences(prompts, keys_B2, limits_B)
 
 
 def _check_prompt(request: RolloutRequest, index: int, prompt: Sequence[int]) -> None:
     longest, rows = request.max_prompt_tokens, request.config.vocab_size
-    if not len(prompt):
-        raise ValueError(f"prompt {index} is empty; it needs at least one token.")
-    if len(prompt) > longest:
-        raise ValueError(
-            f"prompt {index} has {len(prompt)} tokens, but the cache has room for {longest}; leave it out or "
-            "raise max_prompt_tokens."
-        )
-    if min(prompt) < 0 or max(prompt) >= rows:
-        raise ValueError(f"prompt {index} holds a token outside the vocabulary of {rows} rows.")
+    require(len(prompt) > 0, f"prompt {index} is empty; it needs at least one token.")
+    require(
+        len(prompt) <= longest,
+        f"prompt {index} has {len(prompt)} tokens, but the cache has room for {longest}; leave it out or "
+        "raise max_prompt_tokens.",
+    )
+    require(
+        min(prompt) >= 0 and max(prompt) < rows,
+        f"prompt {index} holds a token outside the vocabulary of {rows} rows.",
+    )

@@ -15,18 +15,22 @@ from jax.sharding import PartitionSpec as P
 
 from ngrpo_jax.model.cache import KVCache
 
+Axes = tuple[str, ...] | str | None  # mesh axes that a dimension is split over; None: it is whole
+
 
 @dataclasses.dataclass(frozen=True)
 class SlotSharding:
-    """Slots split over a mesh: their rows over some axes, key/value heads over at most one."""
+    """Rows split over some axes of a mesh, key/value heads over at most one; without a mesh, one device."""
 
-    mesh: jax.sharding.Mesh
-    rows: tuple[str, ...]
-    heads: str | None
+    mesh: jax.sharding.Mesh | None = None
+    rows: tuple[str, ...] = ()
+    heads: str | None = None
 
     @classmethod
-    def of(cls, sharding: NamedSharding, params: Any) -> SlotSharding:
+    def of(cls, sharding: NamedSharding | None, params: Any) -> SlotSharding:
         """Rows as `sharding` splits its leading dimension, heads as the parameters are split."""
+        if sharding is None:
+            return cls()
         rows = sharding.spec[0]
         of_weights = params["layers"][0]["attention"]["qkv"]["kernel"].sharding
         heads = of_weights.spec[0] if isinstance(of_weights, NamedSharding) and of_weights.spec else None
@@ -35,21 +39,23 @@ class SlotSharding:
 
     @property
     def shards(self) -> int:
-        """Parts that the rows are split into."""
-        return math.prod(self.mesh.shape[axis] for axis in self.rows)
+        """Parts of equal size that the rows are split into."""
+        return math.prod(self.mesh.shape[axis] for axis in self.rows) if self.mesh else 1
 
-    def over_rows(self) -> NamedSharding:
-        """Of an array whose leading dimension is the rows."""
-        return NamedSharding(self.mesh, P(self.rows))
+    def whole(self, array: Any) -> jax.Array:
+        """An array of the host, whole on every device."""
+        return jax.device_put(array, None if self.mesh is None else NamedSharding(self.mesh, P()))
 
-    def whole(self) -> NamedSharding:
-        """Of an array that every device holds whole."""
-        return NamedSharding(self.mesh, P())
+    def constrain(self, arrays: Any, *axes: Axes) -> Any:
+        """Arrays whose leading dimensions are split over these axes, inside of a compiled program."""
+        if self.mesh is None:
+            return arrays
+        return jax.lax.with_sharding_constraint(arrays, NamedSharding(self.mesh, P(*axes)))
 
-    def constrain_cache(self, cache: KVCache, *, split_rows: bool) -> KVCache:
-        """The cache with its heads split, and its rows split or whole on every device."""
-        rows = self.rows if split_rows else None
-        heads = NamedSharding(self.mesh, P(rows, self.heads))
-        keys, values = jax.lax.with_sharding_constraint((cache.keys, cache.values), heads)
-        lengths_B = jax.lax.with_sharding_constraint(cache.lengths_B, NamedSharding(self.mesh, P(rows)))
-        return KVCache(keys, values, lengths_B, cache.cursor)
+    def constrain_cache(self, cache: KVCache, rows: Axes) -> KVCache:
+        """The same of a cache: its rows over these axes, its heads over those of the parameters."""
+        keys, values = self.constrain((cache.keys, cache.values), rows, self.heads)
+        return KVCache(keys, values, self.constrain(cache.lengths_B, rows), cache.cursor)
+
+
+ONE_DEVICE = SlotSharding()

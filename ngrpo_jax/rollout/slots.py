@@ -4,7 +4,7 @@ A slot holds one sequence: its rows of the cache, the hidden state that its next
 own PRNG key and its own count of tokens. Must not know how a token is sampled, nor which sequence comes next
 (scheduler.py).
 
-Letters of this file: W last response tokens, as many as the ends of mixing look back on; I insertions of all
+Letters of this file: E last response tokens, as many as the end of mixing depends on; I insertions of all
 shards.
 """
 
@@ -32,7 +32,7 @@ class Slots(NamedTuple):
       keys_B2: uint32 key data of each sequence.
       generated_B: int32, response tokens so far.
       limits_B: int32, response tokens after which the sequence ends.
-      recent_BW: int32, the last response tokens, newest last; -1 where there is none yet.
+      tail_BE: int32, the last response tokens, newest last; -1 where there is none yet.
       thinking_B: bool, whether mixing may still happen.
       active_B: bool, whether the row's sequence is unfinished.
     """
@@ -42,7 +42,7 @@ class Slots(NamedTuple):
     keys_B2: jax.Array
     generated_B: jax.Array
     limits_B: jax.Array
-    recent_BW: jax.Array
+    tail_BE: jax.Array
     thinking_B: jax.Array
     active_B: jax.Array
 
@@ -83,13 +83,11 @@ class Insertions(NamedTuple):
         )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "count", "columns", "window", "sharding"))
-def empty(
-    config: ModelConfig, count: int, columns: int, window: int, sharding: SlotSharding | None = None
-) -> Slots:
+@functools.partial(jax.jit, static_argnames=("columns", "config", "count", "tail", "sharding"))
+def empty(columns: int, *, config: ModelConfig, count: int, tail: int, sharding: SlotSharding) -> Slots:
     """`count` slots without a sequence, over a cache of `columns`; made on the devices that will hold them.
 
-    `window`: W.
+    `tail`: E.
     """
     slots = Slots(
         cache=kv.init(config, count, columns),
@@ -97,31 +95,27 @@ def empty(
         keys_B2=jnp.zeros((count, 2), jnp.uint32),
         generated_B=jnp.zeros(count, jnp.int32),
         limits_B=jnp.zeros(count, jnp.int32),
-        recent_BW=jnp.full((count, window), -1, jnp.int32),
+        tail_BE=jnp.full((count, tail), -1, jnp.int32),
         thinking_B=jnp.zeros(count, bool),
         active_B=jnp.zeros(count, bool),
     )
     return constrained(slots, sharding)
 
 
-def constrained(slots: Slots, sharding: SlotSharding | None) -> Slots:
+def constrained(slots: Slots, sharding: SlotSharding) -> Slots:
     """The slots with their sharding stated: XLA might choose another, and then reuse no donated buffer."""
-    if sharding is None:
-        return slots
-    others = jax.lax.with_sharding_constraint(slots[1:], sharding.over_rows())
-    return Slots(sharding.constrain_cache(slots.cache, split_rows=True), *others)
+    others = sharding.constrain(slots[1:], sharding.rows)
+    return Slots(sharding.constrain_cache(slots.cache, sharding.rows), *others)
 
 
 @functools.partial(jax.jit, static_argnames="sharding", donate_argnames="slots")
-def insert(
-    slots: Slots, prefix: Prefix, insertions: Insertions, sharding: SlotSharding | None = None
-) -> Slots:
+def insert(slots: Slots, prefix: Prefix, insertions: Insertions, sharding: SlotSharding) -> Slots:
     """The slots with new sequences, each continuing a row of `prefix`, which has no more columns than they.
 
     Several sequences may continue one row: a prompt is prefilled once, whatever its number of samples. Only
     the rows of new sequences are written; on a mesh each shard writes its own, without communication.
     """
-    if sharding is None:
+    if sharding.mesh is None:
         return _insert_in_shard(slots, prefix, insertions)
     rows, whole = P(sharding.rows), P()
     of_cache = kv.KVCache(rows, rows, rows, whole)  # type: ignore[arg-type]
@@ -162,7 +156,7 @@ def _insert_in_shard(slots: Slots, prefix: Prefix, insertions: Insertions) -> Sl
             keys_B2=slots.keys_B2.at[slot].set(insertions.keys_I2[i]),
             generated_B=slots.generated_B.at[slot].set(0),
             limits_B=slots.limits_B.at[slot].set(insertions.limits_I[i]),
-            recent_BW=slots.recent_BW.at[slot].set(-1),
+            tail_BE=slots.tail_BE.at[slot].set(-1),
             thinking_B=slots.thinking_B.at[slot].set(True),
             active_B=slots.active_B.at[slot].set(True),
         )

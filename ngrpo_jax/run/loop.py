@@ -1,4 +1,7 @@
-"""The loop of a run: steps, evaluations, checkpoints and logs until `train.steps`, then the summary."""
+"""The loop of a run: steps, evaluations, checkpoints and logs until `train.steps`, then the summary.
+
+Owns the schedule, and how a run stops early. Must not know what a step or an evaluation computes.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,14 @@ from ngrpo_jax.tasks.rewards import Grader
 
 
 def train(run: Run, state: RunState, grader: Grader, checkpoints: Checkpoints, begun: float) -> None:
-    """Steps until `train.steps`, then evaluates, exports and sums up."""
+    """Trains until `train.steps`, then evaluates, exports and sums up.
+
+    Args:
+      begun: `time.monotonic()` when the command began.
+
+    Raises:
+      Preempted: a process got a signal; the state is saved.
+    """
     settings, process = run.settings, distributed.process()
     if process.primary:
         summary.announce(run, state)
@@ -50,8 +60,8 @@ def train(run: Run, state: RunState, grader: Grader, checkpoints: Checkpoints, b
             with profiled(settings.train, state.step + 1, run.workdir):
                 state, row, samples = train_step(run, state, grader)
             last = state.step == settings.train.steps
-            # Only the schedule decides what a step's row holds, so that a run that stopped here and was
-            # resumed has the rows of one that never stopped.
+            # What a step's row holds depends on the schedule alone, not on whether this is the command's last
+            # step: a resumed run then has the rows of one that never stopped.
             scheduled = settings.eval.every is not None and state.step % settings.eval.every == 0
             after = evaluate(run, state, grader, "evaluation") if scheduled else {}
             row |= {f"eval/{name}": value for name, value in after.items()}
@@ -70,7 +80,7 @@ def train(run: Run, state: RunState, grader: Grader, checkpoints: Checkpoints, b
 
 
 def evaluate(run: Run, state: RunState, grader: Grader, label: str) -> dict[str, float]:
-    """Held-out figures of the current parameters."""
+    """Held-out metrics of the current parameters."""
     settings = run.settings
     table = refresh_table(run, state)[0] if settings.eval.mixing else None
     policy = policy_of(run, state.train_state.params, table)
@@ -79,7 +89,7 @@ def evaluate(run: Run, state: RunState, grader: Grader, label: str) -> dict[str,
 
 @contextmanager
 def profiled(settings: TrainSettings, step: int, workdir: pathlib.Path) -> Iterator[None]:
-    """Traces the step into WORKDIR/profile where the settings ask for it: one trace a step and process."""
+    """Traces the block into WORKDIR/profile at the steps of `train.profile_from`: one trace a process."""
     first = settings.profile_from
     if first is None or not first <= step < first + settings.profile_steps:
         yield

@@ -1,7 +1,9 @@
-"""What a run says on the console: a progress line, a table, numbers that can be read at a glance.
+"""Console output: progress lines, tables, and numbers rounded with their unit.
 
-Owns the layout of console output. Must not know what is being counted.
+Owns the layout of console output. Must not know what is counted.
 """
+
+from __future__ import annotations
 
 import math
 import sys
@@ -21,13 +23,13 @@ class Progress:
     every `every` seconds, and work shorter than that prints nothing.
 
     Args:
-        label: what is being done, such as "rollout".
-        total: how much there is to do, in `unit`.
+        label: the name of the work, such as "rollout".
+        total: the amount of work, in `unit`.
         unit: plural noun, such as "sequences".
-        start: how much was done before this began (a resumed run); it does not count for the rate.
+        start: the amount that was done before (a resumed run); it does not count for the rate.
         every: seconds between lines where there is no terminal.
-        keep: leave the last line standing on a terminal; otherwise it is wiped.
-        enabled: False says nothing, for the processes that are not the first.
+        keep: leave the last line on a terminal; otherwise it is wiped.
+        enabled: False prints nothing, for the processes that are not the first.
     """
 
     def __init__(
@@ -49,10 +51,10 @@ class Progress:
         self._terminal = self._stream.isatty()
         self._pause = _REWRITE_S if self._terminal else every
         self._keep, self._enabled, self._clock = keep, enabled, clock
-        self._began = self._shown = clock()
-        self._said: str | None = None
+        self._began = self._printed_at = clock()
+        self._printed: str | None = None
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> Progress:
         return self
 
     def __exit__(
@@ -61,25 +63,25 @@ class Progress:
         self.close()
 
     def update(self, done: int, note: str = "") -> None:
-        """Sets how much is done, counted from zero; `note` is shown at the end of the line."""
+        """Sets how much is done, counted from zero; `note` comes at the end of the line."""
         self._done = done
-        if self._enabled and self._clock() - self._shown >= self._pause:
-            self._show(note)
+        if self._enabled and self._clock() - self._printed_at >= self._pause:
+            self._print(note)
 
     def close(self) -> None:
-        """Says the last word, where anything was said before."""
-        if self._said is None:
+        """Prints the last line, or wipes it; nothing where no line was printed before."""
+        if self._printed is None:
             return
         if self._terminal and not self._keep:
             self._stream.write("\r\x1b[K")
         else:
-            self._show("")
+            self._print("")
             self._stream.write("\n" * self._terminal)
         self._stream.flush()
-        self._said = None
+        self._printed = None
 
     def line(self, note: str = "") -> str:
-        """The line as it would be shown now."""
+        """The line for the present moment."""
         elapsed = self._clock() - self._began
         fresh = self._done - self._start
         parts = [f"{self._label} {format_count(self._done)}/{format_count(self._total)} {self._unit}"]
@@ -90,18 +92,22 @@ class Progress:
             parts.append(f"{format_seconds((self._total - self._done) * elapsed / fresh)} left")
         return " · ".join(parts + [note] * bool(note))
 
-    def _show(self, note: str) -> None:
+    def _print(self, note: str) -> None:
         text = self.line(note)
-        self._shown = self._clock()
-        if text == self._said:
+        self._printed_at = self._clock()
+        if text == self._printed:
             return
         self._stream.write(f"\r{text}\x1b[K" if self._terminal else text + "\n")
         self._stream.flush()
-        self._said = text
+        self._printed = text
 
 
 def table(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> str:
-    """Aligned text: a header, a rule, the rows. Columns of numbers stand right, text left; None is a dash."""
+    """Aligned text: header, rule, rows. Numbers are aligned to the right, text to the left; None is a dash.
+
+    Raises:
+        ValueError: a row has another number of cells than the header.
+    """
     body = list(rows)
     for row in body:
         if len(row) != len(headers):
@@ -121,7 +127,7 @@ def table(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """0.42 s, 42 s, 3 min 05 s, 2 h 07 min, 3 d 04 h."""
+    """A duration with its two largest units: 0.42 s, 42 s, 3 min 05 s, 2 h 07 min, 3 d 04 h."""
     if not math.isfinite(seconds):
         return "–"
     if seconds < 9.95:
@@ -134,14 +140,14 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_count(number: float) -> str:
-    """Up to 9999 as it is, beyond with an SI prefix and three digits: 12.3 k, 1.54 M."""
+    """A number; from 10 000 on with an SI prefix and three digits: 12.3 k, 1.54 M."""
     if abs(number) < 10_000:
         return f"{number:.0f}" if number == int(number) else f"{number:.3g}"
     return _with_prefix(number, _SI)
 
 
 def format_rate(rate: float, unit: str) -> str:
-    """Units a second, or for slow work a minute or an hour: 12.3 sequences/s, 4.00 steps/min."""
+    """A rate, given in units a second; slow ones in units a minute or an hour: 4 steps/min."""
     for scale, name in ((1, "s"), (60, "min")):
         if rate * scale >= 1:
             return f"{format_count(float(f'{rate * scale:.3g}'))} {unit}/{name}"
@@ -149,13 +155,13 @@ def format_rate(rate: float, unit: str) -> str:
 
 
 def format_bytes(size: float) -> str:
-    """Powers of 1024: 512 B, 3.20 MiB, 14.9 GiB."""
+    """A number of bytes with a prefix of powers of 1024: 512 B, 3.20 MiB, 14.9 GiB."""
     binary = ((1024.0**4, "Ti"), (1024.0**3, "Gi"), (1024.0**2, "Mi"), (1024.0, "Ki"))
     return (_with_prefix(size, binary) if abs(size) >= 1024 else f"{size:.0f} ") + "B"
 
 
 def _with_prefix(number: float, prefixes: Sequence[tuple[float, str]]) -> str:
-    # 0.9995 of the next size already rounds up to it: 999 999 is 1.00 M, not 1000 k.
+    # 0.9995 of the next prefix is rounded up to it: 999 999 is 1.00 M, not 1000 k.
     size, prefix = next(((s, p) for s, p in prefixes if abs(number) >= 0.9995 * s), prefixes[-1])
     scaled = number / size
     digits = 2 if abs(scaled) < 9.995 else 1 if abs(scaled) < 99.95 else 0

@@ -23,47 +23,37 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ngrpo_jax.errors import UserError
-
-from . import ending
+from ngrpo_jax.errors import UserError, require
+from ngrpo_jax.runtime import ending
 
 Json = Any
 
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
-_FRAME = 4096  # bytes of the first message; longer values need a second one
+_FRAME = 4096  # bytes of a message; a longer value is sent again in a message of its length
 _VISIBLE_S = 20.0  # how long a file of another host may take to appear on shared storage
 
 
 @dataclasses.dataclass(frozen=True)
 class Process:
-    """Which process of its run this is."""
+    """One of the processes of a run, by its number."""
 
     index: int
     count: int
 
     @property
     def primary(self) -> bool:
-        """Whether this is the process that writes what a run has once."""
+        """Whether this process writes the files of which a run has one, and prints."""
         return self.index == 0
 
     @property
     def several(self) -> bool:
-        """Whether there are others."""
+        """Whether the run has other processes."""
         return self.count > 1
 
     def share(self, total: int) -> range:
-        """Which of `total` things, in the order of a run of one process, are this one's: every count-th."""
+        """The indices of this process's part of `total` items: every count-th, from its own number on."""
         return range(self.index, total, self.count)
-
-
-@dataclasses.dataclass(frozen=True)
-class Explicit:
-    """The place that a launcher gave by the three JAX_ variables."""
-
-    coordinator: str
-    count: int
-    index: int
 
 
 def process() -> Process:
@@ -72,10 +62,10 @@ def process() -> Process:
 
 
 def initialize() -> Process:
-    """Joins the run's other processes, before anything asks jax for a device.
+    """Joins the run's other processes; to be called before anything asks jax for a device.
 
     They are found by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, by the variables that
-    srun sets, or on a TPU by jax itself. Without any of them the run is this process alone.
+    srun sets, or on a TPU by jax itself. Without any of these the run is this process alone.
 
     Where one process ends without the others, jax's coordination service, which process 0 runs, ends those
     within `ending.HEARTBEAT_S`.
@@ -88,13 +78,14 @@ def initialize() -> Process:
         return process()
     given = explicit(os.environ)
     if given is not None:
-        if given.count == 1:
+        coordinator, this = given
+        if not this.several:
             return process()
         _join(
-            f"process {given.index} of {given.count}, whose coordinator is {given.coordinator}",
-            coordinator_address=given.coordinator,
-            num_processes=given.count,
-            process_id=given.index,
+            f"process {this.index} of {this.count}, whose coordinator is {coordinator}",
+            coordinator_address=coordinator,
+            num_processes=this.count,
+            process_id=this.index,
             cluster_detection_method=None if os.environ.get("JAX_LOCAL_DEVICE_IDS") else "deactivate",
         )
     elif tasks := slurm_tasks(os.environ):
@@ -103,47 +94,49 @@ def initialize() -> Process:
         _join("this worker of the TPU")
     else:
         return process()
-    this = process()
+    this, started = process(), _started(os.environ)
     ending.joined(several=this.several, primary=this.primary)
-    expected = given.count if given is not None else slurm_tasks(os.environ) or this.count
-    if this.count != expected:
-        raise UserError(
-            f"{expected} processes were started, but the {jax.default_backend()} devices are those of "
-            f"{this.count}; is JAX_PLATFORMS the same for all, and are their devices visible?"
-        )
+    require(
+        started in (0, this.count),
+        f"{started} processes were started, but the {jax.default_backend()} devices are those of "
+        f"{this.count}; is JAX_PLATFORMS the same for all, and are their devices visible?",
+    )
     return this
 
 
-def explicit(environment: Mapping[str, str]) -> Explicit | None:
-    """What the three JAX_ variables say, None where none is set; ValueError where they are wrong."""
+def explicit(environment: Mapping[str, str]) -> tuple[str, Process] | None:
+    """(address of the coordinator, this process) by the three JAX_ variables; None where none of them is set.
+
+    Raises:
+        UserError: some of them are missing, or one has no possible value.
+    """
     missing = [name for name in EXPLICIT if not environment.get(name)]
     if len(missing) == len(EXPLICIT):
         return None
-    if missing:
-        there = [name for name in EXPLICIT if name not in missing]
-        raise UserError(
-            f"{' and '.join(there)} is set, but not {' and '.join(missing)}; several processes need all "
-            "three, and one alone none."
-        )
+    found = [name for name in EXPLICIT if name not in missing]
+    require(
+        not missing,
+        f"{' and '.join(found)} is set, but not {' and '.join(missing)}; several processes need all "
+        "three variables, and a single one none.",
+    )
     address, *numbers = (environment[name] for name in EXPLICIT)
-    values = []
     for name, text in zip(EXPLICIT[1:], numbers, strict=True):
-        if not text.isdecimal():
-            raise UserError(f"{name} is {text!r}; it must be a whole number.")
-        values.append(int(text))
-    count, index = values
-    if not index < count:
-        raise UserError(
-            f"JAX_PROCESS_ID is {index} with JAX_NUM_PROCESSES {count}; they count from 0 to {count - 1}."
-        )
+        require(text.isdecimal(), f"{name} is {text!r}; it must be a whole number.")
+    count, index = map(int, numbers)
+    require(
+        index < count,
+        f"JAX_PROCESS_ID is {index} with JAX_NUM_PROCESSES {count}; it must be between 0 and {count - 1}.",
+    )
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        raise UserError(f"JAX_COORDINATOR_ADDRESS is {address!r}; it must be HOST:PORT of process 0.")
-    return Explicit(address, count, index)
+    require(
+        bool(host) and port.isdecimal(),
+        f"JAX_COORDINATOR_ADDRESS is {address!r}; it must be HOST:PORT of process 0.",
+    )
+    return address, Process(index, count)
 
 
 def slurm_tasks(environment: Mapping[str, str]) -> int:
-    """Tasks of the step that srun started this process in; 0 outside of one, and in one of a single task."""
+    """Tasks of the job step that srun started this process in; 0 outside of a step, and where it is alone."""
     if not all(environment.get(name) for name in SLURM):
         return 0
     tasks = int(environment["SLURM_NTASKS"])
@@ -151,15 +144,19 @@ def slurm_tasks(environment: Mapping[str, str]) -> int:
 
 
 def require_alone(command: str) -> None:
-    """ValueError where this process was started as one of several, which this command does not know."""
-    given = explicit(os.environ)
-    several = max(slurm_tasks(os.environ), given.count if given is not None else 1)
-    if several > 1:
-        raise UserError(f"{command} was started as {several} processes; it is for one: start it once.")
+    """UserError where a launcher started several processes of a command that is for one."""
+    started = _started(os.environ)
+    require(started <= 1, f"{command} was started as {started} processes; it is for one: start it once.")
+
+
+def _started(environment: Mapping[str, str]) -> int:
+    """How many processes the launcher started; 0 where no variable tells."""
+    given = explicit(environment)
+    return slurm_tasks(environment) if given is None else given[1].count
 
 
 def _on_tpu(environment: Mapping[str, str]) -> bool:
-    """Whether jax is going to use TPUs, as far as can be told before it does."""
+    """Whether jax will use TPUs, by what can be known before it starts."""
     platforms = environment.get("JAX_PLATFORMS", "")
     if platforms:
         return "tpu" in platforms.split(",")
@@ -177,16 +174,19 @@ def _join(who: str, **arguments: Any) -> None:
         raise ConnectionError(
             f"{who}, cannot join the run ({reason}); were all of them started, and do they reach process 0?"
         ) from error
-    ending.joined(
-        several=True, primary=False
-    )  # before the backend starts, which may fail on one process alone
+    # Before the backend starts, which may fail on one process alone.
+    ending.joined(several=True, primary=False)
 
 
 def allgather(name: str, value: Json) -> list[Json]:
-    """What every process gave, by process index. Values are JSON; numbers come through exactly.
+    """The values of all processes, by process number. Every process has to call this.
 
     Args:
-        name: of the exchange; the same on every process, or they have lost step.
+        name: says which call this is; the same on every process.
+        value: JSON-able; numbers are exact.
+
+    Raises:
+        RuntimeError: another process is at a call with another name.
     """
     this = process()
     if not this.several:
@@ -200,20 +200,20 @@ def allgather(name: str, value: Json) -> list[Json]:
     for index, message in enumerate(messages):
         if message["name"] != name:
             raise RuntimeError(
-                f"process {this.index} is at {name!r} and process {index} at {message['name']!r}: "
-                "they have lost step with each other"
+                f"process {this.index} exchanges {name!r} and process {index} {message['name']!r}; every "
+                "process must make the same exchanges in the same order"
             )
     return [message["value"] for message in messages]
 
 
 def allgather_items(name: str, values: list[Json]) -> list[Json]:
-    """One value for each thing of this process's share -> those of all things, in their order."""
+    """The values of all items, in their order, from those of the items in each process's `Process.share`."""
     parts = allgather(name, values)
     return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
 
 def _all_gather(message: bytes, size: int) -> np.ndarray:
-    """Every process's message, its length in front, cut off or filled up to `size` bytes: uint8 [n, size]."""
+    """The messages of all processes, each its length, then its text, cut off or padded: uint8 [n, size]."""
     frame = np.zeros(size, np.uint8)
     frame[:4] = np.frombuffer(len(message).to_bytes(4, "little"), np.uint8)
     body = np.frombuffer(message[: size - 4], np.uint8)
@@ -226,10 +226,10 @@ def _length(frame: np.ndarray) -> int:
 
 
 def check_shared(workdir: str | os.PathLike[str]) -> None:
-    """Asks, with several processes, whether all can write the workdir and see there what the others wrote.
+    """Checks that all processes can write the workdir and read there what the others wrote; leaves no file.
 
     Raises:
-        ValueError: on every process, naming those that cannot; nothing is left behind.
+        UserError: on every process, naming one that cannot.
     """
     this = process()
     if not this.several:
@@ -246,25 +246,24 @@ def check_shared(workdir: str | os.PathLike[str]) -> None:
         problem = str(error)
     unwritten = allgather("writing the workdir", problem)
     missing = [] if any(unwritten) else _missing(directory, names)
-    unseen = allgather("reading the workdir", missing)
+    unread = allgather("reading the workdir", missing)
     own.unlink(missing_ok=True)
     allgather("leaving the workdir", None)
     if this.primary and directory.is_dir() and not any(directory.iterdir()):
         directory.rmdir()
     for index, problem in enumerate(unwritten):
-        if problem:
-            raise UserError(f"--workdir {directory} cannot be written by process {index} ({problem}).")
-    for index, files in enumerate(unseen):
-        if files:
-            other = files[0].rpartition("-")[2]
+        require(not problem, f"--workdir {directory} cannot be written by process {index} ({problem}).")
+    for index, names in enumerate(unread):
+        if names:
+            other = names[0].rpartition("-")[2]
             raise UserError(
-                f"--workdir {directory} is not shared: process {index} does not see there what process "
-                f"{other} wrote; name a directory on storage that all hosts share."
+                f"--workdir {directory} is not shared: process {index} does not find the file that process "
+                f"{other} wrote there; name a directory on storage that all hosts share."
             )
 
 
 def _missing(directory: pathlib.Path, names: list[str]) -> list[str]:
-    """Which files are not there; waits for storage on which they appear late."""
+    """The names of which there is no file, after a wait for storage that shows files late."""
     deadline = time.monotonic() + _VISIBLE_S
     while True:
         missing = [name for name in names if not (directory / name).exists()]

@@ -1,6 +1,6 @@
-"""What a device can do and has done: its peak arithmetic, the most memory it has held.
+"""Properties of a device: its peak arithmetic, and the most memory that it has held.
 
-Owns the table of peaks. Must not know what was computed; callers bring the count of operations.
+Owns the table of peaks. Must not know what is computed.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-# Dense bfloat16 operations a second of one jax.Device, as the makers state them; by the first words of
-# device_kind, the most that fit. A device of TPU v2 and v3 is one core of a chip of two.
+# Dense bfloat16 operations a second of one jax.Device, as its maker states them. Keys are the first words of
+# device_kind; the longest key that fits counts. A jax.Device of TPU v2 and v3 is one of the two cores of a
+# chip.
 PEAK_FLOPS = {
     "TPU v2": 22.5e12,
     "TPU v3": 61.5e12,
@@ -42,9 +43,9 @@ def peak_flops(device: Any) -> float | None:
 
 
 def peak_memory(device: Any) -> int | None:
-    """The most bytes that a device has held since the process began; of a CPU, what the process has.
+    """The most bytes that a device has held since the process began; for a CPU, that the process has.
 
-    None where nobody tells.
+    None where the platform does not report it.
     """
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("peak_bytes_in_use")

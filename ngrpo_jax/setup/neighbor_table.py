@@ -12,19 +12,16 @@ from ngrpo_jax.setup.model_spec import ModelSpec
 
 
 def build_table(params: Any, model_spec: ModelSpec, devices: jax.sharding.Mesh) -> jax.Array | None:
-    """The neighbour table of these parameters, or None where the strategy mixes without one.
-
-    Special tokens, unused rows and tokens kept out of mixing are neighbours of no other row.
-    """
-    tokenizer_info, mixing = model_spec.tokenizer_info, model_spec.tokenizer_info.mixing
+    """The neighbour table of these parameters, or None where the strategy mixes without one."""
+    mixing, eligible = model_spec.tokenizer_info.mixing, model_spec.tokenizer_info.eligible
     if not mixing.uses_table:
         return None
     return neighbor_table(
         decoder.table_rows(params, model_spec.config, mixing.table),
         mixing.k,
         metric=mixing.metric,
-        valid_V=tokenizer_info.usable_V,
-        group_V=tokenizer_info.spelling_V,
+        valid_V=eligible.valid_V,
+        group_V=eligible.group_V,
         mesh=devices,
     )
 

@@ -21,7 +21,7 @@ from ngrpo_jax.rollout import engine, programs
 from ngrpo_jax.rollout.request import NO_MIXING, RolloutRequest, SamplingParams, make_sequences
 from ngrpo_jax.rollout.trajectory import Trajectories
 from ngrpo_jax.runtime import console, distributed, mesh
-from ngrpo_jax.settings import EvalSettings, RolloutSettings, Settings
+from ngrpo_jax.settings import Settings
 from ngrpo_jax.setup.model_spec import ModelSpec
 from ngrpo_jax.setup.tokenizer_info import TokenizerInfo
 from ngrpo_jax.tasks import prompts
@@ -77,15 +77,21 @@ def abstract_policy(
 def training_request(policy: Policy, settings: Settings) -> RolloutRequest:
     """What a training step asks of this host's rollout."""
     own = settings.rollout
-    sampling = SamplingParams(own.temperature)
-    return _request(policy, settings, own, own.group, sampling, mixes=settings.mixing.active)
+    sampling = _sampling(policy, settings.mixing.active, temperature=own.temperature)
+    return _request(policy, settings, sampling, samples=own.group, max_new_tokens=own.max_new_tokens)
 
 
 def evaluation_request(policy: Policy, settings: Settings) -> RolloutRequest:
     """What an evaluation asks of this host's rollout."""
     own = settings.eval
-    sampling = SamplingParams(own.temperature, own.top_p, own.top_k)
-    return _request(policy, settings, own, own.samples, sampling, mixes=evaluation_mixes(settings))
+    sampling = _sampling(
+        policy,
+        evaluation_mixes(settings),
+        temperature=own.temperature,
+        top_p=own.top_p,
+        top_k=own.top_k,
+    )
+    return _request(policy, settings, sampling, samples=own.samples, max_new_tokens=own.max_new_tokens)
 
 
 def evaluation_mixes(settings: Settings) -> bool:
@@ -93,26 +99,20 @@ def evaluation_mixes(settings: Settings) -> bool:
     return settings.eval.mixing and settings.mixing.active
 
 
+def _sampling(policy: Policy, mixes: bool, **distribution: Any) -> SamplingParams:
+    info = policy.tokenizer_info
+    mixing = info.mixing if mixes else NO_MIXING
+    return SamplingParams(**distribution, mixing=mixing, stop_ids=tuple(info.stop_ids))
+
+
 def _request(
-    policy: Policy,
-    settings: Settings,
-    lengths: RolloutSettings | EvalSettings,
-    samples: int,
-    sampling: SamplingParams,
-    *,
-    mixes: bool,
+    policy: Policy, settings: Settings, sampling: SamplingParams, *, samples: int, max_new_tokens: int
 ) -> RolloutRequest:
-    """A request but for how many samples are drawn how: what training and evaluation have in common."""
-    tokenizer_info = policy.tokenizer_info
     return RolloutRequest(
         policy.config,
-        dataclasses.replace(
-            sampling,
-            mixing=tokenizer_info.mixing if mixes else NO_MIXING,
-            stop_ids=tuple(tokenizer_info.stop_ids),
-        ),
+        sampling,
         samples=samples,
-        max_new_tokens=lengths.max_new_tokens,
+        max_new_tokens=max_new_tokens,
         slots=-(-settings.rollout.slots // distributed.process().count),
         chunk=settings.rollout.chunk,
         max_prompt_tokens=settings.data.max_prompt_tokens,
