@@ -106,8 +106,8 @@ def test_noise_is_scale_times_rms_times_a_normal_of_key_and_position(embedding):
     for t in range(2):
         row = embedding[ids[0, t]]
         key = jax.random.fold_in(jax.random.key(7, impl="threefry2x32"), positions[0, t])
-        draw = np.asarray(jax.random.normal(key, (D,)))
-        np.testing.assert_allclose(rows[0, t], row + 0.33 * np.sqrt(np.mean(row**2)) * draw, rtol=1e-5)
+        normal = np.asarray(jax.random.normal(key, (D,)))
+        np.testing.assert_allclose(rows[0, t], row + 0.33 * np.sqrt(np.mean(row**2)) * normal, rtol=1e-5)
 
 
 def test_noise_of_scale_zero_leaves_the_row(embedding):
@@ -115,7 +115,7 @@ def test_noise_of_scale_zero_leaves_the_row(embedding):
     np.testing.assert_array_equal(rows, embedding[[3, 1]])
 
 
-def test_noise_does_not_depend_on_where_the_token_stands(embedding):
+def test_noise_does_not_depend_on_where_the_token_is_placed(embedding):
     mixture = _noisy(np.array([[4, 8, 2]]), np.array([[5, 6, 7]]), 0.33)
     moved = jax.tree.map(lambda x: x[:, ::-1].reshape(3, 1, *x.shape[2:]), mixture)
     whole, apart = embed(embedding, mixture), embed(embedding, moved)
@@ -129,7 +129,7 @@ def test_noise_rms_is_constant_in_the_gradient(embedding):
     np.testing.assert_allclose(gradient[4], np.ones(D), rtol=1e-6)
 
 
-def test_noise_has_the_scale_it_says():
+def test_noise_has_its_scale():
     table = np.random.default_rng(3).normal(size=(2, 4096)).astype(np.float32)
     noise = np.asarray(embed(table, _noisy(np.array([1]), np.array([9]), 0.33)))[0] - table[1]
     assert abs(noise.std() / np.sqrt(np.mean(table[1] ** 2)) - 0.33) < 0.02

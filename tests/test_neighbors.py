@@ -1,11 +1,11 @@
-"""The neighbour table against a float64 scan over all pairs; ties, twins, masks, zero rows."""
+"""The neighbour table against a float64 scan over all pairs; ties, identical rows, masks, zero rows."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ngrpo_jax.algo.neighbors import METRICS, nearness, neighbor_table, tiles
+from ngrpo_jax.algo.neighbors import METRICS, TableConfig, nearness, neighbor_table, search, tiles
 from ngrpo_jax.algo.neighbors import exact as nb
 from ngrpo_jax.algo.neighbors.eligibility import Eligible, eligible_rows
 
@@ -16,7 +16,9 @@ def _scores(rows, metric):
         norms = np.linalg.norm(rows, axis=1, keepdims=True)
         rows = rows / np.where(norms > 0, norms, 1)
     if metric in ("cosine", "dot"):
-        return (rows[:, None, :] * rows[None, :, :]).sum(-1)  # a matrix product would tell twins apart
+        return (rows[:, None, :] * rows[None, :, :]).sum(
+            -1
+        )  # a matrix product may round equal rows differently
     differences = rows[:, None, :] - rows[None, :, :]
     return -(np.abs(differences) if metric == "l1" else differences**2).sum(-1)
 
@@ -100,10 +102,10 @@ def test_k_may_be_the_number_of_valid_rows():
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("tile", [16, 48])
 def test_identical_rows_lower_id_first_however_many(metric, tile):
-    rows = np.tile(_normal(13, 17), (15, 1))  # each row fifteen times: far more twins than wanted
+    rows = np.tile(_normal(13, 17), (15, 1))  # each row fifteen times: far more identical rows than wanted
     table = neighbor_table(rows, 5, metric=metric, tile=tile)
-    twins = _oracle(rows, 5, metric)
-    np.testing.assert_array_equal(table, twins)
+    expected = _oracle(rows, 5, metric)
+    np.testing.assert_array_equal(table, expected)
     if metric != "dot":  # a longer row may have the larger product
         assert (np.asarray(table)[:, 1:] % 13 == np.asarray(table)[:, :1] % 13).all()
 
@@ -112,13 +114,12 @@ def _table_with_uneven_products(monkeypatch, error, rows, k, metric):
     """The table where the product adds an error [V] to its columns, as its tiles may by rounding."""
     scores = nearness.tile_scores
     monkeypatch.setattr(nearness, "tile_scores", lambda *given: scores(*given) + error[None, :])
-    eligible = eligible_rows(len(rows), k)
-    wanted = dict(count=k + 3, neighbors=k - 1, metric=metric, tile=64, mesh=None)
-    return nb.as_table(nb.nearest(jnp.asarray(rows), eligible, **wanted).ids_RC, k)
+    config = TableConfig(k, metric, spare=4, tile=64)
+    return nb.as_table(nb.nearest(jnp.asarray(rows), eligible_rows(len(rows), k), config).ids_AC, k)
 
 
 @pytest.mark.parametrize("metric", ["cosine", "l2"])
-def test_twins_that_the_product_tells_apart_still_tie(metric, monkeypatch):
+def test_identical_rows_to_which_the_product_gives_unequal_scores_still_tie(metric, monkeypatch):
     rows = np.tile(_normal(3, 17), (15, 1))
     table = _table_with_uneven_products(monkeypatch, 1e-6 * np.arange(45), rows, 5, metric)
     np.testing.assert_array_equal(table, _oracle(rows, 5, metric))
@@ -126,7 +127,7 @@ def test_twins_that_the_product_tells_apart_still_tie(metric, monkeypatch):
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_the_order_is_that_of_the_rows_and_not_of_the_product(metric, monkeypatch):
-    rows = _normal(7, 5)  # so few that all are nominated, in whatever order
+    rows = _normal(7, 5)  # so few that all are candidates, in whatever order
     error = np.random.default_rng(6).normal(size=7)
     table = _table_with_uneven_products(monkeypatch, error, rows, 4, metric)
     np.testing.assert_array_equal(table, _oracle(rows, 4, metric))
@@ -177,45 +178,44 @@ def test_k_one_is_the_row_itself():
 @pytest.mark.parametrize("metric", ["cosine", "l1"])
 def test_memory_grows_with_the_tile_and_not_with_the_square(metric):
     size, width, tile = 4096, 40, 128
-    build = nb._compiled(count=6, neighbors=2, metric=metric, tile=tile, mesh=None)
+    build = nb.compiled(nb.nearest, TableConfig(3, metric, spare=4, tile=tile))
     compiled = build.lower(jnp.zeros((size, width)), eligible_rows(size, 3)).compile()
     scratch = compiled.memory_analysis().temp_size_in_bytes
     assert scratch < 4 * (8 * size * width + 4 * size * tile + 16 * tile * tile)
     assert scratch < 4 * size * size / 4
 
 
-@pytest.mark.parametrize("tile, groups, size", [(48, 12, 200), (64, 16, 384)])
-@pytest.mark.parametrize("spellings", [None, 30])
-def test_nominees_and_the_bound_on_the_rest_hold_every_row(tile, groups, size, spellings):
-    """Whatever is no nominee has a score of at most `rest`; nominees are distinct, eligible, not the row."""
+@pytest.mark.parametrize("tile, memories, size", [(48, 12, 200), (64, 16, 384)])
+@pytest.mark.parametrize("groups", [None, 30])
+def test_the_bound_on_the_rest_holds_for_every_row(tile, memories, size, groups):
+    """No other row's score is above the bound; candidates are distinct, eligible and not the row itself."""
     rows, valid = _normal(size, 6), np.random.default_rng(2).random(size) < 0.8
+    group = np.arange(size) % (groups or size)
+    eligible = Eligible(jnp.asarray(valid), None if groups is None else jnp.asarray(group))
     tiling = tiles.make_tiling(size, tile, 1)
-    assert tiling.groups == groups
-    padded = jnp.pad(jnp.asarray(rows), ((0, tiling.rows - size), (0, 0)))
-    group = np.arange(size) if spellings is None else np.arange(size) % spellings
-    mask = Eligible(jnp.asarray(valid), None if spellings is None else jnp.asarray(group))
-    mask = jax.tree.map(lambda x: jnp.pad(x, (0, tiling.rows - size)), mask)
-    parts = tiles.find_candidates(padded, mask, jnp.int32(0), tiling.blocks, 5, "dot", tiling)
-    found = jax.tree.map(np.asarray, tiles.merge(list(parts), tiling))
+    assert tiling.memories == memories
+    index = search.make_index(jnp.asarray(rows), eligible, "dot")
+    lists = tiles.find_candidates(index, tiling, 5, jnp.int32(0), tiling.blocks)
+    found = jax.tree.map(np.asarray, tiles.merge(list(lists), tiling))
     scores = rows @ rows.T
     for i in range(size):
-        ids = found.ids_RC[i]
+        ids = found.ids_AC[i]
         assert len(set(ids)) == 5 and valid[ids].all() and (group[ids] != group[i]).all()
         allowed = valid & (group != group[i])
         rest = np.setdiff1d(np.flatnonzero(allowed), ids)
-        assert scores[i, rest].max() <= found.rest_bound_R[i] + 1e-5
-        assert found.rest_bound_R[i] <= scores[i, allowed].max() + 1e-3
+        assert scores[i, rest].max() <= found.rest_bound_A[i] + 1e-5
+        assert found.rest_bound_A[i] <= scores[i, allowed].max() + 1e-3
 
 
-def test_a_few_rows_searched_among_many_columns():
+def test_the_largest_scores_among_many_columns_of_equals_the_lower_column():
     scores = np.random.default_rng(3).integers(0, 40, size=(5, 1900)).astype(np.float32)
-    top, places = nb._top(jnp.asarray(scores), 9)
+    top, columns = search.largest(jnp.asarray(scores), 9)
     expected = [sorted(range(1900), key=lambda j: (-row[j], j))[:9] for row in scores]
-    np.testing.assert_array_equal(places, expected)
+    np.testing.assert_array_equal(columns, expected)
     np.testing.assert_array_equal(top, np.take_along_axis(scores, np.array(expected), 1))
 
 
-def test_first_identical_finds_every_twin_and_no_other():
+def test_first_identical_finds_all_identical_rows_and_no_other():
     rows = np.random.default_rng(5).choice(
         np.float32([-1, 1]), size=(400, 6)
     )  # 64 different rows, signs alone

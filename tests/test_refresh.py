@@ -101,12 +101,12 @@ def test_small_steps_cost_little_and_large_ones_a_full_build(metric, spelled):
     eligible = _eligible(spelled)
     all_stats = [stats for _, stats, _ in _walk(metric, 1e-6, eligible=eligible)]
     config = rf.TableConfig(K, metric, tile=48)
-    assert np.median([config.cost(e, SIZE) for e in all_stats]) < 0.2
+    assert np.median([rf.cost(e, SIZE, config) for e in all_stats]) < 0.2
     assert np.median([int(e.rescored) for e in all_stats]) < SIZE / 10
     assert np.median([int(e.searched) for e in all_stats]) < SIZE / 20
     assert not any(bool(e.full) for e in all_stats)
     large = [stats for _, stats, _ in _walk(metric, 1.0, updates=3, eligible=eligible)]
-    assert all(bool(e.full) and config.cost(e, SIZE) >= 1 for e in large)
+    assert all(bool(e.full) and rf.cost(e, SIZE, config) >= 1 for e in large)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -168,7 +168,7 @@ def test_a_matrix_that_was_not_followed_is_built_anew():
     state = _build(_rows(), eligible, config)
     other = _rows(seed=5)
     new, stats = rf.refresh(state, other, eligible, config)
-    assert bool(stats.full) and config.cost(stats, SIZE) == 1.0
+    assert bool(stats.full) and rf.cost(stats, SIZE, config) == 1.0
     _assert_exact(rf.table(new, config), other, eligible, "cosine")
     later = other + np.float32(1e-6)
     gap = rf.add_drift(state, other, later, eligible, config)  # started from another matrix
@@ -210,12 +210,14 @@ def test_any_sharding_has_the_same_mark():
     assert len(marks) == 1 and int(jax.jit(rf._fingerprint)(swapped)) not in marks
 
 
-def test_shapes_are_those_of_a_state():
+def test_an_empty_state_has_the_shapes_of_a_full_one():
     for k, size in ((3, SIZE), (1, 30), (3, 8)):
         config = rf.TableConfig(k)
         state = _build(_rows(size=SIZE)[:size], eligible_rows(size, k), config)
-        described = jax.tree.map(lambda x: (x.shape, x.dtype), state)
-        assert described == jax.tree.map(lambda x: (x.shape, x.dtype), config.shapes(size))
+        described, empty = (
+            jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (state, rf.empty_state(size, config))
+        )
+        assert described == empty
         np.testing.assert_array_equal(rf.table(state, config), neighbor_table(_rows()[:size], k))
 
 

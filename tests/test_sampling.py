@@ -1,4 +1,6 @@
-"""The draw against a NumPy float64 inverse CDF on a grid of uniforms, and by chi-square; the truncations."""
+"""Sampling against a NumPy float64 inverse CDF on a grid of uniforms, and by chi-square; truncation."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +12,20 @@ import scipy.stats
 from ngrpo_jax.algo import sampling
 from ngrpo_jax.algo.sampling import greedy, scaled
 
-sample = jax.jit(sampling.sample, static_argnames=("top_p", "top_k"))
 truncate = jax.jit(sampling.truncate, static_argnames=("top_p", "top_k"))
+
+
+@functools.partial(jax.jit, static_argnames=("top_p", "top_k"))
+def sample(logits, uniforms, **truncation):
+    return sampling.sample(sampling.truncate(logits, **truncation), uniforms)
 
 
 def _logits(size, spread=2.0, seed=0, rows=1):
     return (np.random.default_rng(seed).normal(size=(rows, size)) * spread).astype(np.float32)
 
 
-def _law(logits, top_p=1.0, top_k=0):
-    """The law of one row in float64, by a full stable sort."""
+def _probabilities(logits, top_p=1.0, top_k=0):
+    """The probabilities of one row in float64, by a full stable sort."""
     logits = np.asarray(logits, np.float64)
     p = np.exp(logits - logits.max())
     p /= p.sum()
@@ -39,10 +45,10 @@ def _grid(count):
 
 
 def _assert_inverts(logits, count, **truncation):
-    """Every uniform of a grid gives the token in whose stretch of the CDF it lies, up to float32 rounding."""
+    """Every uniform of a grid gives the token in whose part of the CDF it lies, up to float32 rounding."""
     uniforms = _grid(count)
     tokens = np.asarray(sample(np.broadcast_to(logits, (count, logits.shape[1])), uniforms, **truncation))
-    p = _law(logits[0], **truncation)
+    p = _probabilities(logits[0], **truncation)
     upto = np.cumsum(p)
     assert (p[tokens] > 0).all()
     assert (uniforms <= upto[tokens] + 2e-6).all()
@@ -66,20 +72,20 @@ def test_sample_inverts_the_cdf_eq4(size):
         (700, dict(top_p=0.6, top_k=20)),
     ],
 )
-def test_truncated_sample_inverts_the_cdf_of_the_renormalised_law(size, truncation):
+def test_truncated_sample_inverts_the_cdf_of_the_renormalised_probabilities(size, truncation):
     tokens = _assert_inverts(_logits(size), 499, **truncation)
-    support = np.flatnonzero(_law(_logits(size)[0], **truncation))
+    support = np.flatnonzero(_probabilities(_logits(size)[0], **truncation))
     if len(support) < 20:
         np.testing.assert_array_equal(np.unique(tokens), support)
 
 
 @pytest.mark.parametrize("truncation", [dict(), dict(top_p=0.9)])
-def test_sample_law_by_chi_square(truncation):
+def test_sampled_tokens_have_their_probabilities_by_chi_square(truncation):
     count, size = 20_000, 400
     logits = _logits(size)
     uniforms = jax.random.uniform(jax.random.key(3), (count,))
     tokens = np.asarray(sample(np.broadcast_to(logits, (count, size)), uniforms, **truncation))
-    p = _law(logits[0], **truncation)
+    p = _probabilities(logits[0], **truncation)
     often = p * count >= 5
     observed = np.bincount(tokens, minlength=size)
     seen, expected = observed[often], p[often] * count
@@ -116,7 +122,7 @@ def test_rows_are_independent():
 
 @pytest.mark.parametrize("truncation", [dict(), dict(top_k=280, top_p=0.99)])
 @pytest.mark.parametrize("size", [300, 515])
-def test_impossible_tokens_are_never_drawn(size, truncation):
+def test_impossible_tokens_are_never_sampled(size, truncation):
     logits = np.full((1, size), -np.inf, np.float32)
     logits[0, [3, 4, 270]] = [0.0, 1.0, -3.0]
     last_before_one = np.nextafter(np.float32(1), np.float32(0))
@@ -139,13 +145,23 @@ def test_huge_logits_do_not_overflow():
     np.testing.assert_array_equal(tokens, [0] * 5 + [1] * 5)
 
 
-def test_prefix_sums_that_rise_where_there_is_no_mass_mislead_nobody(monkeypatch):
-    # A parallel prefix sum adds in another order for each entry, and so may rise by rounding alone.
-    mass = np.float32([[0.5, 0.0, 0.0, 0.5]])
-    rising = jnp.float32([[0.5, 0.5 + 1e-6, 0.5 + 1e-6, 1.0]])
-    monkeypatch.setattr(sampling.jnp, "cumsum", lambda x, axis: rising)
-    entries, residual = sampling._invert(mass, np.float32([0.5]))
-    assert int(entries[0]) == 3 and float(residual[0]) >= 0
+def test_no_token_without_mass_is_sampled_where_the_prefix_sum_rises_by_rounding():
+    """A parallel prefix sum adds in another order for each entry, so it can rise where the mass is 0."""
+    random, block = np.random.default_rng(0), 256
+    of_block = random.normal(size=(32, 600)).astype(np.float32)
+    of_block[random.random(of_block.shape) < 0.5] = -np.inf
+    logits = np.full((32, 600 * block), -np.inf, np.float32)
+    logits[:, ::block] = of_block  # one token in half of the blocks, none in the others
+    mass = np.exp(of_block - of_block.max(-1, keepdims=True))
+    upto = np.asarray(jax.jit(lambda x: jnp.cumsum(x, axis=-1))(mass))
+    total = np.asarray(jax.jit(lambda x: jnp.sum(x, axis=-1))(mass))
+    rows, before = np.nonzero((upto[:, 1:] > upto[:, :-1]) & (mass[:, 1:] == 0))
+    uniforms = upto[rows, before] / total[rows]
+    target = uniforms * total[rows]
+    hits = (target >= upto[rows, before]) & (target < upto[rows, before + 1])
+    assert hits.sum() > 10, "no target lies where a prefix sum rises without mass: the test cannot fail"
+    tokens = np.asarray(sample(logits[rows[hits]], uniforms[hits]))
+    assert np.isfinite(logits[rows[hits], tokens]).all()
 
 
 # ---- truncation
@@ -157,18 +173,19 @@ def test_nucleus_is_the_fewest_most_probable_tokens_that_reach_top_p(size, top_p
     logits = np.concatenate([_logits(size, spread, rows=3) for spread in (0.1, 1.0, 6.0)])
     kept = np.isfinite(truncate(logits, top_p=top_p))
     for row, keep in zip(logits, kept, strict=True):
-        p = _law(row)
+        p = _probabilities(row)
         assert p[keep].min() >= p[~keep].max(initial=0)
         assert p[keep].sum() >= top_p - 1e-6
         assert p[keep].sum() - p[keep].min() <= top_p + 1e-6
 
 
-def test_both_searches_for_the_nucleus_agree(monkeypatch):
-    logits = np.round(_logits(900, 1.0, rows=5), 1)  # rounded: many ties
-    fast = truncate(logits, top_p=0.3)
-    monkeypatch.setattr(sampling, "_NUCLEUS", 1)
-    searched = jax.jit(lambda x: sampling.truncate(x, top_p=0.3))(logits)
-    np.testing.assert_array_equal(searched, fast)
+@pytest.mark.parametrize("top_p", [0.02, 0.3])  # within the 128 largest logits of each row, and beyond them
+def test_nucleus_of_rows_with_many_equal_logits(top_p):
+    logits = np.round(_logits(900, 1.0, rows=5), 1)
+    kept = np.isfinite(truncate(logits, top_p=top_p))
+    expected = np.stack([_probabilities(row, top_p) > 0 for row in logits])
+    assert (expected.sum(-1) < 128).all() == (top_p < 0.1) and (expected.sum(-1) > 1).all()
+    np.testing.assert_array_equal(kept, expected)
 
 
 @pytest.mark.parametrize("size", [20, 1000])
@@ -183,7 +200,7 @@ def test_ties_with_negative_and_mixed_logits_keep_the_lower_ids():
     logits = np.full((1, 500), -2.5, np.float32)
     logits[0, 499] = 1.0  # p = e^3.5 / (e^3.5 + 499): 0.0622
     finite = np.isfinite(truncate(logits, top_p=0.5))[0]
-    p = _law(logits[0])
+    p = _probabilities(logits[0])
     count = int(np.ceil((0.5 - p[499]) / p[0]))
     np.testing.assert_array_equal(np.flatnonzero(finite), [*range(count), 499])
 
@@ -214,7 +231,7 @@ def test_nucleus_of_a_row_with_few_possible_tokens():
 
 def test_top_k_comes_before_the_nucleus():
     logits = np.log(np.float32([[0.4, 0.3, 0.2, 0.1]]))
-    # Of the two kept tokens the first has 4/7 = 0.57 ≥ 0.5; in the whole law it has only 0.4.
+    # Of the two kept tokens the first has 4/7 = 0.57 ≥ 0.5; of all tokens it has only 0.4.
     np.testing.assert_array_equal(np.isfinite(truncate(logits, top_k=2, top_p=0.5)), [[1, 0, 0, 0]])
     np.testing.assert_array_equal(np.isfinite(truncate(logits, top_p=0.5)), [[1, 1, 0, 0]])
 

@@ -33,7 +33,7 @@ def refresh_table(run: Run, state: RunState) -> tuple[Table | None, dict[str, fl
     before = refresh.empty_state(size, config) if table is None else table.state
     refreshed, stats = refresh.refresh(before, rows_VD, tokenizer_info.eligible, config)
     metrics = {
-        "table/cost": config.cost(stats, size),
+        "table/cost": refresh.cost(stats, size, config),
         "table/rescored": int(stats.rescored) / size,
         "table/searched": int(stats.searched) / size,
     }

@@ -94,7 +94,8 @@ def restore(run: Run, checkpoints: Checkpoints, step: int) -> RunState:
         )
     wanted: dict[str, Any] = {"train": mesh.shapes_on(run.learner.abstract, run.learner.shardings)}
     if host["table_age"] is not None:
-        shapes = table_config(run.model_spec, run.mesh).shapes(run.model_spec.config.vocab_size)
+        config = table_config(run.model_spec, run.mesh)
+        shapes = jax.eval_shape(lambda: refresh.empty_state(run.model_spec.config.vocab_size, config))
         wanted["table"] = mesh.shapes_on(shapes, jax.tree.map(lambda _: mesh.replicated(run.mesh), shapes))
     arrays, _ = checkpoints.restore(step, wanted, partial=earlier)
     if distributed.process().primary:

@@ -1,20 +1,22 @@
-"""What "near" means: scores of row pairs, and how far float32 may take them from the truth.
+"""The metrics: scores of pairs of rows, how far float32 may take them from the truth, how far an update may.
 
-Owns the four metrics, in two forms each: scores of a whole tile of pairs, which a matrix product gives and
-which only nominate, and scores of single pairs, which decide. Larger is nearer in both. Must not know which
-pairs anybody wants, nor how many.
+Owns everything that depends on the metric. Must not know which pairs are wanted, nor how many.
 
-Closeness is the real number that a metric orders by: the cosine, the product, or the negative distance. Every
-bound here holds for it and not for a rounded stand-in: u = 2^-24 is the rounding unit, a sum of D products in
-any order is off by at most D·u times the sum of their absolute values, and |Σ a_d b_d| ≤ |a||b|.
-docs/method.md derives them.
+Each metric has two forms of scores, larger for nearer rows in both: those of a whole tile of pairs, which a
+matrix product gives and which only select candidates, and those of single pairs, which decide their order.
 
-Letters of this file: R and W rows, on the two sides of a tile; K dimensions of a pass.
+Closeness is the real number that a metric orders by: the cosine, the dot product, or the negative distance.
+Every bound here holds for it, not for its rounded value: u = 2^-24 is the rounding unit, a sum of D products
+in any order is off by at most D·u times the sum of their absolute values, and |Σ a_d b_d| ≤ |a||b|.
+docs/method.md derives the bounds.
+
+Letters of this file: A and W rows, on the two sides of a tile; X dimensions of one pass.
 """
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 METRICS = ("cosine", "l2", "l1", "dot")
 
@@ -29,27 +31,27 @@ def comparable_rows(embedding_VD: jax.Array, metric: str) -> jax.Array:
     return _unit_rows(rows_VD) if metric == "cosine" else rows_VD
 
 
-def lengths(rows_VD: jax.Array, metric: str) -> jax.Array:
+def norms(rows_VD: jax.Array, metric: str) -> jax.Array:
     """The norm that bounds a row's scores, float32 [V]: the sum of absolute entries for l1, else Euclid's."""
     if metric == "l1":
         return jnp.sum(jnp.abs(rows_VD), axis=1)
-    largest_V = jnp.max(jnp.abs(rows_VD), axis=1)  # taken out first, lest tiny squares vanish
+    largest_V = jnp.max(jnp.abs(rows_VD), axis=1)  # taken out first: squares of tiny entries are 0
     scale_V = jnp.where(largest_V > 0, largest_V, 1.0)
     return scale_V * jnp.sqrt(jnp.sum(jnp.square(rows_VD / scale_V[:, None]), axis=1))
 
 
-def tile_scores(a_RD: jax.Array, b_WD: jax.Array, metric: str) -> jax.Array:
-    """Scores of every row of `a` with every row of `b`, float32 [R, W]; l2 squared."""
-    chex.assert_equal_shape_suffix([a_RD, b_WD], 1)
+def tile_scores(a_AD: jax.Array, b_WD: jax.Array, metric: str) -> jax.Array:
+    """Scores of every row of `a` with every row of `b`, float32 [A, W]; l2 squared."""
+    chex.assert_equal_shape_suffix([a_AD, b_WD], 1)
     if metric == "l1":
-        return -_l1_distances(a_RD, b_WD)
-    products_RW = jax.lax.dot_general(
-        a_RD, b_WD, (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST
+        return -_l1_distances(a_AD, b_WD)
+    products_AW = jax.lax.dot_general(
+        a_AD, b_WD, (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST
     )
     if metric == "l2":  # -|a - b|² = 2 a·b - |a|² - |b|²
-        squares = [jnp.sum(jnp.square(x), axis=1) for x in (a_RD, b_WD)]
-        return 2.0 * products_RW - (squares[0][:, None] + squares[1][None, :])
-    return products_RW
+        squares = [jnp.sum(jnp.square(x), axis=1) for x in (a_AD, b_WD)]
+        return 2.0 * products_AW - (squares[0][:, None] + squares[1][None, :])
+    return products_AW
 
 
 def pair_scores(a: jax.Array, b: jax.Array, metric: str) -> jax.Array:
@@ -62,61 +64,97 @@ def pair_scores(a: jax.Array, b: jax.Array, metric: str) -> jax.Array:
     return jnp.sum(a * b, axis=-1)
 
 
-def tile_error(length_R: jax.Array, longest: jax.Array, width: int, metric: str) -> jax.Array:
-    """How far a tile's scores of rows of these lengths may be from the truth, float32 [R].
+def tile_error(norm_A: jax.Array, max_norm: jax.Array, width: int, metric: str) -> jax.Array:
+    """How far a tile's scores of rows with these norms may be from the truth, float32 [A].
 
-    `longest` bounds the other row's length. Units are those of the scores (l2: squares).
+    `max_norm` bounds the other row's norm. Units are those of the scores (l2: squares).
     """
-    relative = (2 * width + 16) * UNIT  # with the rounding of the lengths, and of unit rows, in it
     if metric == "cosine":
-        size_R = jnp.ones_like(length_R)
+        size_A = jnp.ones_like(norm_A)
     elif metric == "dot":
-        size_R = length_R * longest
+        size_A = norm_A * max_norm
     else:
-        size_R = jnp.square(length_R + longest) if metric == "l2" else length_R + longest
-    return relative * size_R + width * jnp.finfo(jnp.float32).tiny
+        size_A = jnp.square(norm_A + max_norm) if metric == "l2" else norm_A + max_norm
+    return _relative_error(width) * size_A + width * jnp.finfo(jnp.float32).tiny
 
 
-def closeness_above(score_R: jax.Array, error_R: jax.Array, metric: str) -> jax.Array:
-    """An upper bound of the closeness of pairs whose tile score is at most `score_R`."""
-    upper_R = score_R + error_R + 2 * UNIT * jnp.abs(score_R)
+def closeness_bound(score_A: jax.Array, error_A: jax.Array, metric: str) -> jax.Array:
+    """An upper bound of the closeness of pairs whose tile score is at most `score_A`."""
+    upper_A = score_A + error_A + 2 * UNIT * jnp.abs(score_A)
     if metric == "l2":
-        distance_R = jnp.sqrt(jnp.maximum(-upper_R, 0.0)) * (1 - 4 * UNIT)
-        return jnp.where(jnp.isneginf(score_R), -jnp.inf, -distance_R)
-    return jnp.where(jnp.isneginf(score_R), -jnp.inf, upper_R)
+        distance_A = jnp.sqrt(jnp.maximum(-upper_A, 0.0)) * (1 - 4 * UNIT)
+        return jnp.where(jnp.isneginf(score_A), -jnp.inf, -distance_A)
+    return jnp.where(jnp.isneginf(score_A), -jnp.inf, upper_A)
 
 
-def pair_closeness(scores: jax.Array, length_R: jax.Array, longest: jax.Array, width: int, metric: str):
-    """(closeness, its error) of pair scores [R, ...] of rows of these lengths, both [R, ...].
+def pair_closeness(scores: jax.Array, norm_A: jax.Array, max_norm: jax.Array, width: int, metric: str):
+    """(closeness, its error) of pair scores [A, ...] of rows with these norms, both [A, ...].
 
     Differences are taken before they are squared or summed, so for distances the error is relative.
     """
-    relative = (2 * width + 16) * UNIT
     if metric in ("cosine", "dot"):
-        error_R = tile_error(length_R, longest, width, metric)
-        error_R = error_R.reshape(error_R.shape + (1,) * (scores.ndim - 1))
-        return scores, jnp.broadcast_to(error_R, scores.shape)
+        error_A = tile_error(norm_A, max_norm, width, metric)
+        error_A = error_A.reshape(error_A.shape + (1,) * (scores.ndim - 1))
+        return scores, jnp.broadcast_to(error_A, scores.shape)
     closeness = -jnp.sqrt(-scores) if metric == "l2" else scores
-    return closeness, relative * jnp.abs(closeness) + width * jnp.finfo(jnp.float32).tiny
+    return closeness, _relative_error(width) * jnp.abs(closeness) + width * jnp.finfo(jnp.float32).tiny
 
 
-def _l1_distances(a_RD: jax.Array, b_WD: jax.Array) -> jax.Array:
-    """Σ_d |a_d - b_d| [R, W], a few dimensions a pass: no [R, W, D], which no matrix product can avoid."""
-    pad = -a_RD.shape[1] % _L1_WIDTH
-    by_width = [jnp.pad(x, ((0, 0), (0, pad))).T.reshape(-1, _L1_WIDTH, x.shape[0]) for x in (a_RD, b_WD)]
+def closeness_change(before_VD: jax.Array, after_VD: jax.Array, valid_V: jax.Array, metric: str) -> jax.Array:
+    """How much the closeness of each row to any valid row may have changed, rounded up: float32 [V]."""
+    width = before_VD.shape[1]
+    relative = 1.0 + _relative_error(width)
+    lost = float(np.sqrt(width * np.finfo(np.float32).tiny))  # of a norm: squares that underflowed to 0
 
-    def add(total_RW: jax.Array, parts: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        a_KR, b_KW = parts
+    def norm(x_VD: jax.Array) -> jax.Array:  # one pass over the matrix, where `norms` takes two
+        if metric == "l1":
+            return jnp.sum(jnp.abs(x_VD), axis=1)
+        return jnp.sqrt(jnp.sum(jnp.square(x_VD), axis=1))
+
+    def largest(x_V: jax.Array) -> jax.Array:
+        return jnp.max(jnp.where(valid_V, x_V, 0.0))
+
+    step_V = norm(after_VD - before_VD) * relative + lost
+    if metric in ("l1", "l2"):  # the triangle inequality, once for each row of a pair
+        return round_up(step_V + largest(step_V))
+    before_V, after_V = norm(before_VD), norm(after_VD)
+    if metric == "dot":  # a'·b' - a·b = (a' - a)·b' + a·(b' - b)
+        before_V, after_V = before_V + lost, after_V + lost
+        return round_up((step_V * largest(after_V) + before_V * largest(step_V)) * relative)
+    # |a'/|a'| - a/|a|| ≤ 2 |a' - a| / (|a'| + |a|): Dunkl and Williams, 1964
+    total_V = before_V + after_V
+    turn_V = 2.0 * step_V / jnp.where(total_V > 0, total_V, 1.0) * relative
+    turn_V = jnp.where((total_V > 0) & jnp.isfinite(total_V), jnp.minimum(turn_V, 2.0), 2.0)
+    return round_up(turn_V + largest(turn_V))
+
+
+def round_up(x: jax.Array) -> jax.Array:
+    """At least the real sum or product of which x is the rounded one."""
+    return x + 4 * UNIT * jnp.abs(x)
+
+
+def _relative_error(width: int) -> float:
+    """Of a sum of `width` float32 products, with the rounding of the norms, and of unit rows, in it."""
+    return (2 * width + 16) * UNIT
+
+
+def _l1_distances(a_AD: jax.Array, b_WD: jax.Array) -> jax.Array:
+    """Σ_d |a_d - b_d| [A, W], a few dimensions a pass: no [A, W, D], which no matrix product can avoid."""
+    pad = -a_AD.shape[1] % _L1_WIDTH
+    by_width = [jnp.pad(x, ((0, 0), (0, pad))).T.reshape(-1, _L1_WIDTH, x.shape[0]) for x in (a_AD, b_WD)]
+
+    def add(total_AW: jax.Array, parts: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        a_XA, b_XW = parts
         for d in range(_L1_WIDTH):
-            total_RW = total_RW + jnp.abs(a_KR[d][:, None] - b_KW[d][None, :])
-        return total_RW, None
+            total_AW = total_AW + jnp.abs(a_XA[d][:, None] - b_XW[d][None, :])
+        return total_AW, None
 
-    zeros_RW = jnp.zeros((a_RD.shape[0], b_WD.shape[0]), jnp.float32)
-    return jax.lax.scan(add, zeros_RW, tuple(by_width))[0]
+    zeros_AW = jnp.zeros((a_AD.shape[0], b_WD.shape[0]), jnp.float32)
+    return jax.lax.scan(add, zeros_AW, tuple(by_width))[0]
 
 
 def _unit_rows(rows_VD: jax.Array) -> jax.Array:
-    """Rows of length 1; a zero row stays zero. The largest entry goes first, lest tiny squares vanish."""
+    """Rows of length 1; a zero row stays zero. The largest entry is taken out first, as in `norms`."""
     largest_V1 = jnp.max(jnp.abs(rows_VD), axis=1, keepdims=True)
     scaled_VD = rows_VD / jnp.where(largest_V1 > 0, largest_V1, 1.0)
     norm_V1 = jnp.linalg.norm(scaled_VD, axis=1, keepdims=True)
@@ -124,10 +162,11 @@ def _unit_rows(rows_VD: jax.Array) -> jax.Array:
 
 
 def first_identical(rows_VD: jax.Array) -> jax.Array:
-    """int32 [V]: the lowest id of the rows with the same bits, the row's own where it has no twin.
+    """int32 [V]: the lowest id of the rows with the same bits, the row's own where there is no other.
 
-    Rows are compared by two 32-bit hashes. Integer sums do not depend on their order, so twins always
-    meet; that two different rows meet has a chance of V² / 2^65, about 1e-9 for V = 152k.
+    Rows are compared by two 32-bit hashes. Integer sums do not depend on their order, so identical rows
+    always have equal hashes; that any two different rows have them has a chance of V² / 2^65, 1e-9 for V =
+    152k.
     """
     ids_V = jnp.arange(rows_VD.shape[0], dtype=jnp.int32)
     hashes = [row_hash(rows_VD, salt) for salt in (0x9E3779B9, 0x7F4A7C15)]

@@ -1,16 +1,29 @@
-"""Nominating the nearest rows of every row from half of the score matrix, a tile at a time.
+"""Candidates for the neighbours of every row from half of the score matrix, a tile at a time.
 
-Owns the walk over tiles and what is remembered of each. Must not know how candidates are judged: it returns,
-for each row, its few best by rounded score and a bound on all that it did not return.
+Owns the loop over tiles and what rows remember of them. Must not know how candidates are ranked: it returns,
+for each row, a few of the largest rounded scores and a bound on the scores of all other eligible rows.
 
-All four scores are symmetric, so a tile of pairs (i, j) serves the rows i and the rows j, and each pair of
-blocks is computed once. A row remembers, of every group of columns that are equal modulo `groups`, the best
-score with the column's number in the group packed into its low bits, and the best score that this forgot.
-That is two maxima an entry, whatever the number of neighbours; the packing and the forgetting cost no
-exactness, because both are in the bound. Memory: `groups` × 2 integers a row, and one tile.
+All four metrics are symmetric, so the tile of blocks i and j serves the rows of both, and each pair of blocks
+is computed once. Every row has U memories; memory u stands for the columns c with c mod U = u:
 
-Letters of this file: T rows of a tile, R rows, G groups.
+                   columns of block j
+                 0   1  ...  U-1  U   U+1 ...              memories of one row of block i
+               ┌──────────────────────────────┐
+    a row of   │ s₀  s₁ ...  ..  s_U  ..  ... │ ──►  u           0                1         ...  U-1
+    block i    │                              │      best  max(s₀,s_U,..)  max(s₁,s_U+1,..) ...
+               └──────────────────────────────┘      lost  largest score that `best` has dropped
+                   │ the same, by columns
+                   ▼
+                memories of the rows of block j
+
+A score is held as an integer of the same order (bits.py) whose low bits number the column within its memory.
+So a tile costs two maxima of integers a score, whatever k is. Neither packing nor dropping costs exactness,
+because the bound covers both. Memory: 2U integers a row, and one tile.
+
+Letters of this file: E rows of a block (one edge of a tile), U memories of a row, A rows.
 """
+
+from __future__ import annotations
 
 import functools
 from typing import Any, NamedTuple
@@ -21,154 +34,170 @@ import jax.numpy as jnp
 from ngrpo_jax.algo.bits import NEGATIVE_INFINITY, ordered, unordered
 from ngrpo_jax.algo.neighbors.eligibility import Eligible
 from ngrpo_jax.algo.neighbors.nearness import tile_scores
-
-Best = tuple[jax.Array, jax.Array]  # of every group: its best packed score, and the best one forgotten
-Pair = tuple[jax.Array, jax.Array]  # of two blocks
-Masks = tuple[Eligible, Eligible]
+from ngrpo_jax.algo.neighbors.search import Candidates, SearchIndex
 
 
 class Tiling(NamedTuple):
-    """`blocks` × `tile` rows, the last ones perhaps padding; `groups` memories a row, which divide a tile."""
+    """How the rows are cut into blocks; the last rows may be padding."""
 
     blocks: int
-    tile: int
-    groups: int
+    tile: int  # E, rows of a block
+    memories: int  # U, which divides E
 
     @property
     def rows(self) -> int:
+        """V with the padding."""
         return self.blocks * self.tile
 
     @property
     def low_bits(self) -> int:
-        """Mask of the bits of a packed score that say which member of its group it is."""
-        return (1 << (self.rows // self.groups - 1).bit_length()) - 1
+        """Mask of the bits of a packed score that number the columns of one memory."""
+        return (1 << (self.rows // self.memories - 1).bit_length()) - 1
 
 
-class Candidates(NamedTuple):
-    """Candidates of R rows: best first by packed score, -inf where there are no more."""
+class Memories(NamedTuple):
+    """Of each memory the largest packed score, and the largest one that was dropped for it.
 
-    scores_RC: jax.Array
-    ids_RC: jax.Array
-    rest_bound_R: jax.Array  # at least the score of every eligible row that is no nominee
+    int32 [E, U] for the rows of a block, [U, E] for its columns.
+    """
+
+    best: jax.Array
+    lost: jax.Array
 
 
 def make_tiling(size: int, tile: int, devices: int) -> Tiling:
     """Tiles of at most `tile` rows, as many blocks for every device, and as little padding as that leaves."""
-    groups = max(1, tile // 4)
+    memories = max(1, tile // 4)
     blocks = devices * -(-size // (tile * devices))
-    return Tiling(blocks, groups * -(-size // (blocks * groups)), groups)
+    return Tiling(blocks, memories * -(-size // (blocks * memories)), memories)
 
 
 def find_candidates(
-    rows_VD: jax.Array,
-    eligible: Eligible,
-    first: jax.Array,
-    own: int,
-    count: int,
-    metric: str,
-    tiling: Tiling,
+    index: SearchIndex, tiling: Tiling, count: int, first: jax.Array, own: int
 ) -> tuple[Candidates, Candidates]:
-    """Candidates from the tiles whose first block is one of the `own` from `first` on.
+    """`count` candidates from the tiles whose row block is one of the `own` blocks from `first` on.
 
-    Block i meets itself and the blocks after it, half way round: so all blocks have the same work, and blocks
-    may be dealt to devices.
-
-    Args:
-      rows_VD, eligible: padded to `tiling.rows`; padding is not valid.
+    Row block i meets itself and the blocks after it, half way round the ring of blocks: so all blocks have
+    the same work, and can be divided over devices.
 
     Returns:
-      candidates of the own blocks' rows among the rows they met, and of all rows among the own blocks' rows.
+      Candidates of the own blocks' rows among the columns that they met, and of all rows (with padding) as
+      columns among the own blocks' rows.
     """
-    blocks, tile, groups = tiling
-    never = jnp.full((tile, groups), NEGATIVE_INFINITY)
+    blocks, tile, memories = tiling
+    padding = tiling.rows - index.size
+    rows_VD = jnp.pad(index.rows_VD, ((0, padding), (0, 0)))
+    eligible = jax.tree.map(lambda x: jnp.pad(x, (0, padding)), index.eligible)  # padding is not valid
 
-    def block_of(x: Any, index: jax.Array) -> Any:
-        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index * tile, tile), x)
+    def block_of(x: Any, number: jax.Array) -> Any:
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, number * tile, tile), x)
 
-    def meet(met: tuple[Best, Best], here: jax.Array, step: jax.Array) -> tuple[Best, Best]:
-        there = (here + step) % blocks
+    def meet(
+        met: tuple[Memories, Memories], here: jax.Array, distance: jax.Array
+    ) -> tuple[Memories, Memories]:
+        """The tile of the row block `here` and the column block that is `distance` further round the ring."""
+        there = (here + distance) % blocks
         by_row, by_column = met
-        column = tuple(jax.lax.dynamic_index_in_dim(x, there, keepdims=False) for x in by_column)
+        column = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, there, keepdims=False), by_column)
 
-        # All that is sliced comes in as an operand: sliced inside, the loops below would not vectorise.
-        def work(by_row: Best, column: Best, rows: Pair, masks: Masks) -> tuple[Best, Best]:
-            scores_TT = _between_groups(tile_scores(*rows, metric), *masks)
-            by_row = _remember(by_row, scores_TT, masks[1].valid_V, there, tiling, axis=1)
-            return by_row, _remember(column, scores_TT, masks[0].valid_V, here, tiling, axis=0)
+        # All slices come in as operands: sliced in here, they would keep XLA from vectorising the loops
+        # below.
+        def work(by_row, column, rows, masks):
+            scores_EE = _apart(tile_scores(rows[0], rows[1], index.metric), *masks)
+            by_row = _remember(by_row, scores_EE, masks[1].valid_V, there, tiling, axis=1)
+            return by_row, _remember(column, scores_EE, masks[0].valid_V, here, tiling, axis=0)
 
-        # With an even number of blocks, both ends of the longest step would meet; one of them is enough.
+        # With an even number of blocks, two blocks half a ring apart meet from both ends; one of them does
+        # it.
         low_works = jnp.minimum(here, there) % 2 == 0
-        wanted = (2 * step != blocks) | ((here < there) == low_works)
-        pair = [(block_of(x, here), block_of(x, there)) for x in (rows_VD, eligible)]
-        by_row, column = jax.lax.cond(wanted, work, lambda *given: given[:2], by_row, column, *pair)
-        by_column = tuple(
-            jax.lax.dynamic_update_index_in_dim(x, new, there, 0)
-            for x, new in zip(by_column, column, strict=True)
+        wanted = (2 * distance != blocks) | ((here < there) == low_works)
+        pairs = [(block_of(x, here), block_of(x, there)) for x in (rows_VD, eligible)]
+        by_row, column = jax.lax.cond(wanted, work, lambda *given: given[:2], by_row, column, *pairs)
+        by_column = jax.tree.map(
+            lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, there, 0), by_column, column
         )
         return by_row, by_column
 
-    def walk(by_column: Best, here: jax.Array) -> tuple[Best, Candidates]:
-        a_TD, mask = block_of((rows_VD, eligible), here)
-        scores_TT = jnp.where(jnp.eye(tile, dtype=bool), -jnp.inf, tile_scores(a_TD, a_TD, metric))
-        scores_TT = _between_groups(scores_TT, mask, mask)
-        by_row = _remember((never, never), scores_TT, mask.valid_V, here, tiling, axis=1)
+    def walk(by_column: Memories, here: jax.Array) -> tuple[Memories, Candidates]:
+        """All tiles of one row block, the first of which is the block with itself."""
+        rows_ED, mask = block_of((rows_VD, eligible), here)
+        scores_EE = jnp.where(
+            jnp.eye(tile, dtype=bool), -jnp.inf, tile_scores(rows_ED, rows_ED, index.metric)
+        )
+        scores_EE = _apart(scores_EE, mask, mask)
+        by_row = _remember(_empty((tile, memories)), scores_EE, mask.valid_V, here, tiling, axis=1)
         by_row, by_column = jax.lax.fori_loop(
-            1, blocks // 2 + 1, lambda step, met: meet(met, here, step), (by_row, by_column)
+            1, blocks // 2 + 1, lambda distance, met: meet(met, here, distance), (by_row, by_column)
         )
         return by_column, _candidates(by_row, count, tiling)
 
-    nothing = jnp.full((blocks, groups, tile), NEGATIVE_INFINITY)
-    by_column, of_rows = jax.lax.scan(walk, (nothing, nothing), first + jnp.arange(own, dtype=jnp.int32))
-    of_columns = jax.lax.map(lambda best: _candidates((best[0].T, best[1].T), count, tiling), by_column)
+    by_column, of_rows = jax.lax.scan(
+        walk, _empty((blocks, memories, tile)), first + jnp.arange(own, dtype=jnp.int32)
+    )
+    of_columns = jax.lax.map(
+        lambda memory: _candidates(jax.tree.map(jnp.transpose, memory), count, tiling), by_column
+    )
     flat = functools.partial(jax.tree.map, lambda x: x.reshape(-1, *x.shape[2:]))
     return flat(of_rows), flat(of_columns)
 
 
-def merge(parts: list[Candidates], tiling: Tiling) -> Candidates:
-    """As many of several lists for the same rows as one of them holds, the best ones."""
-    scores_RC = jnp.concatenate([part.scores_RC for part in parts], axis=1)
-    ids_RC = jnp.concatenate([part.ids_RC for part in parts], axis=1)
+def merge(lists: list[Candidates], tiling: Tiling) -> Candidates:
+    """The best of several lists of candidates for the same rows, as many as one of the lists holds."""
+    scores_AC = jnp.concatenate([each.scores_AC for each in lists], axis=1)
+    ids_AC = jnp.concatenate([each.ids_AC for each in lists], axis=1)
     # The least of what is kept bounds what is not. (No slice of a top_k: on CPU, XLA makes a sort of one.)
-    top_RC, place_RC = jax.lax.top_k(scores_RC, parts[0].ids_RC.shape[1])
-    dropped_R = unordered(ordered(jnp.min(top_RC, axis=1)) | jnp.int32(tiling.low_bits))
-    rest_bound_R = functools.reduce(jnp.maximum, [part.rest_bound_R for part in parts], dropped_R)
-    return Candidates(top_RC, jnp.take_along_axis(ids_RC, place_RC, axis=1), rest_bound_R)
+    top_AC, place_AC = jax.lax.top_k(scores_AC, lists[0].ids_AC.shape[1])
+    dropped_A = unordered(ordered(jnp.min(top_AC, axis=1)) | jnp.int32(tiling.low_bits))
+    rest_bound_A = functools.reduce(jnp.maximum, [each.rest_bound_A for each in lists], dropped_A)
+    return Candidates(top_AC, jnp.take_along_axis(ids_AC, place_AC, axis=1), rest_bound_A)
 
 
-def _between_groups(scores_TT: jax.Array, a: Eligible, b: Eligible) -> jax.Array:
-    """-inf where two rows are of one group: neither serves the other, nor counts in its bound."""
-    if a.group_V is None:
-        return scores_TT
-    return jnp.where(a.group_V[:, None] != b.group_V[None, :], scores_TT, -jnp.inf)
+def _empty(shape: tuple[int, ...]) -> Memories:
+    never = jnp.full(shape, NEGATIVE_INFINITY)
+    return Memories(never, never)
+
+
+def _apart(scores_EE: jax.Array, rows: Eligible, columns: Eligible) -> jax.Array:
+    """-inf where two rows are of one group: neither is a candidate of the other, nor counts in its bound."""
+    if rows.group_V is None:
+        return scores_EE
+    return jnp.where(rows.group_V[:, None] != columns.group_V[None, :], scores_EE, -jnp.inf)
 
 
 def _remember(
-    best: Best, scores_TT: jax.Array, valid_T: jax.Array, block: jax.Array, tiling: Tiling, *, axis: int
-) -> Best:
-    """Takes the scores along `axis`, those of the rows of `block`, into the memory of the other axis."""
-    kept, lost = best
-    members = tiling.tile // tiling.groups
+    memories: Memories,
+    scores_EE: jax.Array,
+    valid_E: jax.Array,
+    block: jax.Array,
+    tiling: Tiling,
+    *,
+    axis: int,
+) -> Memories:
+    """Takes the scores along `axis`, those of the rows of `block`, into the memories of the other axis."""
+    best, lost = memories
+    members = tiling.tile // tiling.memories
     low = jnp.int32(tiling.low_bits)
     for member in range(members):
         part = functools.partial(
-            jax.lax.slice_in_dim, start_index=member * tiling.groups, limit_index=(member + 1) * tiling.groups
+            jax.lax.slice_in_dim,
+            start_index=member * tiling.memories,
+            limit_index=(member + 1) * tiling.memories,
         )
-        packed = (ordered(part(scores_TT, axis=axis)) & ~low) | (block * members + member).astype(jnp.int32)
-        allowed = jnp.expand_dims(part(valid_T, axis=0), 1 - axis)
-        packed = jnp.maximum(packed, NEGATIVE_INFINITY)  # which itself, packed, would sink below
+        packed = (ordered(part(scores_EE, axis=axis)) & ~low) | (block * members + member).astype(jnp.int32)
+        allowed = jnp.expand_dims(part(valid_E, axis=0), 1 - axis)
+        packed = jnp.maximum(packed, NEGATIVE_INFINITY)  # packed, -inf itself would fall below this
         packed = jnp.where(allowed, packed, NEGATIVE_INFINITY)
-        lost = jnp.maximum(lost, jnp.minimum(kept, packed))
-        kept = jnp.maximum(kept, packed)
-    return kept, lost
+        lost = jnp.maximum(lost, jnp.minimum(best, packed))
+        best = jnp.maximum(best, packed)
+    return Memories(best, lost)
 
 
-def _candidates(best_RG: Best, count: int, tiling: Tiling) -> Candidates:
-    """The best `count` of what rows remember; there are at least as many groups."""
-    kept_RG, lost_RG = best_RG
-    # Back to floats: of those every backend has a fast top_k and a fast maximum of a row.
-    top_RC, group_RC = jax.lax.top_k(unordered(kept_RG), count)
-    packed_RC = ordered(top_RC)
+def _candidates(memories_AU: Memories, count: int, tiling: Tiling) -> Candidates:
+    """The `count` largest of what each row remembers; a row has at least as many memories."""
+    # Back to floats: for these every backend has a fast top_k and a fast maximum of a row.
+    top_AC, memory_AC = jax.lax.top_k(unordered(memories_AU.best), count)
     low = jnp.int32(tiling.low_bits)
-    ids_RC = jnp.where(jnp.isneginf(top_RC), 0, (packed_RC & low) * tiling.groups + group_RC)
-    rest_bound_R = jnp.maximum(jnp.max(unordered(lost_RG), axis=1), jnp.min(top_RC, axis=1))
-    return Candidates(top_RC, ids_RC.astype(jnp.int32), unordered(ordered(rest_bound_R) | low))
+    ids_AC = (ordered(top_AC) & low) * tiling.memories + memory_AC
+    ids_AC = jnp.where(jnp.isneginf(top_AC), 0, ids_AC).astype(jnp.int32)
+    rest_A = jnp.maximum(jnp.max(unordered(memories_AU.lost), axis=1), jnp.min(top_AC, axis=1))
+    return Candidates(top_AC, ids_AC, unordered(ordered(rest_A) | low))
