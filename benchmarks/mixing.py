@@ -1,4 +1,4 @@
-"""What mixing costs: chunks with it and without it in turn, and the neighbour table beside them."""
+"""What mixing costs: decode chunks with and without mixing in turn, and the time of the neighbour table."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def report_mixing(
     steps: int,
     pairs: int,
 ) -> None:
-    """Adds the table: every way of mixing against none, chunk by chunk.
+    """Adds a table: decoding at two mixing rates and by a recomputed similarity, against no mixing.
 
     Args:
       params: rollout layout.

@@ -3,12 +3,12 @@
     python benchmarks/neighbors.py [--model DIR] [--k 8] [--peer-python PATH] [--repeats 3]
     python benchmarks/neighbors.py --refresh [--model DIR] [--updates 50] [--rates 1e-6,1e-4]
 
-Without --model: random rows in clusters, --size × --width. The first form runs every method in a process of
-its own, turn by turn, and prints medians; each table is compared with a float64 scan for --sample rows. Peers
-need the Python of an environment with faiss-cpu and scikit-learn.
+Without --model: random rows in clusters, --size × --width. The first form runs each method in a process of
+its own, in turn, and prints medians; each table is compared with a float64 scan for --sample rows. The other
+libraries need the Python of an environment with faiss-cpu and scikit-learn.
 
 The second form makes real AdamW updates of the model (next-token loss of 4 × 64 random tokens; a random walk
-of the rows where there is no model), keeps a table through them, and builds one from nothing after each.
+of the rows without a model), refreshes a table after each, and builds one from nothing to compare.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main() -> None:
         measure(given)
     elif given.refresh:
         for rate in given.rates.split(","):
-            keep(given, float(rate))
+            compare_refresh(given, float(rate))
     else:
         compare(given)
 
@@ -91,7 +91,7 @@ def compare(given: argparse.Namespace) -> None:
     if given.peer_python and given.peer_python.exists():
         methods += given.peers.split(",")
     else:
-        print(f"no Python at --peer-python {given.peer_python}: peers are left out.")
+        print(f"no Python at --peer-python {given.peer_python}: the other libraries are left out.")
     with tempfile.TemporaryDirectory() as folder:
         source = f"{folder}/rows.npy"
         np.save(source, rows)
@@ -136,7 +136,7 @@ def _start(given: argparse.Namespace, method: str, source: str, target: str) -> 
 def measure(given: argparse.Namespace) -> None:
     """One of our own two methods in this process; prints one line of JSON. The first call compiles."""
     rows_VD = jax.block_until_ready(jnp.asarray(np.load(given.rows)))
-    before = _forget_peak()
+    before = _reset_peak()
     if given.only == OWN:
         run, version = lambda: neighbor_table(rows_VD, given.k), f"this table (jax {jax.__version__})"
     else:
@@ -152,7 +152,7 @@ def measure(given: argparse.Namespace) -> None:
 
 
 def _all_products(rows_VD: jax.Array) -> jax.Array:
-    """The product of every row with every row, of which a maximum is all that is kept."""
+    """The product of every row with every row; of each tile only the maximum is returned."""
     tile = min(TILE, rows_VD.shape[0])
     blocks = -(-rows_VD.shape[0] // tile)
     padded = jnp.pad(rows_VD, ((0, blocks * tile - rows_VD.shape[0]), (0, 0))).reshape(blocks, tile, -1)
@@ -183,12 +183,12 @@ def wrong_rows(rows: np.ndarray, table: np.ndarray, sample: int, valid: np.ndarr
 
 
 def _others(neighbors: np.ndarray, row: int) -> np.ndarray:
-    """A table's row without the row itself (which a twin may have pushed out of a peer's)."""
+    """A table's row without the row itself, which other libraries may leave out for an identical row."""
     return np.delete(neighbors, np.flatnonzero(neighbors == row)[:1] if row in neighbors else -1)
 
 
-def keep(given: argparse.Namespace, rate: float) -> None:
-    """A table kept through updates of one learning rate, against one built from nothing after each."""
+def compare_refresh(given: argparse.Namespace, rate: float) -> None:
+    """A table refreshed after each update of one learning rate, against one built from nothing."""
     if given.model:
         config, params = hf.load(str(given.model))
         tokenizer = prompts.load_tokenizer(given.model)
@@ -201,8 +201,8 @@ def keep(given: argparse.Namespace, rate: float) -> None:
         eligible, walk = eligible_rows(rows_VD.shape[0], REFRESH_K), _random_walk(rows_VD, rate)
     config = refresh.TableConfig(REFRESH_K)
     before_VD = next(walk)
-    nothing = refresh.empty_state(before_VD.shape[0], config)
-    state, _ = refresh.refresh(nothing, before_VD, eligible, config)
+    empty = refresh.empty_state(before_VD.shape[0], config)
+    state, _ = refresh.refresh(empty, before_VD, eligible, config)
     state = _refreshed(state, before_VD, before_VD, eligible, config)[0]  # compiles
     lines = []
     for update in range(1, given.updates + 1):
@@ -223,14 +223,14 @@ def keep(given: argparse.Namespace, rate: float) -> None:
             flush=True,
         )
         before_VD = after_VD
-    kept, built, rescored, searched, other = (np.array(column) for column in zip(*lines, strict=True))
+    seconds, built, rescored, searched, other = (np.array(column) for column in zip(*lines, strict=True))
     print(f"\n{given.updates} updates at learning rate {rate:g}, k = {REFRESH_K}, {_machine()}")
     print(
         console.table(
             [
-                ("seconds of a refresh, median", float(np.median(kept))),
+                ("seconds of a refresh, median", float(np.median(seconds))),
                 ("seconds of a full build, median", float(np.median(built))),
-                ("refresh / full build, median", float(np.median(kept / built))),
+                ("refresh / full build, median", float(np.median(seconds / built))),
                 ("rows scored again, median", int(np.median(rescored))),
                 ("rows searched anew, median", int(np.median(searched))),
                 ("rows searched anew, most", int(searched.max())),
@@ -281,13 +281,13 @@ def _random_walk(rows_VD: jax.Array, rate: float) -> Iterator[jax.Array]:
 
 
 def _memory_mb(name: str) -> float:
-    """VmRSS (now) or VmHWM (at most, since `_forget_peak`) of this process; Linux alone."""
+    """VmRSS (now) or VmHWM (at most, since `_reset_peak`) of this process; Linux alone."""
     lines = pathlib.Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
 
 
-def _forget_peak() -> float:
-    """Starts VmHWM anew; returns the memory in use."""
+def _reset_peak() -> float:
+    """Resets VmHWM to the memory in use, and returns that."""
     pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     return _memory_mb("VmRSS")
 

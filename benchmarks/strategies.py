@@ -3,8 +3,8 @@
     python benchmarks/strategies.py --out=runs/strategies [--steps=36] [--only=cosine,stht] [--json=FILE]
 
 The first run makes the warm start and the others begin from its model, so that they differ in the mixing
-alone and have the same figures before. Held-out figures are without mixing. Two to four minutes a run on two
-cores. A run that is finished is only read: give the same command again after an interruption.
+alone and have the same metrics before training. Evaluation is without mixing. A run takes two to four minutes
+on two cores. A finished run is only read: give the same command again after an interruption.
 """
 
 from __future__ import annotations

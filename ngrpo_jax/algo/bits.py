@@ -1,4 +1,4 @@
-"""float32 as int32 in the same order, so that maxima, bisection and packing need no care for signs."""
+"""float32 <-> int32 in the same order: integer maxima, bisection and packing then need no care for signs."""
 
 import jax
 import jax.numpy as jnp

@@ -1,7 +1,9 @@
-"""Which rows of a matrix may be whose neighbours.
+"""Which rows of a matrix may be neighbours of which.
 
-Owns the two masks and the refusal of such as leave some row without enough neighbours. Must not know what
-makes a row valid or two rows one group (tokenizers), nor how neighbours are found.
+Owns the two masks, and refuses masks that leave some row too few neighbours. Must not know what makes a row
+valid or puts two rows into one group (tokenizers), nor how neighbours are found.
+
+Letter of this file: A anchors, the rows whose neighbours are searched.
 """
 
 from typing import Any, NamedTuple
@@ -12,28 +14,30 @@ import numpy as np
 
 
 class Eligible(NamedTuple):
-    """Row j may be a neighbour of row i ≠ j where j is valid and not of i's group.
+    """Row j may be a neighbour of row i ≠ j if j is valid and not of i's group.
 
-    valid_V  bool
-    group_V  int32, or None: every row is a group of its own
+    Attributes:
+      valid_V: bool.
+      group_V: int32; None where every row is a group of its own.
     """
 
     valid_V: Any
     group_V: Any = None
 
-    def pairs(self, ids_R: jax.Array) -> jax.Array:
-        """bool [R, V]: which rows may be neighbours of the rows `ids_R`."""
-        everyone_V = jnp.arange(self.valid_V.shape[0], dtype=jnp.int32)
-        allowed_RV = self.valid_V[None, :] & (everyone_V[None, :] != ids_R[:, None])
+    def pairs(self, ids_A: jax.Array) -> jax.Array:
+        """bool [A, V]: which rows may be neighbours of the anchors `ids_A`."""
+        ids_V = jnp.arange(self.valid_V.shape[0], dtype=jnp.int32)
+        allowed_AV = self.valid_V[None, :] & (ids_V[None, :] != ids_A[:, None])
         if self.group_V is None:
-            return allowed_RV
-        return allowed_RV & (self.group_V[None, :] != self.group_V[ids_R][:, None])
+            return allowed_AV
+        return allowed_AV & (self.group_V[None, :] != self.group_V[ids_A][:, None])
 
 
 def eligible_rows(size: int, k: int, valid_V: Any = None, group_V: Any = None) -> Eligible:
-    """The masks of `size` rows as NumPy arrays, the same on every host; None: all are valid, or no groups.
+    """The masks of `size` rows as NumPy arrays, so that they are the same on every host.
 
-    Raises ValueError where a mask is not [size], or leaves some row fewer than k - 1 others.
+    None means that all rows are valid, or that there are no groups. Raises ValueError for a mask that is not
+    [size], or leaves some row fewer than k - 1 eligible others.
     """
     valid_V = np.ones(size, bool) if valid_V is None else np.asarray(valid_V)
     if valid_V.shape != (size,):

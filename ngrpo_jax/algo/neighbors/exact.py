@@ -7,7 +7,7 @@ Tiles give candidates, search.py ranks and certifies them, and the few anchors w
 nearest rows are too close to one another for rounded scores) are searched by brute force. So the table is the
 exact one, up to the order of scores that differ by less than rounding.
 
-Letters of this file: A anchors of one device, Q anchors of one batch.
+Letter of this file: A anchors of one device.
 """
 
 from __future__ import annotations
