@@ -27,7 +27,7 @@ TINY = ModelConfig("qwen2", 64, 16, 24, 2, 4, 2, 8, tie_embeddings=False)
 # What a bare accelerator machine has not, and what of the project must not be needed there.
 ABSENT = ("ml_collections", "safetensors", "orbax", "transformers", "tensorflow_datasets")
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-FOREIGN = ("ngrpo_jax.runtime", "ngrpo_jax.tasks", "ngrpo_jax.commands", "ngrpo_jax.analysis")
+FOREIGN = tuple(f"ngrpo_jax.{name}" for name in ("runtime.mesh", "tasks", "setup", "run", "evaluation"))
 
 
 @pytest.mark.parametrize("program", sorted(path.name for path in (ROOT / "benchmarks").glob("[a-z]*.py")))

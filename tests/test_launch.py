@@ -230,7 +230,7 @@ def test_tunnel_uses_the_alpha_track(cloud):
 def test_env_example_names_every_setting():
     text = "\n".join(path.read_text() for path in (ROOT / "launch").rglob("*.s*") if path.is_file())
     used = set(re.findall(r"\bNGRPO_[A-Z_]+\b", text))
-    tuned = {"NGRPO_POLL_SECONDS", "NGRPO_CRASH_GRACE_SECONDS", "NGRPO_BOOT_FILE"}
+    tuned = {"NGRPO_POLL_SECONDS", "NGRPO_CRASH_GRACE_SECONDS", "NGRPO_END_SECONDS", "NGRPO_BOOT_FILE"}
     manifest = set(
         re.findall(r"\$\{(NGRPO_[A-Z_]+)\}", (ROOT / "launch" / "gke" / "jobset.yaml").read_text())
     )

@@ -9,6 +9,7 @@ from test_rollout import CONFIGS, STOP, UNTIL, _params, compilations
 
 from configs import base
 from ngrpo_jax.algo.neighbors import neighbor_table
+from ngrpo_jax.algo.neighbors.eligibility import eligible_rows
 from ngrpo_jax.runtime import console, mesh
 from ngrpo_jax.settings import resolve
 from ngrpo_jax.setup.model_spec import ModelSpec
@@ -52,7 +53,7 @@ def _settings(**changes):
 
 def _model_spec(settings):
     mixing = settings.mixing.method(UNTIL, ())
-    return ModelSpec("", MODEL, TokenizerInfo(None, STOP, mixing, np.ones(MODEL.vocab_size, bool), None))
+    return ModelSpec("", MODEL, TokenizerInfo(None, STOP, mixing, eligible_rows(MODEL.vocab_size, mixing.k)))
 
 
 def test_a_request_is_what_the_settings_say():

@@ -19,7 +19,8 @@ def test_nothing_compiles_after_the_first_step(compiled):
     programs, shardings, optimizer = case.make_programs()
     whole = packing.Batch(*case.rollout_batch())
     start = jax.jit(lambda params: update.init_state(params, optimizer), out_shardings=shardings)
-    state, reference = start(case.make_params(0)), case.make_params(4)
+    state = start(case.make_params(0))
+    reference = jax.device_put(case.make_params(4), shardings.params)
     compiled.clear()
     for part in ((0, 16), (4, 12), (2, 6)):
         rows = packing.mini_batches(whole.part(*part), case.OBJECTIVE, packing.RowLayout(64, 2), count=2)

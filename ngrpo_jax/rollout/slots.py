@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from ngrpo_jax.model import cache as kv
 from ngrpo_jax.model.config import ModelConfig
-from ngrpo_jax.rollout.sharding import SlotSharding
+from ngrpo_jax.rollout.sharding import ONE_DEVICE, SlotSharding
 
 
 class Slots(NamedTuple):
@@ -84,7 +84,9 @@ class Insertions(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("columns", "config", "count", "tail", "sharding"))
-def empty(columns: int, *, config: ModelConfig, count: int, tail: int, sharding: SlotSharding) -> Slots:
+def empty(
+    columns: int, *, config: ModelConfig, count: int, tail: int, sharding: SlotSharding = ONE_DEVICE
+) -> Slots:
     """`count` slots without a sequence, over a cache of `columns`; made on the devices that will hold them.
 
     `tail`: E.
@@ -109,7 +111,9 @@ def constrained(slots: Slots, sharding: SlotSharding) -> Slots:
 
 
 @functools.partial(jax.jit, static_argnames="sharding", donate_argnames="slots")
-def insert(slots: Slots, prefix: Prefix, insertions: Insertions, sharding: SlotSharding) -> Slots:
+def insert(
+    slots: Slots, prefix: Prefix, insertions: Insertions, sharding: SlotSharding = ONE_DEVICE
+) -> Slots:
     """The slots with new sequences, each continuing a row of `prefix`, which has no more columns than they.
 
     Several sequences may continue one row: a prompt is prefilled once, whatever its number of samples. Only
