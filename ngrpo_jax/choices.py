@@ -4,8 +4,6 @@ The method's own choices (strategies, metrics of nearness, algorithms, KL estima
 dicts in `algo/`, where each has its function.
 """
 
-from __future__ import annotations
-
 WARM_START = "warm-start"  # the model.path of a model that the run makes itself
 
 DTYPES = ("float32", "bfloat16")

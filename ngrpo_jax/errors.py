@@ -6,8 +6,6 @@ ends with 128 + its signal. Any other exception keeps its traceback and ends wit
 visible. `flags.run_command` prints them. This module must not import JAX, since grading processes import it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import pathlib

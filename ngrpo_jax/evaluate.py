@@ -11,8 +11,6 @@ responses are stored in generations_STEP_SET.jsonl in the workdir, or in --gener
 interrupted is continued there. docs/evaluation.md has the rest.
 """
 
-from __future__ import annotations
-
 import pathlib
 from collections.abc import Sequence
 from typing import Any

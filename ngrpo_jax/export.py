@@ -3,8 +3,6 @@
 python -m ngrpo_jax.export --config=configs/NAME.py --workdir=DIR [--step=N|best|latest] [--out=DIR]
 """
 
-from __future__ import annotations
-
 import pathlib
 from collections.abc import Sequence
 

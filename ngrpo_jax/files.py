@@ -4,8 +4,6 @@ Owns how text gets to storage and back. Must not know what a file is about, and 
 every room can use it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -4,8 +4,6 @@ A ConfigDict comes from `--config=FILE`, each of its leaves can be overridden by
 an exception becomes an exit status and, where the user can mend it, one sentence on stderr.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import difflib

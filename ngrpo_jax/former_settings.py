@@ -1,7 +1,5 @@
 """What became of settings of earlier versions: for resumed runs, and for configs and flags that name one."""
 
-from __future__ import annotations
-
 from typing import Any
 
 RENAMED: dict[str, str] = {}  # old name -> name of today

@@ -8,8 +8,6 @@ A run is resumed from the latest checkpoint of its workdir; a finished one print
 (preflight/checks.py).
 """
 
-from __future__ import annotations
-
 import pathlib
 import time
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """docs/extending.md: its code does what the page says, all five examples in one run."""
 
-import __future__
-
 import csv
 import importlib
 import json
@@ -41,8 +39,7 @@ def extended(tmp_path, monkeypatch):
         if module is None:
             module = types.ModuleType(name)
             monkeypatch.setitem(sys.modules, name, module)
-        lazy = __future__.annotations.compiler_flag  # as the files of the package have it
-        exec(compile(code, place, "exec", lazy), module.__dict__)
+        exec(compile(code, place, "exec"), module.__dict__)
     yield
     for registry, entries in zip(REGISTRIES, before, strict=True):
         registry.clear()

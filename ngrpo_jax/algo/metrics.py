@@ -5,8 +5,6 @@ microbatches) join by `reduce` and `combine`; `value` makes one number of those 
 Must not know what any metric measures.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple

@@ -7,8 +7,6 @@ aggregation), packing beyond segment ids, microbatches, or the optimiser. Equati
 2606.10768.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple

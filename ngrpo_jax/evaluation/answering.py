@@ -4,8 +4,6 @@ Owns what an evaluation requests of a model, and how the responses of several pr
 not know how responses are sampled (setup/policy.py), nor where they are stored (generations.py).
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 

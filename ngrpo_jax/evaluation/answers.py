@@ -3,8 +3,6 @@
 Reads answers by the rules of `tasks.grading`, as the grader does. Grades nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Sequence
 
 import numpy as np

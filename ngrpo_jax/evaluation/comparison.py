@@ -4,8 +4,6 @@ Owns the pairing of stored generations and the words of the comparison; its stat
 `statistics.paired`'s.
 """
 
-from __future__ import annotations
-
 import pathlib
 
 import numpy as np

@@ -4,8 +4,6 @@ Owns the computation of cosines from trajectories. Must not know how they are su
 I is mixed inputs: a sequence's number and a position in its response.
 """
 
-from __future__ import annotations
-
 import jax
 import numpy as np
 

@@ -5,8 +5,6 @@ row is one response; the samples of a problem stand together, and problems are i
 Owns this format and its reading. Must not know a model: metrics follow from the file alone.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """`evaluate --prompt`: responses to one prompt, printed with their mixed tokens marked."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from ngrpo_jax.errors import require

@@ -3,8 +3,6 @@
 Owns the order of work and what is printed about it. Must not know flags, nor where a checkpoint comes from.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import time

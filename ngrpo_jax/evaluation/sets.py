@@ -8,8 +8,6 @@ The settings of a set are those of the run with the entry's source as `data.eval
 that code which takes settings needs no special case for sets.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import pathlib

@@ -1,7 +1,5 @@
 """Stored generations read again, without a model or a config: their metrics, or verdicts graded anew."""
 
-from __future__ import annotations
-
 import pathlib
 from collections.abc import Sequence
 

@@ -4,8 +4,6 @@ Owns the words and the layout. Takes generations as read from a file, so that a 
 was printed when its responses were made.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

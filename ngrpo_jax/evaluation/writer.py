@@ -3,8 +3,6 @@
 Owns what a file's header and rows hold, and the rule that only the same evaluation may continue a file.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

@@ -5,8 +5,6 @@ are left out of the update, the metrics of both, and the token weights, which ar
 the whole optimiser step on all hosts. Must not know how rewards were graded, nor how rows are packed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

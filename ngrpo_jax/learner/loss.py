@@ -4,8 +4,6 @@ Joins the model, the head and the objective, in chunks of tokens. Must not know 
 programs, or how gradients become a step.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """The optax chain: clip the global gradient norm, then AdamW with a constant rate after a linear warm-up."""
 
-from __future__ import annotations
-
 import optax
 
 from ngrpo_jax.settings import OptimizerSettings

@@ -8,8 +8,6 @@ Must not know what the token ids mean.
 E is examples.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -10,8 +10,6 @@ microbatches of a call a device neither waits for the host nor frees its working
 back as fresh pages (on a CPU a tenth of a small model's update).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence

@@ -3,8 +3,6 @@
 Owns what is read from the system; changes nothing. Must not know what a run needs (memory.py).
 """
 
-from __future__ import annotations
-
 import os
 import pathlib
 import shutil

@@ -4,8 +4,6 @@ Owns verdicts and their table. Must not know what is checked (checks.py). After 
 not need its result are still run, so that one preflight names all faults.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 

@@ -4,8 +4,6 @@ Owns what is checked and in which order. Each check calls the code that the run 
 trained, and nothing stays in the workdir. With several processes each of them checks for itself.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import pathlib

@@ -4,8 +4,6 @@ Owns what is refused because of these, one sentence each. Must not know how memo
 nor read a model or any data.
 """
 
-from __future__ import annotations
-
 import jax
 
 from ngrpo_jax.errors import UserError

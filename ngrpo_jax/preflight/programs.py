@@ -5,8 +5,6 @@ The programs and their requests come from the functions that the run itself call
 with a compilation cache the run finds its programs compiled.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

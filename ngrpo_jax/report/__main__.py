@@ -6,8 +6,6 @@ python -m ngrpo_jax.report pca --tokens="7, the, Wait" --config=... --workdir=..
 python -m ngrpo_jax.report diversity FILE|DIR ...               how much the responses to a problem differ
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

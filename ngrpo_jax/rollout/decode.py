@@ -5,8 +5,6 @@ neither on its neighbours nor on its slot nor on the length of a chunk. Must not
 which slot (scheduler.py), prompts as text, rewards or the learner.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any, NamedTuple
 

@@ -6,8 +6,6 @@ and device run side by side, the results of a chunk are read while the next one 
 of its own, so that none of this changes what is sampled. Must not know a tokenizer, rewards or the learner.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import time

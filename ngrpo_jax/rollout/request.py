@@ -5,8 +5,6 @@ scheduled, or what responses are for. Requests of training, evaluation and prefl
 setup/policy.py alone, so that what is compiled ahead is what is run.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -12,8 +12,6 @@ whose sequence has ended):
 Letter of this file: I insertions, as in slots.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -3,8 +3,6 @@
 Owns the schedule, and how a run stops early. Must not know what a step or an evaluation computes.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import pathlib
 import time

@@ -4,8 +4,6 @@ Owns the names of these metrics but for those of the learner and the neighbour t
 several hosts become one. Must not know the order of a step, nor decide anything by what it measures.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax

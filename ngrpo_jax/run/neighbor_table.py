@@ -4,8 +4,6 @@ Owns which matrix the table is of, when it is refreshed, and the metrics of a re
 table is computed or why it is exact (algo/neighbors/refresh.py).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

@@ -4,8 +4,6 @@ Owns the order of the checks: whatever can be wrong is found before anything is 
 one sentence. Only a warm start is written here, after every other check. Must not know what a step does.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import pathlib
 import tempfile

@@ -3,8 +3,6 @@
 Owns what a checkpoint stores and when a run may be resumed from one. Must not know what a step computes.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import pathlib
 from typing import Any, NamedTuple

@@ -4,8 +4,6 @@ Owns the order of a step, and what each phase takes and gives. Must not know whe
 evaluated, nor which metrics follow from a phase.
 """
 
-from __future__ import annotations
-
 import functools
 import time
 from collections.abc import Iterator

@@ -3,8 +3,6 @@
 Must not decide anything about the run.
 """
 
-from __future__ import annotations
-
 import pathlib
 from collections.abc import Sequence
 from typing import Any

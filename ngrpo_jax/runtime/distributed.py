@@ -7,8 +7,6 @@ Every process calls `allgather` the same number of times in the same order. Each
 processes that are not at the same call raise an error instead of mixing up values.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import json

@@ -3,8 +3,6 @@
 Owns the table of peaks. Must not know what is computed.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

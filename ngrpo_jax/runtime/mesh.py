@@ -11,8 +11,6 @@ Axes, outermost first:
 Letters of this file: Q query heads of a key/value head; J = Q + 2, those heads with their key and value.
 """
 
-from __future__ import annotations
-
 import collections
 import math
 import re

@@ -3,8 +3,6 @@
 Owns how settings become the arguments of learner/. Must not know rollouts, nor the order of a step.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax

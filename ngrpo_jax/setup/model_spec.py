@@ -4,8 +4,6 @@ Owns the search for the starting model (a directory, a hub name, a warm start), 
 and writing them to a directory. Must not know what the parameters are used for.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib

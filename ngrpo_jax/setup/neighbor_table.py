@@ -1,7 +1,5 @@
 """The neighbour table of a model as its settings and tokenizer want it: built whole, or kept up to date."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

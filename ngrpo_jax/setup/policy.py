@@ -4,8 +4,6 @@ Owns the rollout's copy of the parameters, the requests of training and evaluati
 sequence. Must not know what responses are for: neither rewards nor updates.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import zlib
 from collections.abc import Sequence

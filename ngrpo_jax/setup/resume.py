@@ -3,8 +3,6 @@
 Settings are plain values here, by dotted name, as JSON gives them back. Must not know arrays or checkpoints.
 """
 
-from __future__ import annotations
-
 import json
 import pathlib
 from collections.abc import Mapping

@@ -3,8 +3,6 @@
 Owns how settings and a tokenizer become ids and masks. Must not know prompts or responses.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -3,8 +3,6 @@
 Owns its size, its examples, and the record of the settings that made it. Must not know when a run needs one.
 """
 
-from __future__ import annotations
-
 import pathlib
 from typing import Any
 

@@ -6,8 +6,6 @@ the model, the scheduler's slots, or tokenizers: ids arrive as integers.
 Letter of this file: E response tokens at the end of a sequence.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import chex

@@ -3,8 +3,6 @@
 Owns the axis that a search runs on. Must not know what is searched.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

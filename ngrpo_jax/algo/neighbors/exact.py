@@ -10,8 +10,6 @@ exact one, up to the order of scores that differ by less than rounding.
 Letter of this file: A anchors of one device.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable

@@ -16,8 +16,6 @@ rows are eligible is fixed as long as a state is used: all bounds are about elig
 Letters of this file: A rows of one device, Q rows of one batch.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple

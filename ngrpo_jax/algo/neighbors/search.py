@@ -11,8 +11,6 @@ Letters of this file: A anchors, Q anchors of one batch, U groups of adjacent co
 groups.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple

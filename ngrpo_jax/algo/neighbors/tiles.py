@@ -23,8 +23,6 @@ because the bound covers both. Memory: 2U integers a row, and one tile.
 Letters of this file: E rows of a block (one edge of a tile), U memories of a row, A rows.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any, NamedTuple
 

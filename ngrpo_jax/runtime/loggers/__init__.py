@@ -4,8 +4,6 @@ A new logger is a file of this folder with a class like `Logger`, and an entry i
 the names, so nothing here may import JAX, nor, at its top, a library that is slow to import.
 """
 
-from __future__ import annotations
-
 import pathlib
 from collections.abc import Mapping
 from typing import Protocol

@@ -1,7 +1,5 @@
 """WORKDIR/tensorboard: the metrics as event files, each metric a scalar."""
 
-from __future__ import annotations
-
 import pathlib
 from collections.abc import Mapping
 
