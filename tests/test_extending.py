@@ -1,5 +1,7 @@
 """docs/extending.md: its code does what the page says, all five examples in one run."""
 
+import __future__
+
 import csv
 import importlib
 import json
@@ -39,7 +41,8 @@ def extended(tmp_path, monkeypatch):
         if module is None:
             module = types.ModuleType(name)
             monkeypatch.setitem(sys.modules, name, module)
-        exec(compile(code, place, "exec"), module.__dict__)
+        lazy = __future__.annotations.compiler_flag  # as some files of the package have it
+        exec(compile(code, place, "exec", lazy), module.__dict__)
     yield
     for registry, entries in zip(REGISTRIES, before, strict=True):
         registry.clear()
