@@ -47,6 +47,11 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
+def as_json(value: Any) -> Any:
+    """`value` as it is read back from JSON: tuples become lists, and no reference is shared."""
+    return json.loads(json.dumps(value))
+
+
 def read_json(path: pathlib.Path, remedy: str = "correct it or make it again") -> dict[str, Any]:
     """The object that a JSON file holds; `remedy` ends the sentence where it holds none.
 

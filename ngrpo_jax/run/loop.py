@@ -6,8 +6,8 @@ Owns the schedule, and how a run stops early. Must not know what a step or an ev
 import dataclasses
 import pathlib
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import jax
 
@@ -85,12 +85,9 @@ def evaluate(run: Run, state: RunState, grader: Grader, label: str) -> dict[str,
     return evaluate_set(policy, run.held_out, settings, grader, label=label)
 
 
-@contextmanager
-def profiled(settings: TrainSettings, step: int, workdir: pathlib.Path) -> Iterator[None]:
+def profiled(settings: TrainSettings, step: int, workdir: pathlib.Path) -> AbstractContextManager[Any]:
     """Traces the block into WORKDIR/profile at the steps of `train.profile_from`: one trace a process."""
     first = settings.profile_from
     if first is None or not first <= step < first + settings.profile_steps:
-        yield
-        return
-    with jax.profiler.trace(workdir / "profile" / f"step-{step}-process-{distributed.process().index}"):
-        yield
+        return nullcontext()
+    return jax.profiler.trace(workdir / "profile" / f"step-{step}-process-{distributed.process().index}")

@@ -8,23 +8,20 @@ identity, the shape of every array, and what the caller adds). Orbax writes into
 renames it at the end, so that a process that dies while it saves leaves no step behind.
 """
 
-from __future__ import annotations
-
 import contextlib
-import json
 import logging
 import math
 import os
 import re
 from collections.abc import Iterator, Mapping
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from ngrpo_jax.errors import StorageError, UserError, is_storage_failure
+from ngrpo_jax.files import as_json
 from ngrpo_jax.runtime.mesh import path_name
 
 Json = Any
@@ -52,20 +49,18 @@ class Checkpoints:
         model: Mapping[str, Json] | None,
         best: str | None = None,
     ) -> None:
-        _quiet_orbax()
+        logging.getLogger("absl").addFilter(_is_shown)  # the same filter twice counts once
         name = os.fspath(directory)
         self.directory = name if "://" in name else os.path.abspath(name)
-        self._model = None if model is None else _as_json(model)
+        self._model = None if model is None else as_json(model)
         self._best = best
         self._writes = False
         self._manager = self._open(writes=False)
 
-    def __enter__(self) -> Checkpoints:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def steps(self) -> list[int]:
@@ -115,7 +110,7 @@ class Checkpoints:
             self._manager.close()
             self._manager = self._open(writes=True)
             self._writes = True
-        document = {"model": self._model, "shapes": _describe(state), "host": _as_json(host)}
+        document = {"model": self._model, "shapes": _describe(state), "host": as_json(host)}
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), host=ocp.args.JsonSave(document))
         with self._written():
             saved = self._manager.save(step, args=items, metrics=self._ranked(metrics))
@@ -275,23 +270,10 @@ def _describe(tree: Any) -> dict[str, Json]:
     return {path_name(path): [list(leaf.shape), str(leaf.dtype)] for path, leaf in leaves}
 
 
-def _as_json(value: Any) -> Json:
-    """`value` as it is read back from JSON: tuples become lists, and no reference is shared."""
-    return json.loads(json.dumps(value))
-
-
 def _entries(model: Mapping[str, Json], names: list[str]) -> str:
     return ", ".join(f"{name} {model.get(name)}" for name in names)
 
 
-class _OrbaxFilter(logging.Filter):
-    """Drops Orbax's log records below ERROR; other users of absl's logger keep their verbosity."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
-
-
-def _quiet_orbax() -> None:
-    logger = logging.getLogger("absl")
-    if not any(isinstance(f, _OrbaxFilter) for f in logger.filters):
-        logger.addFilter(_OrbaxFilter())
+def _is_shown(record: logging.LogRecord) -> bool:
+    """Whether a log record is an error or not of Orbax: other users of absl's logger keep their verbosity."""
+    return record.levelno >= logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname

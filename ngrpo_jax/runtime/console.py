@@ -3,14 +3,11 @@
 Owns the layout of console output. Must not know what is counted.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 _SI = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _REWRITE_S = 0.2  # a terminal line is redrawn at most so often
@@ -54,12 +51,10 @@ class Progress:
         self._began = self._printed_at = clock()
         self._printed: str | None = None
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def update(self, done: int, note: str = "") -> None:
@@ -109,9 +104,6 @@ def table(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> str:
         ValueError: a row has another number of cells than the header.
     """
     body = list(rows)
-    for row in body:
-        if len(row) != len(headers):
-            raise ValueError(f"a table of {len(headers)} columns got the row {tuple(row)!r}")
     cells = [[_cell(value) for value in row] for row in body]
     widths = [max(len(text) for text in column) for column in zip(headers, *cells, strict=True)]
     right = [

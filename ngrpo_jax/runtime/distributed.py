@@ -28,7 +28,7 @@ Json = Any
 
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
-_FRAME = 4096  # bytes of a message; a longer value is sent again in a message of its length
+_LEAST_ROOM = 4096  # bytes exchanged for a value, so that nearly all exchanges are one compiled program
 _VISIBLE_S = 20.0  # how long a file of another host may take to appear on shared storage
 
 
@@ -189,12 +189,11 @@ def allgather(name: str, value: Json) -> list[Json]:
     this = process()
     if not this.several:
         return [value]
-    own = json.dumps({"name": name, "value": value}).encode()
-    frames = _all_gather(own, _FRAME)
-    longest = max(map(_length, frames))
-    if longest > _FRAME - 4:
-        frames = _all_gather(own, 1 << (longest + 3).bit_length())
-    messages = [json.loads(frame[4 : 4 + _length(frame)].tobytes()) for frame in frames]
+    own = np.frombuffer(json.dumps({"name": name, "value": value}).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(own.size))
+    room = max(_LEAST_ROOM, 1 << int(sizes.max() - 1).bit_length())
+    frames = multihost_utils.process_allgather(np.pad(own, (0, room - own.size)))
+    messages = [json.loads(frame[:size].tobytes()) for frame, size in zip(frames, sizes, strict=True)]
     for index, message in enumerate(messages):
         if message["name"] != name:
             raise RuntimeError(
@@ -208,19 +207,6 @@ def allgather_items(name: str, values: list[Json]) -> list[Json]:
     """The values of all items, in their order, from those of the items in each process's `Process.share`."""
     parts = allgather(name, values)
     return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
-
-
-def _all_gather(message: bytes, size: int) -> np.ndarray:
-    """The messages of all processes, each its length, then its text, cut off or padded: uint8 [n, size]."""
-    frame = np.zeros(size, np.uint8)
-    frame[:4] = np.frombuffer(len(message).to_bytes(4, "little"), np.uint8)
-    body = np.frombuffer(message[: size - 4], np.uint8)
-    frame[4 : 4 + len(body)] = body
-    return np.asarray(multihost_utils.process_allgather(frame))
-
-
-def _length(frame: np.ndarray) -> int:
-    return int.from_bytes(frame[:4].tobytes(), "little")
 
 
 def check_shared(workdir: str | os.PathLike[str]) -> None:

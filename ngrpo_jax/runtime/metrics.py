@@ -7,15 +7,12 @@ bytes under `memory/`, and nothing else does: without these three groups, the me
 stopped and resumed is byte for byte that of a run that was not.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os
 import pathlib
 from collections.abc import Collection, Mapping, Sequence
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -62,12 +59,10 @@ class RunLog:
             _cut(path, self._last)
         self._loggers = [LOGGERS[name](folder, self._last + 1) for name in loggers]
 
-    def __enter__(self) -> RunLog:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with contextlib.ExitStack() as stack:
             for logger in self._loggers:
                 stack.callback(logger.close)

@@ -75,21 +75,16 @@ def abstract_policy(
 def training_request(policy: Policy, settings: Settings) -> RolloutRequest:
     """What a training step asks of this host's rollout."""
     own = settings.rollout
-    sampling = _sampling(policy, settings.mixing.active, temperature=own.temperature)
-    return _request(policy, settings, sampling, samples=own.group, max_new_tokens=own.max_new_tokens)
+    distribution = {"temperature": own.temperature}
+    return _request(policy, settings, settings.mixing.active, own.group, own.max_new_tokens, distribution)
 
 
 def evaluation_request(policy: Policy, settings: Settings) -> RolloutRequest:
     """What an evaluation asks of this host's rollout."""
     own = settings.eval
-    sampling = _sampling(
-        policy,
-        evaluation_mixes(settings),
-        temperature=own.temperature,
-        top_p=own.top_p,
-        top_k=own.top_k,
-    )
-    return _request(policy, settings, sampling, samples=own.samples, max_new_tokens=own.max_new_tokens)
+    distribution = {"temperature": own.temperature, "top_p": own.top_p, "top_k": own.top_k}
+    mixes = evaluation_mixes(settings)
+    return _request(policy, settings, mixes, own.samples, own.max_new_tokens, distribution)
 
 
 def evaluation_mixes(settings: Settings) -> bool:
@@ -97,18 +92,19 @@ def evaluation_mixes(settings: Settings) -> bool:
     return settings.eval.mixing and settings.mixing.active
 
 
-def _sampling(policy: Policy, mixes: bool, **distribution: Any) -> SamplingParams:
+def _request(
+    policy: Policy,
+    settings: Settings,
+    mixes: bool,
+    samples: int,
+    max_new_tokens: int,
+    distribution: dict[str, Any],
+) -> RolloutRequest:
     info = policy.tokenizer_info
     mixing = info.mixing if mixes else NO_MIXING
-    return SamplingParams(**distribution, mixing=mixing, stop_ids=tuple(info.stop_ids))
-
-
-def _request(
-    policy: Policy, settings: Settings, sampling: SamplingParams, *, samples: int, max_new_tokens: int
-) -> RolloutRequest:
     return RolloutRequest(
         policy.config,
-        sampling,
+        SamplingParams(**distribution, mixing=mixing, stop_ids=tuple(info.stop_ids)),
         samples=samples,
         max_new_tokens=max_new_tokens,
         slots=-(-settings.rollout.slots // distributed.process().count),

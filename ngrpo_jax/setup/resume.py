@@ -3,12 +3,12 @@
 Settings are plain values here, by dotted name, as JSON gives them back. Must not know arrays or checkpoints.
 """
 
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from ngrpo_jax.errors import UserError
+from ngrpo_jax.files import as_json
 from ngrpo_jax.former_settings import REMOVED, RENAMED, RENAMED_VALUES
 from ngrpo_jax.settings import Settings
 
@@ -88,11 +88,6 @@ def changes(stored: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     ]
     was = {name: there.get(name, defaults[name]) for name in here}
     return lost + [f"{name} {was[name]}, not {value}" for name, value in here.items() if was[name] != value]
-
-
-def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as JSON gives them back, a tuple as a list."""
-    return json.loads(json.dumps(settings))
 
 
 def _today(name: str, value: Any) -> Any:

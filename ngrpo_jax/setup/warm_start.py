@@ -13,7 +13,6 @@ from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.runtime import console
 from ngrpo_jax.settings import Settings, WarmStartSettings
 from ngrpo_jax.setup.problems import ProblemSet
-from ngrpo_jax.setup.resume import as_json
 from ngrpo_jax.tasks import arithmetic
 from ngrpo_jax.tasks.datasets import Problem
 
@@ -71,7 +70,7 @@ def recipe(settings: Settings) -> dict[str, Any]:
     held_out = ("data.eval", "data.overlap_with", "data.drop_overlap")  # never of an arithmetic problem
     return {
         name: value
-        for name, value in as_json(settings.leaves()).items()
+        for name, value in files.as_json(settings.leaves()).items()
         if name.startswith(("seed", "data.", "warm_start.")) and name not in held_out
     }
 

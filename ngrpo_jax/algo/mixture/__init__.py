@@ -10,23 +10,3 @@ Equation numbers in this package are those of arXiv 2606.10768.
 from ngrpo_jax.algo.mixture.inputs import Mixture, Noise, cosine_to_anchor, embed, one_hot
 from ngrpo_jax.algo.mixture.mixing import TABLES, TOKENS, WEIGHTS, Mixing, completed, next_input, tail_length
 from ngrpo_jax.algo.mixture.strategies import STRATEGIES, Proposal, StepContext, Strategy, neighbor_mixture
-
-__all__ = [
-    "STRATEGIES",
-    "TABLES",
-    "TOKENS",
-    "WEIGHTS",
-    "Mixing",
-    "Mixture",
-    "Noise",
-    "Proposal",
-    "StepContext",
-    "Strategy",
-    "completed",
-    "cosine_to_anchor",
-    "embed",
-    "neighbor_mixture",
-    "next_input",
-    "one_hot",
-    "tail_length",
-]

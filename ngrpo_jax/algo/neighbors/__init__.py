@@ -13,5 +13,3 @@ devices.py      rows divided over the devices of a mesh
 
 from ngrpo_jax.algo.neighbors.exact import TableConfig, neighbor_table
 from ngrpo_jax.algo.neighbors.nearness import METRICS
-
-__all__ = ["METRICS", "TableConfig", "neighbor_table"]
