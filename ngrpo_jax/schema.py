@@ -6,15 +6,13 @@ the check: `int`, `float`, `str`, `bool` and tuples of them say what kind of val
 module must not know which settings there are.
 """
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import math
 import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 from ngrpo_jax.errors import require
 
@@ -62,7 +60,7 @@ class Kind:
     checks: tuple[Check, ...]
 
     @classmethod
-    def of(cls, declared: Any) -> Kind:
+    def of(cls, declared: Any) -> Self:
         """The parts of a declared type."""
         origin, arguments = typing.get_origin(declared), typing.get_args(declared)
         if origin is Annotated:

@@ -20,10 +20,8 @@ its responses "u v w" and "x y", and the prompt "d e" with its response "z":
 Must not know how tokens were weighted, how rows are split over devices, or what the loss is.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
@@ -54,9 +52,9 @@ class Batch(NamedTuple):
     advantages_B: np.ndarray
     included_B: np.ndarray | None = None
 
-    def part(self, start: int, stop: int) -> Batch:
+    def part(self, start: int, stop: int) -> Self:
         """Responses start..stop."""
-        return Batch(
+        return type(self)(
             self.prompts[start:stop],
             self.trajectories.part(start, stop),
             self.advantages_B[start:stop],

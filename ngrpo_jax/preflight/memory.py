@@ -8,11 +8,9 @@ counts on a CPU: it is within 15 %. That is enough to find the setting that make
 that fits by a narrow margin may fail.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, Self, get_args
 
 from ngrpo_jax.model import cached_attention
 from ngrpo_jax.model.config import ModelConfig
@@ -63,7 +61,7 @@ class RolloutSizes:
     tensor: int = 1
 
     @classmethod
-    def of(cls, settings: Settings, *, samples: int, new_tokens: int) -> RolloutSizes:
+    def of(cls, settings: Settings, *, samples: int, new_tokens: int) -> Self:
         """The sizes of a rollout of `samples` responses a prompt, each of at most `new_tokens` tokens."""
         grid, slots, longest = settings.mesh, settings.rollout.slots, settings.data.max_prompt_tokens
         tensor = grid.tensor if settings.rollout.layout == "tensor" else 1

@@ -5,12 +5,10 @@ rollout, `compile_ahead` and `compile_largest` take their programs from the same
 is left to compile once a rollout begins. Must not know which sequence is in which slot.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +66,7 @@ class Programs:
     sharding: SlotSharding
 
     @classmethod
-    def of(cls, request: RolloutRequest, params: Any) -> Programs:
+    def of(cls, request: RolloutRequest, params: Any) -> Self:
         """For parameters in the inference layout: arrays, or jax.ShapeDtypeStruct with a sharding."""
         sharding = SlotSharding.of(request.sharding, params)
         shards = sharding.shards

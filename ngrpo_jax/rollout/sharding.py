@@ -3,11 +3,9 @@
 Owns the axes that rows and heads are split over. Must not know what slots hold besides a cache.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Self
 
 import jax
 from jax.sharding import NamedSharding
@@ -27,7 +25,7 @@ class SlotSharding:
     heads: str | None = None
 
     @classmethod
-    def of(cls, sharding: NamedSharding | None, params: Any) -> SlotSharding:
+    def of(cls, sharding: NamedSharding | None, params: Any) -> Self:
         """Rows as `sharding` splits its leading dimension, heads as the parameters are split."""
         if sharding is None:
             return cls()

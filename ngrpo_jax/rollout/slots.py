@@ -8,10 +8,8 @@ Letters of this file: E last response tokens, as many as the end of mixing depen
 shards.
 """
 
-from __future__ import annotations
-
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +70,7 @@ class Insertions(NamedTuple):
     limits_I: Any
 
     @classmethod
-    def none(cls, slots: int, shards: int) -> Insertions:
+    def none(cls, slots: int, shards: int) -> Self:
         """No sequence, for `slots` slots in `shards` equal parts."""
         return cls(
             count=np.zeros(shards, np.int32),

@@ -3,9 +3,7 @@
 NumPy arrays on the host; the learner, the tasks and the evaluation read them, only the rollout makes them.
 """
 
-from __future__ import annotations
-
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import jax
 import numpy as np
@@ -38,7 +36,7 @@ class Trajectories(NamedTuple):
     nonfinite_B: np.ndarray
 
     @classmethod
-    def empty(cls, count: int, length: int, candidates: int, *, noisy: bool = False) -> Trajectories:
+    def empty(cls, count: int, length: int, candidates: int, *, noisy: bool = False) -> Self:
         """`count` responses without tokens: token 0, log-probability 0, one-hot 0.
 
         `noisy`: whether the mixtures carry noise, here of scale 0.
@@ -69,6 +67,6 @@ class Trajectories(NamedTuple):
         """Whether a response of at most `limit` tokens has ended."""
         return bool(self.stopped_B[index] or self.nonfinite_B[index] or self.lengths_B[index] >= limit)
 
-    def part(self, start: int, stop: int) -> Trajectories:
+    def part(self, start: int, stop: int) -> Self:
         """The responses start..stop."""
         return jax.tree.map(lambda leaf: leaf[start:stop], self)

@@ -5,14 +5,12 @@ Must not import JAX either: a command may fail before it needs it. jax's coordin
 (distributed.py) and the launcher end the other processes. A process alone ends as Python does.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys
 import threading
 import time
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 from ngrpo_jax.errors import UserError
 
@@ -80,7 +78,7 @@ class Signals:
         self.received = 0
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> Signals:
+    def __enter__(self) -> Self:
         if several() and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._note)

@@ -4,13 +4,11 @@ Owns which problems are left out, and what is printed about that. Must not know 
 training.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 from ngrpo_jax.errors import UserError
 from ngrpo_jax.settings import Settings
@@ -28,9 +26,9 @@ class ProblemSet:
     prompts: list[list[int]]
     dropped: int = 0
 
-    def take(self, indices: Sequence[int]) -> ProblemSet:
+    def take(self, indices: Sequence[int]) -> Self:
         """The problems at these indices, in this order."""
-        return ProblemSet([self.problems[i] for i in indices], [self.prompts[i] for i in indices])
+        return type(self)([self.problems[i] for i in indices], [self.prompts[i] for i in indices])
 
 
 def load_set(settings: Settings, tokenizer: Any, split: str) -> ProblemSet:
