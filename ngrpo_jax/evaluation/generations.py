@@ -15,7 +15,7 @@ import numpy as np
 from ngrpo_jax import files
 from ngrpo_jax.errors import require
 from ngrpo_jax.evaluation.answers import final_answer, graded_responses
-from ngrpo_jax.evaluation.statistics import estimates, geometry
+from ngrpo_jax.evaluation.statistics import estimates
 
 FORMAT = 1
 _HEADER = ("set", "step", "model", "problems", "pass_k", "trained", "depends")
@@ -76,7 +76,7 @@ class Generations:
     def cosines(self) -> dict[str, float] | None:
         """Appendix E over all mixed inputs; None where nothing was mixed."""
         cosines = [value for rows in self.problems for row in rows for value in row.get("cosines", ())]
-        return geometry.cosine_metrics(np.array(cosines)) if cosines else None
+        return estimates.cosine_metrics(np.array(cosines)) if cosines else None
 
 
 def find(folder: pathlib.Path) -> list[pathlib.Path]:
