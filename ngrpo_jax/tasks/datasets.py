@@ -1,22 +1,21 @@
 """Problems of a data source, and their order in training.
 
-Owns what a problem is, the checks of each row, and which problems a training step takes. Must not know
-prompts or tokens.
+Owns what a problem is, and which problems a training step takes. Must not know prompts or tokens.
 """
 
 import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from ngrpo_jax.errors import UserError
 
 from . import cleaning
-from .rows import Row, field_list, is_null, text
-from .sources import FIELDS, read_rows
+from .rows import RowReader
+from .sources import read_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,39 +77,15 @@ def _problems(
 ) -> Iterator[Problem | None]:
     """A problem for each row; where tolerant, None for a row without a problem or an answer."""
     rows = read_rows(source, split=split, seed=seed, size=size)
-    ids: set[str] = set()
+    names = {field: (name,) for field, name in rows.names.items()}
+    reader = RowReader(rows.origin, names, "every row", "row-{}", tolerant, spelling=str)
     empty = True
     for number, row in rows.numbered:
         empty = False
-        place = f"{rows.origin}, row {number}"
-        problem = _problem(place, f"row-{number}", row, rows.names, tolerant)
-        if problem is not None:
-            if problem.id in ids:
-                raise UserError(f"{place}: an earlier row has the id {problem.id!r} too; ids must differ")
-            ids.add(problem.id)
-        yield problem
+        texts = reader.read(number, row)
+        yield Problem(**texts) if texts else None
     if empty:
         raise UserError(f"data source {source!r} (split {split!r}) is empty; give one with at least one row")
-
-
-def _problem(place: str, default_id: str, row: Row, names: dict[str, str], tolerant: bool) -> Problem | None:
-    if not isinstance(row, Mapping):
-        raise UserError(f"{place}: not an object with the fields {names['problem']} and {names['answer']}")
-    values = {}
-    for field in FIELDS:
-        name = names[field]
-        value = row.get(name)
-        if field == "id" and is_null(value):
-            value = default_id
-        elif tolerant and name in row and is_null(value):
-            return None
-        if value is None:
-            raise UserError(
-                f"{place}: no field {name!r}; every row needs a problem and an answer (fields here: "
-                f"{field_list(row)})"
-            )
-        values[field] = text(place, name, value, numbers=field != "problem")
-    return Problem(**values)
 
 
 def problem_order(count: int, *, seed: int, step: int, batch: int) -> np.ndarray:

@@ -9,10 +9,9 @@ import io
 import json
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
-from ngrpo_jax.errors import UserError, storage
-from ngrpo_jax.files import read_jsonl
+from ngrpo_jax.errors import UserError
+from ngrpo_jax.files import read_jsonl, read_text, well_formed
 
 from .rows import Row
 
@@ -38,22 +37,18 @@ def _jsonl(path: pathlib.Path) -> Numbered:
 
 def _json(path: pathlib.Path) -> Numbered:
     """An array of objects; a file that holds JSON lines in spite of its suffix is read as JSONL."""
-    content = _bytes(path)
-    if not content.lstrip().startswith(b"["):
+    text = read_text(path)
+    if not text.lstrip().startswith("["):
         return _jsonl(path)
-    return enumerate(_parsed(content, str(path)), 1)
+    with well_formed(path, "correct it"):
+        return enumerate(json.loads(text), 1)
 
 
 def _csv(path: pathlib.Path) -> Numbered:
-    content = _decoded(_bytes(path), str(path))
-    reader = csv.reader(io.StringIO(content, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
         header = next(reader, [])
-        number = 0
-        for cells in reader:
-            if not cells:
-                continue
-            number += 1
+        for number, cells in enumerate(filter(None, reader), 1):
             if len(cells) != len(header):
                 raise UserError(
                     f"{path}, row {number}: {len(cells)} fields where the header has {len(header)}; "
@@ -92,28 +87,3 @@ READERS: dict[str, Callable[[pathlib.Path], Numbered]] = {
     "csv": _csv,
     "parquet": _parquet,
 }
-
-
-def _bytes(path: pathlib.Path) -> bytes:
-    with storage(path):
-        return path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-
-
-def _decoded(content: bytes, place: str) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{place}, line {line}: not UTF-8 text ({error.reason}); save the file as UTF-8"
-        ) from error
-
-
-def _parsed(content: bytes, place: str) -> Any:
-    try:
-        return json.loads(_decoded(content, place))
-    except json.JSONDecodeError as error:
-        where = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}"
-        raise UserError(f"{place}: not JSON ({error.msg} at {where}); correct it") from error
-    except RecursionError as error:
-        raise UserError(f"{place}: JSON nested too deeply; correct it") from error

@@ -59,8 +59,6 @@ def read_rows(source: str, *, split: str, seed: int, size: int | None) -> Rows:
     if kind in files.READERS and body:
         names, _ = _field_names(source, query)
         path = pathlib.Path(body).expanduser()
-        if not path.exists():
-            raise UserError(f"data source {source!r}: there is no file {path}")
         return Rows(str(path), files.read(path, kind), names)
     if kind == "tfds" and body:
         own = body.partition("/")[0].partition(":")[0] in builders.NAMES

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 MATH, CHOICE = "math", "choice"
+OPTIONS = ("correct", "wrong1", "wrong2", "wrong3")  # fields of a multiple choice whose options are columns
 
 _FIELDS = {
     "id": ("id", "unique_id", "Record ID"),

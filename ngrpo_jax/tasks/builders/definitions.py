@@ -88,7 +88,7 @@ class ProblemBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  
             source="own file" if own else f"huggingface.co/datasets/{entry.repository}@{entry.revision}",
             licence="; ".join(named) if own and named else entry.licence,
             kind=entry.kind,
-            splits={split: rows.metadata() for split, rows in read.items()},
+            splits={split: rows.metadata for split, rows in read.items()},
         )
         return {split: self._generate_examples(rows.examples) for split, rows in read.items()}
 
