@@ -352,7 +352,7 @@ def test_a_public_file_of_another_length_is_refused(hub, tmp_path):
 
 
 def test_a_file_that_the_hub_does_not_give_is_named(hub, tmp_path):
-    with pytest.raises(UserError, match=r"gpqa_diamond is gated: accept its conditions at https://h"):
+    with pytest.raises(UserError, match=r"gpqa_diamond is gated .*; accept its conditions at https://h"):
         fetched("gpqa_diamond", tmp_path, "test")
     with pytest.raises(UserError, match=r"aime24 cannot be downloaded from https://.*own file by manual_dir"):
         fetched("aime24", tmp_path, "test")

@@ -18,8 +18,7 @@ from collections.abc import Iterator
 from ngrpo_jax.errors import UserError
 
 THINK_OPENING = "<think>\n"
-SPLITS = ("train", "test")
-DEFAULT_SIZE = {"train": 8192, "test": 256}
+DEFAULT_SIZE = {"train": 8192, "test": 256}  # of each split
 
 _HELD_OUT_SHARE = 8
 _ENUMERABLE = 100_000
@@ -74,8 +73,10 @@ def generate(spec: Spec, *, split: str, seed: int, size: int | None = None) -> l
     default is `DEFAULT_SIZE`, or the whole family where it is smaller. Raises UserError for an unknown split
     and for a `size` that exceeds the family.
     """
-    if split not in SPLITS:
-        raise UserError(f"data source 'arithmetic' has the splits {' and '.join(SPLITS)}, not {split!r}")
+    if split not in DEFAULT_SIZE:
+        raise UserError(
+            f"data source 'arithmetic' has the splits {' and '.join(DEFAULT_SIZE)}, not {split!r}"
+        )
     wanted = DEFAULT_SIZE[split] if size is None else size
     rng = random.Random(f"{seed} {split}")
     small = spec.size <= _ENUMERABLE
@@ -131,10 +132,11 @@ def _held_out(text: str) -> bool:
 def _shuffled(spec: Spec, rng: random.Random) -> list[str]:
     """Every problem of a small family in random order: drawing at random would hardly find the last ones."""
     numbers = [str(n) for n in range(10**spec.digits)]
-    texts = []
-    for terms in range(spec.min_terms, spec.max_terms + 1):
-        for parts in itertools.product(numbers, *([spec.ops, numbers] * (terms - 1))):
-            texts.append("".join(parts) + "=")
+    texts = [
+        "".join(parts) + "="
+        for terms in range(spec.min_terms, spec.max_terms + 1)
+        for parts in itertools.product(numbers, *([spec.ops, numbers] * (terms - 1)))
+    ]
     rng.shuffle(texts)
     return texts
 

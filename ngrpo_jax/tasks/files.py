@@ -10,7 +10,7 @@ import json
 import pathlib
 from collections.abc import Callable, Iterator
 
-from ngrpo_jax.errors import UserError
+from ngrpo_jax.errors import UserError, explained
 from ngrpo_jax.files import read_jsonl, read_text, well_formed
 
 from .rows import Row
@@ -63,20 +63,13 @@ def _parquet(path: pathlib.Path) -> Numbered:
     import pyarrow
     import pyarrow.parquet
 
-    try:
+    with explained(pyarrow.ArrowInvalid, f"{path} is not a readable parquet file", "fetch it again"):
         table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowInvalid as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path} is not a readable parquet file ({reason}); fetch it again") from error
     number = 0
     for batch in table.to_batches():
-        try:
+        place = f"{path}: among rows {number + 1} to {number + batch.num_rows}"
+        with explained(UnicodeDecodeError, f"{place} there is text that is not UTF-8", "write the file anew"):
             rows = batch.to_pylist()
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{path}: among rows {number + 1} to {number + batch.num_rows} there is text that is not "
-                f"UTF-8 ({error.reason}); write the file anew"
-            ) from error
         yield from enumerate(rows, number + 1)
         number += batch.num_rows
 

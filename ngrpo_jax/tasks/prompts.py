@@ -15,12 +15,13 @@ import jinja2
 import numpy as np
 
 from ngrpo_jax.choices import PROMPTS
-from ngrpo_jax.errors import UserError
+from ngrpo_jax.errors import UserError, explained
 
 MATH_SENTENCE = "Let's think step by step and output the final answer within \\boxed{}."
 CHOICE_SENTENCE = (
     "Let's think step by step and output the final answer in the last line as:\nAnswer: <A/B/C/D>"
 )
+_ENDINGS = {"math": f" {MATH_SENTENCE}", "choice": f"\n\n{CHOICE_SENTENCE}", "plain": ""}
 PLAIN = "plain"
 
 Tokenizer = Any  # transformers.PreTrainedTokenizerFast, imported late because that takes seconds
@@ -49,27 +50,20 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import PreTrainedTokenizerFast
 
-    try:
+    # The Rust tokenizer raises bare Exceptions.
+    with explained(Exception, f"the tokenizer files in {folder} cannot be read", "copy them again"):
         config_file = folder / "tokenizer_config.json"
         config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
         # PreTrainedTokenizerFast does not read this setting from the file.
         bos: dict[str, Any] = {"add_bos_token": True} if config.get("add_bos_token") else {}
         return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, **bos)
-    except Exception as error:  # the Rust tokenizer raises bare Exceptions
-        raise UserError(
-            f"the tokenizer files in {folder} cannot be read ({error}); copy them again from the model"
-        ) from error
 
 
 def user_text(problem: str, kind: str = "math") -> str:
     """The user turn for a problem, in the paper's words; kind "plain" is the problem's text alone."""
-    if kind == "math":
-        return f"{problem} {MATH_SENTENCE}"
-    if kind == "choice":
-        return f"{problem}\n\n{CHOICE_SENTENCE}"
-    if kind == "plain":
-        return problem
-    raise UserError(f"unknown kind of problem {kind!r}; choose one of {', '.join(PROMPTS)}")
+    if kind not in _ENDINGS:
+        raise UserError(f"unknown kind of problem {kind!r}; choose one of {', '.join(PROMPTS)}")
+    return problem + _ENDINGS[kind]
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, chat_template: str | None = None) -> list[int]:
@@ -108,42 +102,34 @@ def encode_problems(
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str], chat_template: str | None) -> list[list[int]]:
+    if not texts:
+        return []
     if chat_template == PLAIN:
         bos = tokenizer.bos_token if tokenizer.encode("a")[0] == tokenizer.bos_token_id else ""
         rendered = [bos + text for text in texts]
     else:
-        template = _read_template(tokenizer, chat_template)
-        rendered = [_render(tokenizer, text, template) for text in texts]
+        rendered = _render(tokenizer, texts, chat_template)
     # The rendered text has BOS already: no further special tokens.
-    return tokenizer(rendered, add_special_tokens=False)["input_ids"] if rendered else []
+    return tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
 
-def _read_template(tokenizer: Tokenizer, chat_template: str | None) -> str | None:
+def _render(tokenizer: Tokenizer, texts: list[str], chat_template: str | None) -> list[str]:
+    template = None
     if chat_template is not None:
-        try:
-            return pathlib.Path(chat_template).read_text(encoding="utf-8")
-        except OSError as error:
-            raise UserError(
-                f"data.chat_template = {chat_template!r} is neither 'plain' nor a readable Jinja file"
-            ) from error
-    if not tokenizer.chat_template:
+        fault = f"data.chat_template = {chat_template!r} is neither 'plain' nor a readable Jinja file"
+        with explained((OSError, UnicodeError), fault, "name another"):
+            template = pathlib.Path(chat_template).read_text(encoding="utf-8")
+    elif not tokenizer.chat_template:
         raise UserError(
             f"the tokenizer of {tokenizer.name_or_path} has no chat template; "
             "set data.chat_template to a Jinja file or to 'plain'"
         )
-    return None
-
-
-def _render(tokenizer: Tokenizer, text: str, template: str | None) -> str:
-    turns = [{"role": "user", "content": text}]
-    try:
+    turns = [[{"role": "user", "content": text}] for text in texts]
+    fault = "the chat template does not render one user turn"
+    with explained(jinja2.TemplateError, fault, "set data.chat_template to another"):
         return tokenizer.apply_chat_template(
             turns, chat_template=template, tokenize=False, add_generation_prompt=True
         )
-    except jinja2.TemplateError as error:
-        raise UserError(
-            f"the chat template does not render one user turn ({error}); set data.chat_template to another"
-        ) from error
 
 
 # Characters that may precede and follow the text in a response; they can share a token with its ends.
@@ -201,10 +187,8 @@ def matching_rows(tokenizer: Tokenizer, pattern: str, rows: int) -> np.ndarray:
     A token's text is what it adds to a preceding text, leading space included: `^ ?\d+$` matches numbers.
     Rows that no token uses never match. Raises UserError for a pattern that is malformed or matches no token.
     """
-    try:
+    with explained(re.error, f"mixing.keep_out {pattern!r} is no regular expression", "correct it"):
         found = re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"mixing.keep_out {pattern!r} is no regular expression: {error}") from error
     matching_V = np.zeros(rows, bool)
     for token, text in _token_texts(tokenizer).items():
         matching_V[token] = found.search(text) is not None

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ngrpo_jax.errors import UserError
+from ngrpo_jax.errors import UserError, explained
 
 Row = Mapping[str, Any]
 
@@ -101,24 +101,18 @@ def text(place: str, name: str, value: Any, *, numbers: bool = False) -> str:
 
     Raises UserError, naming the place and the field, for any other type and for empty text.
     """
-    value = _scalar(value)
+    field, value = f"{place}: field {name!r}", _scalar(value)
     if is_null(value):
-        raise UserError(f"{place}: field {name!r} is empty; fill it in or leave the row out")
+        raise UserError(f"{field} is empty; fill it in or leave the row out")
     if isinstance(value, bytes):
-        try:
+        with explained(UnicodeDecodeError, f"{field} is not UTF-8 text", "convert it"):
             value = value.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{place}: field {name!r} is not UTF-8 text; convert it") from error
     if numbers and isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str):
-        raise UserError(f"{place}: field {name!r} is {type(value).__name__}, not text; give it as text")
-    try:
+        raise UserError(f"{field} is {type(value).__name__}, not text; give it as text")
+    with explained(UnicodeEncodeError, f"{field} holds half a character", "correct it"):
         value.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{place}: field {name!r} holds half a character ({error.reason}); correct it"
-        ) from error
     return value
 
 

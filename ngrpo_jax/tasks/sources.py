@@ -22,7 +22,7 @@ import urllib.parse
 from collections.abc import Iterator
 from typing import Any
 
-from ngrpo_jax.errors import UserError
+from ngrpo_jax.errors import UserError, explained
 
 from . import arithmetic, builders, files
 from .importing import import_function
@@ -107,15 +107,13 @@ def _tfds_rows(
             raise UserError(f"data set {set_name} is at version {builder.version}, not {version}")
     else:
         builder = _prepared(name, data_dir)
-    try:
+    fault, remedy = f"the TFDS data set {name!r}", _remedy(name, data_dir)
+    stored = f"{fault} in {builder.data_dir} is not in the array_record format"
+    with (
+        explained(NotImplementedError, stored, f"delete it and {remedy}"),
+        explained(ValueError, f"{fault} cannot give the split {split!r}", "name another"),
+    ):
         rows = builder.as_data_source(split)
-    except NotImplementedError as error:
-        raise UserError(
-            f"the TFDS data set {name!r} in {builder.data_dir} is not in the array_record format; delete it "
-            f"and {_remedy(name, data_dir)}"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"the TFDS data set {name!r} cannot give the split {split!r}: {error}") from error
     return enumerate((rows[i] for i in range(len(rows))), 1)
 
 
@@ -124,14 +122,11 @@ def _prepared(name: str, data_dir: str | None) -> Any:
     import tensorflow_datasets as tfds
 
     where = data_dir or "the default folder (TFDS_DATA_DIR, or ~/tensorflow_datasets)"
-    try:
+    near = _nearest(name)
+    remedy = f"the nearest known name is {near}" if near else "check its name and data_dir"
+    fault = f"no TFDS data set {name!r}: neither prepared in {where} nor known to tensorflow_datasets"
+    with explained(tfds.core.DatasetNotFoundError, fault, remedy):
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    except tfds.core.DatasetNotFoundError as error:
-        near = _nearest(name)
-        raise UserError(
-            f"no TFDS data set {name!r}: neither prepared in {where} nor known to tensorflow_datasets; "
-            + (f"the nearest known name is {near}" if near else "check its name and data_dir")
-        ) from error
     if not builder.is_prepared():
         raise UserError(f"the TFDS data set {name!r} is not prepared in {where}; {_remedy(name, data_dir)}")
     return builder

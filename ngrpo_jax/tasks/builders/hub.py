@@ -2,7 +2,7 @@
 
 import pathlib
 
-from ngrpo_jax.errors import UserError, is_storage_failure
+from ngrpo_jax.errors import UserError, explained
 
 from .catalogue import DataSet
 
@@ -20,22 +20,13 @@ def fetch(entry: DataSet, split: str) -> pathlib.Path:
 
     path = entry.splits[split].path
     page = f"https://huggingface.co/datasets/{entry.repository}"
-    try:
-        return pathlib.Path(
-            huggingface_hub.hf_hub_download(
-                entry.repository, path, repo_type="dataset", revision=entry.revision
-            )
+    gated = f"accept its conditions at {page} and log in with `hf auth login`, or {own}"
+    unreachable = f"the data set {entry.full_name} cannot be downloaded from {page}"
+    with (
+        explained((errors.HfHubHTTPError, OSError), unreachable, f"check the connection, or {own}"),
+        explained(errors.GatedRepoError, f"the data set {entry.full_name} is gated", gated),
+    ):
+        file = huggingface_hub.hf_hub_download(
+            entry.repository, path, repo_type="dataset", revision=entry.revision
         )
-    except errors.GatedRepoError as error:
-        raise UserError(
-            f"the data set {entry.full_name} is gated: accept its conditions at {page} and log in with "
-            f"`hf auth login`, or {own}"
-        ) from error
-    except (errors.HfHubHTTPError, OSError) as error:
-        if is_storage_failure(error):
-            raise
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"the data set {entry.full_name} cannot be downloaded from {page} ({reason}); check the "
-            f"connection, or {own}"
-        ) from error
+    return pathlib.Path(file)
