@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -73,6 +74,11 @@ def read_json(path: pathlib.Path, remedy: str = "correct it or make it again") -
         value = json.loads(text)
     require(isinstance(value, dict), f"{path} holds no JSON object; {remedy}.")
     return value
+
+
+def toml_beside(module: str) -> dict[str, Any]:
+    """The content of the TOML file that has the name of a module, given its `__file__`, and lies beside it."""
+    return tomllib.loads(pathlib.Path(module).with_suffix(".toml").read_text(encoding="utf-8"))
 
 
 def append_jsonl(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:

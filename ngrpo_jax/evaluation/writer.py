@@ -8,7 +8,6 @@ import json
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -117,10 +116,8 @@ class GenerationsWriter:
         data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in lines).encode()
         with storage(self.path, "written"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.touch()
-            with self.path.open("r+b") as file:
+            with self.path.open("ab") as file:
                 file.truncate(self._end)
-                file.seek(self._end)
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -139,6 +136,6 @@ def _check_same(path: pathlib.Path, there: Row, here: Row) -> None:
 
 def _digest(problems: ProblemSet) -> str:
     """A digest of the problems, their prompts' tokens, and their gold answers."""
-    pairs: Any = zip(problems.problems, problems.prompts, strict=True)
+    pairs = zip(problems.problems, problems.prompts, strict=True)
     content = json.dumps([[one.id, one.problem, one.answer, list(map(int, ids))] for one, ids in pairs])
     return hashlib.sha256(content.encode()).hexdigest()[:16]

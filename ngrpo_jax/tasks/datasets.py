@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ngrpo_jax.errors import UserError
+from ngrpo_jax.errors import require
 
 from . import cleaning
 from .rows import RowReader
@@ -62,14 +62,13 @@ def load_training(
     problems = [problem for problem in found if problem]
     again = set(cleaning.repeated([problem.problem for problem in problems]))
     kept = [problem for i, problem in enumerate(problems) if i not in again]
-    if not kept:
-        raise UserError(f"data source {source!r} has only rows without a problem or answer; fill them in")
+    require(bool(kept), f"data source {source!r} has only rows without a problem or answer; fill them in")
     return TrainingProblems(kept[:size], len(found) - len(problems), len(again))
 
 
 def _check_size(source: str, size: int | None) -> None:
-    if size is not None and size < 1:
-        raise UserError(f"data source {source!r}: the number of problems is {size}; it must be at least 1")
+    fault = f"data source {source!r}: the number of problems is {size}; it must be at least 1"
+    require(size is None or size >= 1, fault)
 
 
 def _problems(
@@ -79,13 +78,11 @@ def _problems(
     rows = read_rows(source, split=split, seed=seed, size=size)
     names = {field: (name,) for field, name in rows.names.items()}
     reader = RowReader(rows.origin, names, "every row", "row-{}", tolerant, spelling=str)
-    empty = True
+    number = 0
     for number, row in rows.numbered:
-        empty = False
         texts = reader.read(number, row)
         yield Problem(**texts) if texts else None
-    if empty:
-        raise UserError(f"data source {source!r} (split {split!r}) is empty; give one with at least one row")
+    require(number > 0, f"data source {source!r} (split {split!r}) is empty; give one with at least one row")
 
 
 def problem_order(count: int, *, seed: int, step: int, batch: int) -> np.ndarray:

@@ -10,7 +10,7 @@ import json
 import pathlib
 from collections.abc import Callable, Iterator
 
-from ngrpo_jax.errors import UserError, explained
+from ngrpo_jax.errors import UserError, explained, require
 from ngrpo_jax.files import read_jsonl, read_text, well_formed
 
 from .rows import Row
@@ -24,10 +24,9 @@ def read(path: pathlib.Path, kind: str | None = None) -> Numbered:
     Raises UserError where there is no such file, and for a suffix that is no format.
     """
     kind = kind or path.suffix.removeprefix(".").lower()
-    if kind not in READERS:
-        raise UserError(f"{path} is no data file by its suffix; its suffix must be .{', .'.join(READERS)}")
-    if not path.exists():
-        raise UserError(f"there is no file {path}")
+    suffixes = ", .".join(READERS)
+    require(kind in READERS, f"{path} is no data file by its suffix; its suffix must be .{suffixes}")
+    require(path.exists(), f"there is no file {path}")
     return READERS[kind](path)
 
 

@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from ngrpo_jax.errors import UserError, explained
+from ngrpo_jax.errors import UserError, explained, require
 
 
 def import_function(path: str, purpose: str) -> Callable[..., Any]:
@@ -15,8 +15,8 @@ def import_function(path: str, purpose: str) -> Callable[..., Any]:
     Raises UserError where the path is malformed, the module cannot be imported, or it has no such callable.
     """
     module_name, colon, name = path.partition(":")
-    if not (module_name and colon and name):
-        raise UserError(f"{purpose} {path!r} is no import path; write it as package.module:function")
+    fault = f"{purpose} {path!r} is no import path; write it as package.module:function"
+    require(bool(module_name and colon and name), fault)
     remedy = "check its name, and that its folder is the current one or on PYTHONPATH"
     with explained(ImportError, f"{purpose} {path!r} cannot be imported", remedy):
         module = importlib.import_module(module_name)

@@ -9,13 +9,15 @@ import os
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jinja2
 import numpy as np
 
 from ngrpo_jax.choices import PROMPTS
-from ngrpo_jax.errors import UserError, explained
+from ngrpo_jax.errors import UserError, explained, require
+
+from .datasets import Problem
 
 MATH_SENTENCE = "Let's think step by step and output the final answer within \\boxed{}."
 CHOICE_SENTENCE = (
@@ -24,14 +26,9 @@ CHOICE_SENTENCE = (
 _ENDINGS = {"math": f" {MATH_SENTENCE}", "choice": f"\n\n{CHOICE_SENTENCE}", "plain": ""}
 PLAIN = "plain"
 
+Ids = Sequence[int] | np.ndarray
+Flags = Sequence[bool] | np.ndarray
 Tokenizer = Any  # transformers.PreTrainedTokenizerFast, imported late because that takes seconds
-
-
-class HasProblem(Protocol):
-    """Anything with the text of a problem, such as `datasets.Problem`."""
-
-    @property
-    def problem(self) -> str: ...
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
@@ -42,10 +39,8 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     where the files cannot be read.
     """
     folder = pathlib.Path(directory)
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(
-            f"no tokenizer in {folder}: tokenizer.json is missing; copy the model's tokenizer files there"
-        )
+    fault = f"no tokenizer in {folder}: tokenizer.json is missing; copy the model's tokenizer files there"
+    require((folder / "tokenizer.json").is_file(), fault)
     # transformers warns at import that PyTorch is missing, which this project does not need.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import PreTrainedTokenizerFast
@@ -61,8 +56,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
 
 def user_text(problem: str, kind: str = "math") -> str:
     """The user turn for a problem, in the paper's words; kind "plain" is the problem's text alone."""
-    if kind not in _ENDINGS:
-        raise UserError(f"unknown kind of problem {kind!r}; choose one of {', '.join(PROMPTS)}")
+    require(kind in _ENDINGS, f"unknown kind of problem {kind!r}; choose one of {', '.join(PROMPTS)}")
     return problem + _ENDINGS[kind]
 
 
@@ -81,23 +75,22 @@ def encode_prompt(tokenizer: Tokenizer, text: str, chat_template: str | None = N
 
 def encode_problems(
     tokenizer: Tokenizer,
-    problems: Sequence[HasProblem],
+    problems: Sequence[Problem],
     kind: str,
     chat_template: str | None,
     limit: int,
-) -> tuple[list[Any], list[list[int]], int]:
+) -> tuple[list[Problem], list[list[int]], int]:
     """Encode every problem and drop those of more than `limit` tokens.
 
     Returns (problems kept, their prompts' ids, number dropped). Raises UserError where none is left.
     """
     prompts = _encode(tokenizer, [user_text(p.problem, kind) for p in problems], chat_template)
     kept = [(problem, ids) for problem, ids in zip(problems, prompts, strict=True) if len(ids) <= limit]
-    if not kept:
-        shortest = min(map(len, prompts), default=0)
-        raise UserError(
-            f"all {len(prompts)} prompts are longer than data.max_prompt_tokens = {limit} "
-            f"(the shortest has {shortest} tokens); raise data.max_prompt_tokens"
-        )
+    require(
+        bool(kept),
+        f"all {len(prompts)} prompts are longer than data.max_prompt_tokens = {limit} "
+        f"(the shortest has {min(map(len, prompts), default=0)} tokens); raise data.max_prompt_tokens",
+    )
     return [problem for problem, _ in kept], [ids for _, ids in kept], len(prompts) - len(kept)
 
 
@@ -156,8 +149,7 @@ def until_ids(tokenizer: Tokenizer, text: str = "</think>") -> tuple[int | tuple
         run = tuple(token for token, (low, high) in spans if low < stop and high > start)
         if text in tokenizer.decode(list(run), skip_special_tokens=False):
             runs.add(run)
-    if not runs:
-        raise UserError(f"the tokenizer of {tokenizer.name_or_path} cannot write {text!r}")
+    require(bool(runs), f"the tokenizer of {tokenizer.name_or_path} cannot write {text!r}")
     return tuple(run[0] if len(run) == 1 else run for run in sorted(runs, key=lambda run: (len(run), run)))
 
 
@@ -170,11 +162,11 @@ def usable_rows(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
     """
     vocabulary = tokenizer.get_vocab()
     largest = max(vocabulary.values())
-    if largest >= vocab_size:
-        raise UserError(
-            f"the tokenizer of {tokenizer.name_or_path} has ids up to {largest}, but the model only "
-            f"{vocab_size} rows; use the tokenizer that the model was trained with"
-        )
+    require(
+        largest < vocab_size,
+        f"the tokenizer of {tokenizer.name_or_path} has ids up to {largest}, but the model only "
+        f"{vocab_size} rows; use the tokenizer that the model was trained with",
+    )
     valid_V = np.zeros(vocab_size, bool)
     valid_V[list(vocabulary.values())] = True
     valid_V[[*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder]] = False
@@ -192,11 +184,8 @@ def matching_rows(tokenizer: Tokenizer, pattern: str, rows: int) -> np.ndarray:
     matching_V = np.zeros(rows, bool)
     for token, text in _token_texts(tokenizer).items():
         matching_V[token] = found.search(text) is not None
-    if not matching_V.any():
-        raise UserError(
-            f"mixing.keep_out {pattern!r} matches no token of {tokenizer.name_or_path}; correct it, or set "
-            "it to None"
-        )
+    fault = f"mixing.keep_out {pattern!r} matches no token of {tokenizer.name_or_path}"
+    require(bool(matching_V.any()), f"{fault}; correct it, or set it to None")
     return matching_V
 
 
@@ -229,7 +218,7 @@ def stop_ids(tokenizer: Tokenizer, eos_token_ids: Sequence[int]) -> tuple[int, .
     return tuple(sorted({*eos_token_ids, *own}))
 
 
-def response_text(tokenizer: Tokenizer, tokens: Sequence[int] | np.ndarray) -> str:
+def response_text(tokenizer: Tokenizer, tokens: Ids) -> str:
     """The text to grade: without special tokens, but with `<think>` and `</think>` whatever their flags."""
     hidden = set(tokenizer.all_special_ids)
     hidden -= set(tokenizer.convert_tokens_to_ids(["<think>", "</think>"]))
@@ -237,9 +226,7 @@ def response_text(tokenizer: Tokenizer, tokens: Sequence[int] | np.ndarray) -> s
     return tokenizer.decode(kept, skip_special_tokens=False)
 
 
-def mixed_spans(
-    tokenizer: Tokenizer, tokens: Sequence[int] | np.ndarray, mixed: Sequence[bool] | np.ndarray
-) -> tuple[str, list[tuple[int, int]]]:
+def mixed_spans(tokenizer: Tokenizer, tokens: Ids, mixed: Flags) -> tuple[str, list[tuple[int, int]]]:
     """The text of `tokens`, special ones included, and the (start, end) characters of its mixed tokens.
 
     A span never splits a character: tokens that share a character are mixed if any of them is.
@@ -254,16 +241,11 @@ def mixed_spans(
     return text, spans
 
 
-def marked_text(
-    tokenizer: Tokenizer,
-    tokens: Sequence[int] | np.ndarray,
-    mixed: Sequence[bool] | np.ndarray,
-    marks: tuple[str, str] = ("⟦", "⟧"),
-) -> str:
-    """The text of `tokens` with each span of mixed tokens between `marks`."""
+def marked_text(tokenizer: Tokenizer, tokens: Ids, mixed: Flags) -> str:
+    """The text of `tokens` with each span of mixed tokens between ⟦ and ⟧."""
     text, spans = mixed_spans(tokenizer, tokens, mixed)
     for start, end in reversed(spans):
-        text = f"{text[:start]}{marks[0]}{text[start:end]}{marks[1]}{text[end:]}"
+        text = f"{text[:start]}⟦{text[start:end]}⟧{text[end:]}"
     return text
 
 

@@ -22,7 +22,7 @@ import urllib.parse
 from collections.abc import Iterator
 from typing import Any
 
-from ngrpo_jax.errors import UserError, explained
+from ngrpo_jax.errors import UserError, explained, require
 
 from . import arithmetic, builders, files
 from .importing import import_function
@@ -103,8 +103,8 @@ def _tfds_rows(
     if own:
         set_name, _, version = name.partition(":")
         builder = builders.build(set_name, data_dir=data_dir, manual_dir=manual_dir)
-        if version and version != str(builder.version):
-            raise UserError(f"data set {set_name} is at version {builder.version}, not {version}")
+        fits = version in ("", str(builder.version))
+        require(fits, f"data set {set_name} is at version {builder.version}, not {version}")
     else:
         builder = _prepared(name, data_dir)
     fault, remedy = f"the TFDS data set {name!r}", _remedy(name, data_dir)
@@ -127,8 +127,8 @@ def _prepared(name: str, data_dir: str | None) -> Any:
     fault = f"no TFDS data set {name!r}: neither prepared in {where} nor known to tensorflow_datasets"
     with explained(tfds.core.DatasetNotFoundError, fault, remedy):
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    if not builder.is_prepared():
-        raise UserError(f"the TFDS data set {name!r} is not prepared in {where}; {_remedy(name, data_dir)}")
+    fault = f"the TFDS data set {name!r} is not prepared in {where}"
+    require(builder.is_prepared(), f"{fault}; {_remedy(name, data_dir)}")
     return builder
 
 

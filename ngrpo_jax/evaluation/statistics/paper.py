@@ -4,10 +4,10 @@ Owns these numbers (paper.toml) and the rule that finds the row of a run. The pa
 is the bootstrap that this project calls best@k (docs/evaluation.md).
 """
 
-import pathlib
-import tomllib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+from ngrpo_jax.files import toml_beside
 
 SETS = ("aime25", "amc23", "math500")  # the average in Table 1 is over these
 TITLES = {
@@ -40,13 +40,12 @@ def _cell(value: float | list[float]) -> Cell:
     return Cell(*value) if isinstance(value, list) else Cell(None, None, value)
 
 
-_FILE = pathlib.Path(__file__).with_suffix(".toml")
 # backbone -> method -> data set (or "average") -> Cell
 TABLE: Mapping[str, Mapping[str, Mapping[str, Cell]]] = {
     backbone: {
         method: {name: _cell(value) for name, value in cells.items()} for method, cells in methods.items()
     }
-    for backbone, methods in tomllib.loads(_FILE.read_text(encoding="utf-8")).items()
+    for backbone, methods in toml_beside(__file__).items()
 }
 
 

@@ -8,7 +8,7 @@ import hashlib
 import pathlib
 from typing import NamedTuple
 
-from ngrpo_jax.errors import UserError
+from ngrpo_jax.errors import require
 
 from .. import cleaning, files, rows
 from ..grading import gold_letter, last_boxed
@@ -37,28 +37,27 @@ def own_files(entry: DataSet, folder: pathlib.Path) -> dict[str, pathlib.Path]:
     main = next(iter(entry.splits))
     if folder.is_file():
         return {main: folder}
-    if not folder.is_dir():
-        raise UserError(f"data set {entry.full_name}: there is no folder {folder}")
+    require(folder.is_dir(), f"data set {entry.full_name}: there is no folder {folder}")
     there = sorted(p for p in folder.iterdir() if p.suffix[1:].lower() in _FORMATS and p.is_file())
     found: dict[str, pathlib.Path] = {}
     for split in entry.splits:
         stems = _stems(entry, split)
         mine = [path for path in there if path.stem.lower() in stems]
-        if len(mine) > 1:
-            raise UserError(
-                f"data set {entry.full_name}: {rows.some(p.name for p in mine)} in {folder} may each be the "
-                f"split {split!r}; leave one of them there"
-            )
+        require(
+            len(mine) <= 1,
+            f"data set {entry.full_name}: {rows.some(p.name for p in mine)} in {folder} may each be the "
+            f"split {split!r}; leave one of them there",
+        )
         if mine:
             found[split] = mine[0]
     if not found and len(there) == 1:
         found[main] = there[0]
-    if not found:
-        looked = " or ".join(f"{stem}.*" for split in entry.splits for stem in _stems(entry, split))
-        raise UserError(
-            f"data set {entry.full_name}: {folder} holds no file for it; name it {looked}, as one of "
-            f".{', .'.join(_FORMATS)}"
-        )
+    looked = " or ".join(f"{stem}.*" for split in entry.splits for stem in _stems(entry, split))
+    require(
+        bool(found),
+        f"data set {entry.full_name}: {folder} holds no file for it; name it {looked}, as one of "
+        f".{', .'.join(_FORMATS)}",
+    )
     return found
 
 
@@ -79,17 +78,16 @@ def read_split(entry: DataSet, split: str, path: pathlib.Path, *, public: bool) 
     reader = rows.RowReader(str(path), entry.fields, entry.full_name, default_id, tolerant=entry.training)
     read = [_example(entry, reader, number, row) for number, row in files.read(path)]
     total, wanted = len(read), entry.splits[split].rows
-    if public and total != wanted:
-        raise UserError(
-            f"{path} has {total} rows, but the split {split!r} of {entry.full_name} has {wanted} in its "
-            "public source; fetch it again, or give it as a file of your own by manual_dir"
-        )
+    require(
+        total == wanted or not public,
+        f"{path} has {total} rows, but the split {split!r} of {entry.full_name} has {wanted} in its "
+        "public source; fetch it again, or give it as a file of your own by manual_dir",
+    )
     found = [example for example in read if example]
     _lay_out_options(found)
     again = set(cleaning.repeated([example["problem"] for example in found])) if entry.training else set()
     kept = [example for i, example in enumerate(found) if i not in again]
-    if not kept:
-        raise UserError(f"{path} holds no problem; give a file with at least one row")
+    require(bool(kept), f"{path} holds no problem; give a file with at least one row")
     licences = tuple(dict.fromkeys(example["licence"] for example in kept if example["licence"]))
     examples = [{name: example[name] for name in ("id", "problem", "answer")} for example in kept]
     metadata: dict[str, str | int] = {
@@ -114,10 +112,11 @@ def _example(entry: DataSet, reader: rows.RowReader, number: int, row: rows.Row)
         return None
     if entry.kind != CHOICE:
         texts["answer"] = _answer(texts["answer"], reader.find(row, "answer"))
-    elif not in_columns and not gold_letter(texts["answer"]):
-        raise UserError(
+    elif not in_columns:
+        require(
+            bool(gold_letter(texts["answer"])),
             f"{reader.origin}, row {number}: the answer {texts['answer']!r} is no letter from A to D; give "
-            "the letter, or the columns Correct Answer and Incorrect Answer 1 to 3"
+            "the letter, or the columns Correct Answer and Incorrect Answer 1 to 3",
         )
     name = rows.find(row, ("licence", "license"))
     return texts | {"licence": "" if name is None or rows.is_null(row[name]) else str(row[name])}
