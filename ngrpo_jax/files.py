@@ -77,7 +77,7 @@ def read_json(path: pathlib.Path, remedy: str = "correct it or make it again") -
 
 
 def toml_beside(module: str) -> dict[str, Any]:
-    """The content of the TOML file that has the name of a module, given its `__file__`, and lies beside it."""
+    """What the TOML file beside a module, with the module's name, holds; `module` is its `__file__`."""
     return tomllib.loads(pathlib.Path(module).with_suffix(".toml").read_text(encoding="utf-8"))
 
 

@@ -79,16 +79,11 @@ class Generations:
         return estimates.cosine_metrics(np.array(cosines)) if cosines else None
 
 
-def find(folder: pathlib.Path) -> list[pathlib.Path]:
-    """All files of generations in a folder."""
-    return sorted(folder.glob("generations_*.jsonl"))
-
-
 def read_all(paths: Sequence[pathlib.Path]) -> list[Generations]:
     """The files at these paths, and those in folders among them. UserError as of `read`, or for none."""
     found: list[pathlib.Path] = []
     for path in paths:
-        inside = find(path) if path.is_dir() else [path]
+        inside = sorted(path.glob("generations_*.jsonl")) if path.is_dir() else [path]
         require(bool(inside), f"{path} has no generations_*.jsonl; run evaluate with --workdir={path} first.")
         found += inside
     return [read(path) for path in found]

@@ -45,9 +45,8 @@ _KINDS = {**Settings.kinds(), "name": Kind.of(_Name)}
 
 def parse_flag(flag: str) -> tuple[str, ...]:
     """The entries of a --sets flag."""
-    entries = tuple(entry.strip() for entry in flag.split(SEPARATOR))
-    entries = entries[:-1] if entries and not entries[-1] else entries
-    require(bool(entries) and all(entries), f"--sets={flag!r} has an empty entry; write SOURCE; SOURCE.")
+    entries = tuple(entry.strip() for entry in flag.strip().removesuffix(SEPARATOR).split(SEPARATOR))
+    require(all(entries), f"--sets={flag!r} has an empty entry; write SOURCE; SOURCE.")
     return entries
 
 

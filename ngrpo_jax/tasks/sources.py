@@ -100,14 +100,19 @@ def _field_names(
 def _tfds_rows(
     name: str, split: str, own: bool, data_dir: str | None = None, manual_dir: str | None = None
 ) -> Iterator[tuple[int, Row]]:
+    directory = f", data_dir={data_dir!r}" if data_dir else ""
+    remedy = (
+        'prepare it once with python -c "import tensorflow_datasets as tfds; '
+        f"tfds.builder({name!r}{directory}, file_format='array_record').download_and_prepare()\""
+    )
     if own:
         set_name, _, version = name.partition(":")
         builder = builders.build(set_name, data_dir=data_dir, manual_dir=manual_dir)
         fits = version in ("", str(builder.version))
         require(fits, f"data set {set_name} is at version {builder.version}, not {version}")
     else:
-        builder = _prepared(name, data_dir)
-    fault, remedy = f"the TFDS data set {name!r}", _remedy(name, data_dir)
+        builder = _prepared(name, data_dir, remedy)
+    fault = f"the TFDS data set {name!r}"
     stored = f"{fault} in {builder.data_dir} is not in the array_record format"
     with (
         explained(NotImplementedError, stored, f"delete it and {remedy}"),
@@ -117,24 +122,15 @@ def _tfds_rows(
     return enumerate((rows[i] for i in range(len(rows))), 1)
 
 
-def _prepared(name: str, data_dir: str | None) -> Any:
+def _prepared(name: str, data_dir: str | None, remedy: str) -> Any:
     """The builder of a set that is not in `builders`; UserError where it is unknown or not prepared."""
     import tensorflow_datasets as tfds
 
     where = data_dir or "the default folder (TFDS_DATA_DIR, or ~/tensorflow_datasets)"
     near = _nearest(name)
-    remedy = f"the nearest known name is {near}" if near else "check its name and data_dir"
+    advice = f"the nearest known name is {near}" if near else "check its name and data_dir"
     fault = f"no TFDS data set {name!r}: neither prepared in {where} nor known to tensorflow_datasets"
-    with explained(tfds.core.DatasetNotFoundError, fault, remedy):
+    with explained(tfds.core.DatasetNotFoundError, fault, advice):
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    fault = f"the TFDS data set {name!r} is not prepared in {where}"
-    require(builder.is_prepared(), f"{fault}; {_remedy(name, data_dir)}")
+    require(builder.is_prepared(), f"the TFDS data set {name!r} is not prepared in {where}; {remedy}")
     return builder
-
-
-def _remedy(name: str, data_dir: str | None) -> str:
-    directory = f", data_dir={data_dir!r}" if data_dir else ""
-    return (
-        'prepare it once with python -c "import tensorflow_datasets as tfds; '
-        f"tfds.builder({name!r}{directory}, file_format='array_record').download_and_prepare()\""
-    )

@@ -75,8 +75,7 @@ class ProblemBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         # Everything is read and checked here: TFDS wraps what the generator of examples raises.
         entry, own = self.entry, self._own
-        public = {} if own else {split: hub.fetch(entry, split) for split in entry.splits}
-        paths = reading.own_files(entry, own) if own else public
+        paths = reading.own_files(entry, own) if own else hub.fetch(entry)
         read = {split: reading.read_split(entry, split, paths[split], public=not own) for split in paths}
         named = dict.fromkeys(licence for split in read.values() for licence in split.licences)
         self.info.metadata.update(
