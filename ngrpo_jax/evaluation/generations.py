@@ -55,10 +55,7 @@ class Generations:
     def graded(self) -> estimates.GradedResponses:
         """The graded responses of the finished problems. UserError, naming the file, where there is none."""
         require(bool(self.problems), f"{self.path} holds no finished problem yet; evaluate continues it.")
-        fields = ("reward", "final", "tokens", "stopped")
-        return graded_responses(
-            [[tuple(row[name] for name in fields) for row in rows] for rows in self.problems]
-        )
+        return graded_responses(self.problems)
 
     def metrics(self, pass_k: Sequence[int] | None = None) -> dict[str, estimates.Estimate]:
         """All metrics of the finished problems, for `pass_k` in the place of the file's own.

@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import pathlib
 import shutil
-import types
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -120,9 +119,7 @@ def _builder(name: str) -> type[ProblemBuilder]:
     configs = [tfds.core.BuilderConfig(name=key, description=entry.title) for key, entry in entries.items()]
     body = {"name": name, "BUILDER_CONFIGS": configs, "__module__": __name__}
     title = name.title().replace("_", "")
-    return types.new_class(
-        title, (ProblemBuilder,), {"skip_registration": True}, lambda own: own.update(body)
-    )
+    return type(title, (ProblemBuilder,), body, skip_registration=True)
 
 
 BUILDERS = {name: _builder(name) for name in catalogue.NAMES}
