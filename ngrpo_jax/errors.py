@@ -75,3 +75,20 @@ def storage(path: str | pathlib.Path, verb: str = "read") -> Iterator[None]:
         if error.errno in _FAILED:
             raise StorageError(sentence) from error
         raise
+
+
+@contextlib.contextmanager
+def explained(
+    kinds: type[Exception] | tuple[type[Exception], ...], fault: str, remedy: str
+) -> Iterator[None]:
+    """Turns exceptions of these classes inside of the block into a UserError, "FAULT (first line); REMEDY".
+
+    A UserError stays as it is, and so does storage that fails, which the user cannot mend.
+    """
+    try:
+        yield
+    except kinds as error:
+        if isinstance(error, UserError) or is_storage_failure(error):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{fault} ({reason}); {remedy}") from error

@@ -4,10 +4,12 @@ Owns how text gets to storage and back. Must not know what a file is about, and 
 every room can use it.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
+import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -52,21 +54,31 @@ def as_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def read_json(path: pathlib.Path, remedy: str = "correct it or make it again") -> dict[str, Any]:
-    """The object that a JSON file holds; `remedy` ends the sentence where it holds none.
+def read_text(path: pathlib.Path, remedy: str = "save the file as UTF-8") -> str:
+    """The text of a file, without a byte order mark; `remedy` ends the sentence where it is not UTF-8.
 
     Raises:
-        UserError: there is no such file, or it holds no JSON object.
+        UserError: there is no such file, or it is not UTF-8.
         StorageError: the file cannot be read.
     """
     with storage(path):
         content = path.read_bytes()
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is {_fault(error)}; {remedy}.") from error
+    with well_formed(path, remedy):
+        return content.decode("utf-8-sig")
+
+
+def read_json(path: pathlib.Path, remedy: str = "correct it or make it again") -> dict[str, Any]:
+    """The object that a JSON file holds; errors as of `read_text`, and UserError where it holds none."""
+    text = read_text(path, remedy)
+    with well_formed(path, remedy):
+        value = json.loads(text)
     require(isinstance(value, dict), f"{path} holds no JSON object; {remedy}.")
     return value
+
+
+def toml_beside(module: str) -> dict[str, Any]:
+    """What the TOML file beside a module, with the module's name, holds; `module` is its `__file__`."""
+    return tomllib.loads(pathlib.Path(module).with_suffix(".toml").read_text(encoding="utf-8"))
 
 
 def append_jsonl(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -103,20 +115,29 @@ def read_jsonl(path: pathlib.Path, *, unfinished: bool = False) -> Iterator[Line
         if not line.strip():
             continue
         try:
-            value = json.loads(line.decode("utf-8"))
-        except (ValueError, RecursionError) as error:
+            with well_formed(f"{path} line {number}", "correct or remove that line"):
+                value = json.loads(line.decode("utf-8"))
+        except UserError:
             if unfinished and number == len(lines) > 1:  # the only line of a file is no end of an older one
                 return
-            raise UserError(
-                f"{path} line {number} is {_fault(error)}; correct or remove that line."
-            ) from error
+            raise
         yield Line(number, value, min(end, len(content)))
 
 
+@contextlib.contextmanager
+def well_formed(place: str | pathlib.Path, remedy: str) -> Iterator[None]:
+    """Turns an error of decoding UTF-8 or JSON inside of the block into one sentence, a UserError."""
+    try:
+        yield
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place} is {_fault(error)}; {remedy}.") from error
+
+
 def _fault(error: Exception) -> str:
-    """What is wrong with text that cannot be read as JSON."""
     if isinstance(error, UnicodeDecodeError):
-        return f"not UTF-8 text ({error.reason})"
+        line = error.object.count(b"\n", 0, error.start) + 1
+        return f"not UTF-8 text ({error.reason}{f' in line {line}' if line > 1 else ''})"
     if isinstance(error, json.JSONDecodeError):
-        return f"not JSON ({error.msg} at column {error.colno})"
+        where = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}"
+        return f"not JSON ({error.msg} at {where})"
     return "JSON nested too deeply" if isinstance(error, RecursionError) else f"not JSON ({error})"

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from ngrpo_jax.errors import Preempted, StorageError, UserError, storage
+from ngrpo_jax.errors import Preempted, StorageError, UserError, explained, storage
 from ngrpo_jax.flags import run_command
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a/metrics.jsonl")
@@ -88,3 +88,18 @@ def test_other_os_errors_pass_as_they_are():
 def test_these_modules_import_no_jax(module):
     code = f"import sys, ngrpo_jax.{module}; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (ValueError(" odd\nand long"), UserError, "it is wrong (odd); mend it"),
+        (UserError("x is 1."), UserError, "x is 1."),
+        (FULL, OSError, str(FULL)),
+        (KeyError("x"), KeyError, "'x'"),
+    ],
+)
+def test_only_what_the_user_can_mend_is_explained_and_that_once(error, kind, text):
+    with pytest.raises(kind) as caught, explained((ValueError, OSError), "it is wrong", "mend it"):
+        raise error
+    assert type(caught.value) is kind and str(caught.value) == text

@@ -51,6 +51,11 @@ def test_a_training_run_records_values_under_names_without_a_k():
     assert set(found) == {*same, "pass_at_k"}
 
 
+def test_appendix_e_by_hand():
+    metrics = estimates.cosine_metrics(np.array([1.0, 0.9, 0.96, 0.94]))
+    assert metrics == {"mean": pytest.approx(0.95), "min": 0.9, "below_095": 0.5}
+
+
 def test_the_average_is_over_sets_and_of_what_all_have():
     one, two = (
         estimates.estimate_metrics(_graded(), (1, 4)),

@@ -1,39 +1,47 @@
-"""Neighbours, clouds and planes against plain NumPy; Appendix E's metrics by hand."""
+"""Neighbours, clouds and planes against plain NumPy."""
 
 import numpy as np
 import pytest
 
 from ngrpo_jax.algo.neighbors import METRICS, neighbor_table
+from ngrpo_jax.algo.neighbors.eligibility import eligible_rows
+from ngrpo_jax.errors import UserError
 from ngrpo_jax.evaluation.statistics import geometry
 
 RANDOM = np.random.default_rng(0)
 ROWS = RANDOM.standard_normal((60, 8)).astype(np.float32)
 
 
+NEARNESS = {
+    "cosine": lambda a, b: b @ a / np.linalg.norm(b, axis=1) / np.linalg.norm(a),
+    "dot": lambda a, b: b @ a,
+    "l2": lambda a, b: np.linalg.norm(b - a, axis=1),
+    "l1": lambda a, b: np.abs(b - a).sum(axis=1),
+}
+
+
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("group", [None, np.arange(60) // 3], ids=["any", "other spelling"])
-def test_nearest_rows_are_those_of_the_table_that_rollouts_mix_by(metric, group):
-    allowed = dict(valid_V=np.arange(60) % 7 != 0, group_V=group)
-    table = np.asarray(neighbor_table(ROWS, 6, metric=metric, **allowed))
-    ids, scores = geometry.nearest_rows(ROWS, [3, 7, 59], 5, metric=metric, **allowed)
-    np.testing.assert_array_equal(ids, table[[3, 7, 59], 1:])
-    nearest_first = np.diff(scores, axis=1) * (1 if metric in ("l1", "l2") else -1)
-    assert (nearest_first >= 0).all()
+def test_nearest_rows_are_those_of_plain_numpy_and_of_the_table_that_rollouts_mix_by(metric, group):
+    valid = np.arange(60) % 7 != 0
+    eligible, anchors = eligible_rows(60, 6, valid, group), [3, 7, 59]
+    ids, found = geometry.nearest_rows(ROWS, anchors, 5, metric=metric, eligible=eligible)
+    table = np.asarray(neighbor_table(ROWS, 6, metric=metric, valid_V=valid, group_V=group))
+    np.testing.assert_array_equal(ids, table[anchors, 1:])
+    sign = 1 if metric in ("l1", "l2") else -1
+    groups = np.arange(60) if group is None else group
+    for row, anchor in enumerate(anchors):
+        every = NEARNESS[metric](ROWS[anchor], ROWS)
+        allowed = np.flatnonzero(valid & (groups != groups[anchor]))
+        nearest = allowed[np.argsort(sign * every[allowed])[:5]]
+        np.testing.assert_array_equal(ids[row], nearest)
+        np.testing.assert_allclose(found[row], every[nearest], rtol=1e-5)
 
 
-def test_cosines_of_neighbours_and_refusals():
-    ids, scores = geometry.nearest_rows(ROWS, [0], 1)
-    a, b = ROWS[0], ROWS[ids[0, 0]]
-    assert scores[0, 0] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), rel=1e-5)
-    with pytest.raises(ValueError, match="1 to 59"):
-        geometry.nearest_rows(ROWS, [0], 60)
-    with pytest.raises(ValueError, match="metric 'angle'"):
-        geometry.nearest_rows(ROWS, [0], 1, metric="angle")
-
-
-def test_appendix_e_by_hand():
-    metrics = geometry.cosine_metrics(np.array([1.0, 0.9, 0.96, 0.94]))
-    assert metrics == {"mean": pytest.approx(0.95), "min": 0.9, "below_095": 0.5}
+@pytest.mark.parametrize("count", [0, 60])
+def test_more_neighbours_than_there_are_is_refused(count):
+    with pytest.raises(UserError, match=f"1 to 59 neighbours in this vocabulary, not {count}"):
+        geometry.nearest_rows(ROWS, [0], count, metric="cosine", eligible=eligible_rows(60, 1))
 
 
 def test_noise_has_the_deviation_of_stht():
@@ -65,7 +73,8 @@ def test_the_plane_is_that_of_the_covariances_largest_eigenvectors():
         geometry.principal_plane(points[:2])
 
 
-def test_the_nearest_token_of_a_row_is_itself():
-    ids, cosines = geometry.nearest_cosine(ROWS[[4, 9]] * 3, ROWS)
-    assert list(ids) == [4, 9]
-    np.testing.assert_allclose(cosines, 1, rtol=1e-6)
+def test_cosines_are_those_of_plain_numpy_and_0_to_a_zero_row():
+    rows = np.concatenate([ROWS, np.zeros((1, 8), np.float32)])
+    found = geometry.pairwise_cosines(ROWS[[4, 9]] * 3.0, rows)
+    np.testing.assert_allclose(found[0, :-1], NEARNESS["cosine"](ROWS[4], ROWS), atol=1e-6)
+    assert list(found.argmax(axis=1)) == [4, 9] and (found[:, -1] == 0).all()

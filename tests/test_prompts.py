@@ -235,7 +235,6 @@ def test_marked_text_marks_runs_of_mixed_tokens(tiny):
     ids = tiny.encode("1+2=3</think>", add_special_tokens=False)
     mixed = [False, True, True, False, True, True]
     assert prompts.marked_text(tiny, ids, mixed) == "1⟦+2⟧=⟦3</think>⟧"
-    assert prompts.marked_text(tiny, ids[:1], [True], marks=("[", "]")) == "[1]"
     assert prompts.marked_text(tiny, [], []) == ""
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ngrpo_jax.evaluation.answers import final_answer, graded_responses
+from ngrpo_jax.evaluation.generations import by_problem
 from ngrpo_jax.evaluation.sets import EvalSet, set_name
 from ngrpo_jax.evaluation.statistics.estimates import GradedResponses, training_metrics
 from ngrpo_jax.rollout.trajectory import Trajectories
@@ -90,12 +91,11 @@ def gather(responses: Responses, kind: str) -> GradedResponses:
     Every process has to call this. `kind`: `reward.kind`, by which final answers are read.
     """
     written, samples = responses.trajectories, responses.rewards_PG.shape[1]
-    fields = (
-        responses.rewards_PG.reshape(-1).tolist(),
-        [final_answer(text, kind) for text in responses.texts],
-        written.lengths_B.tolist(),
-        written.stopped_B.tolist(),
-    )
-    rows = list(zip(*fields, strict=True))
-    own = [rows[start : start + samples] for start in range(0, len(rows), samples)]
-    return graded_responses(distributed.allgather_items("evaluation", own))
+    columns = {
+        "reward": responses.rewards_PG.reshape(-1).tolist(),
+        "final": [final_answer(text, kind) for text in responses.texts],
+        "tokens": written.lengths_B.tolist(),
+        "stopped": written.stopped_B.tolist(),
+    }
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return graded_responses(distributed.allgather_items("evaluation", by_problem(rows, samples)))

@@ -3,7 +3,8 @@
 Reads answers by the rules of `tasks.grading`, as the grader does. Grades nothing.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -40,11 +41,15 @@ def answer_name(kind: str) -> str:
     return {"math": "no box", "choice": 'no "Answer: X"'}.get(kind, "no box and no number")
 
 
-def graded_responses(problems: Sequence[Sequence[tuple[float, str | None, int, bool]]]) -> GradedResponses:
-    """From the (reward, final answer, tokens, stopped) of each response of each problem."""
+def graded_responses(problems: Sequence[Sequence[Mapping[str, Any]]]) -> GradedResponses:
+    """From the `reward`, `final`, `tokens` and `stopped` of each response of each problem."""
+
+    def column(name: str) -> list[list[Any]]:
+        return [[row[name] for row in rows] for rows in problems]
+
     return GradedResponses(
-        np.array([[reward for reward, _, _, _ in rows] for rows in problems], np.float32),
-        [[vote(final) for _, final, _, _ in rows] for rows in problems],
-        np.array([[tokens for _, _, tokens, _ in rows] for rows in problems]),
-        np.array([[stopped for _, _, _, stopped in rows] for rows in problems]),
+        np.array(column("reward"), np.float32),
+        [list(map(vote, finals)) for finals in column("final")],
+        np.array(column("tokens")),
+        np.array(column("stopped")),
     )

@@ -49,6 +49,7 @@ def _compare(a: Generations, b: Generations) -> str:
     table = paired.paired_table(*solved)
     counts = zip(("both", "only A", "only B", "neither"), table, strict=True)
     rows = [(name, count, f"{100 * count / table.total:.1f} %") for name, count in counts]
+    p_value = paired.mcnemar(table.only_a, table.only_b)
     gap, low, high = paired.difference_interval(correct_a_PG.mean(axis=1), correct_b_PG.mean(axis=1))
     lines = [
         f"A  {a.path} ({a.label})",
@@ -57,7 +58,7 @@ def _compare(a: Generations, b: Generations) -> str:
         "",
         console.table(rows, ("solved by", "problems", "")),
         "",
-        f"McNemar    p = {table.p_value:.3g} ({table.only_a} against {table.only_b})",
+        f"McNemar    p = {p_value:.3g} ({table.only_a} against {table.only_b})",
         f"Mean@{samples}    A {100 * correct_a_PG.mean():.2f} %, B {100 * correct_b_PG.mean():.2f} %; "
         f"B - A {100 * gap:+.2f} points, 95 % interval {100 * low:+.2f} to {100 * high:+.2f}",
     ]

@@ -7,15 +7,15 @@ Owns this format and its reading. Must not know a model: metrics follow from the
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from ngrpo_jax import files
 from ngrpo_jax.errors import require
-from ngrpo_jax.evaluation.answers import final_answer, graded_responses
-from ngrpo_jax.evaluation.statistics import estimates, geometry
+from ngrpo_jax.evaluation.answers import graded_responses
+from ngrpo_jax.evaluation.statistics import estimates
 
 FORMAT = 1
 _HEADER = ("set", "step", "model", "problems", "pass_k", "trained", "depends")
@@ -55,10 +55,7 @@ class Generations:
     def graded(self) -> estimates.GradedResponses:
         """The graded responses of the finished problems. UserError, naming the file, where there is none."""
         require(bool(self.problems), f"{self.path} holds no finished problem yet; evaluate continues it.")
-        fields = ("reward", "final", "tokens", "stopped")
-        return graded_responses(
-            [[tuple(row[name] for name in fields) for row in rows] for rows in self.problems]
-        )
+        return graded_responses(self.problems)
 
     def metrics(self, pass_k: Sequence[int] | None = None) -> dict[str, estimates.Estimate]:
         """All metrics of the finished problems, for `pass_k` in the place of the file's own.
@@ -76,19 +73,14 @@ class Generations:
     def cosines(self) -> dict[str, float] | None:
         """Appendix E over all mixed inputs; None where nothing was mixed."""
         cosines = [value for rows in self.problems for row in rows for value in row.get("cosines", ())]
-        return geometry.cosine_metrics(np.array(cosines)) if cosines else None
-
-
-def find(folder: pathlib.Path) -> list[pathlib.Path]:
-    """All files of generations in a folder."""
-    return sorted(folder.glob("generations_*.jsonl"))
+        return estimates.cosine_metrics(np.array(cosines)) if cosines else None
 
 
 def read_all(paths: Sequence[pathlib.Path]) -> list[Generations]:
     """The files at these paths, and those in folders among them. UserError as of `read`, or for none."""
     found: list[pathlib.Path] = []
     for path in paths:
-        inside = find(path) if path.is_dir() else [path]
+        inside = sorted(path.glob("generations_*.jsonl")) if path.is_dir() else [path]
         require(bool(inside), f"{path} has no generations_*.jsonl; run evaluate with --workdir={path} first.")
         found += inside
     return [read(path) for path in found]
@@ -116,28 +108,13 @@ def read_finished(path: pathlib.Path) -> tuple[Generations, int]:
     samples = Generations(path, header, []).samples
     for index, line in enumerate(lines[1:]):
         _check(f"{path} line {line.number}", rows, index, samples)
-    whole = len(rows) - len(rows) % samples
-    problems = [rows[start : start + samples] for start in range(0, whole, samples)]
-    return Generations(path, header, problems), lines[whole].end
+    problems = by_problem(rows, samples)
+    return Generations(path, header, problems), lines[len(problems) * samples].end
 
 
-def regraded(
-    generations: Generations, grade: Callable[[list[str], list[str]], list[float]]
-) -> tuple[Generations, int]:
-    """(the same responses graded anew, how many rewards changed); `grade` takes responses and golds."""
-    rows = [row for problem in generations.problems for row in problem]
-    rewards = grade([row["response"] for row in rows], [row["answer"] for row in rows])
-    rewards_PG = np.asarray(rewards, np.float32).reshape(-1, generations.samples)
-    kind = generations.reward_kind
-    problems = [
-        [
-            {**row, "reward": float(reward), "final": final_answer(row["response"], kind)}
-            for row, reward in zip(problem, rewards_G, strict=True)
-        ]
-        for problem, rewards_G in zip(generations.problems, rewards_PG, strict=True)
-    ]
-    changed = int((rewards_PG != generations.graded().rewards_PG).sum())
-    return dataclasses.replace(generations, problems=problems), changed
+def by_problem(rows: list[Row], samples: int) -> list[list[Row]]:
+    """The rows of each problem that has all its samples."""
+    return [rows[stop - samples : stop] for stop in range(samples, len(rows) + 1, samples)]
 
 
 def _check(place: str, rows: Sequence[Any], index: int, samples: int) -> None:

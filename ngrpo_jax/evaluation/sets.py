@@ -13,11 +13,12 @@ import difflib
 import pathlib
 import re
 import shlex
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any
 
-from ngrpo_jax.errors import UserError, require
+from ngrpo_jax.errors import UserError, explained, require
+from ngrpo_jax.schema import Check, Kind
 from ngrpo_jax.settings import Settings
+from ngrpo_jax.tasks.files import READERS
 
 SEPARATOR = ";"  # between the entries of --sets
 
@@ -30,34 +31,22 @@ class EvalSet:
     settings: Settings
 
 
-class _Option(NamedTuple):
-    """An option of an entry: the setting it replaces, the pattern of its text, how that is read, in words."""
-
-    section: str
-    leaf: str
-    pattern: str
-    read: Callable[[str], Any]
-    words: str
-
-
-_NUMBER, _NAME = "[1-9][0-9]*", "[A-Za-z0-9_-]+"
-_OPTIONS = {
-    "samples": _Option("eval", "samples", _NUMBER, int, "a whole number above 0"),
-    "pass_k": _Option(
-        "eval", "pass_k", f"{_NUMBER}(,{_NUMBER})*", lambda text: (*map(int, text.split(",")),), "such as 1,8"
-    ),
-    "problems": _Option("eval", "problems", _NUMBER, int, "a whole number above 0"),
-    "prompt": _Option("data", "prompt", ".+", str, "as data.prompt"),
-    "reward": _Option("reward", "kind", ".+", str, "as reward.kind"),
-    "name": _Option("", "", _NAME, str, "letters, digits, '_' and '-'"),
+_OPTIONS = {  # option of an entry -> the setting that it replaces; the name of a set is no setting
+    "samples": "eval.samples",
+    "pass_k": "eval.pass_k",
+    "problems": "eval.problems",
+    "prompt": "data.prompt",
+    "reward": "reward.kind",
+    "name": "name",
 }
+_Name = Annotated[str, Check(re.compile("[A-Za-z0-9_-]+").fullmatch, "of letters, digits, '_' and '-'")]
+_KINDS = {**Settings.kinds(), "name": Kind.of(_Name)}
 
 
 def parse_flag(flag: str) -> tuple[str, ...]:
     """The entries of a --sets flag."""
-    entries = tuple(entry.strip() for entry in flag.split(SEPARATOR))
-    entries = entries[:-1] if entries and not entries[-1] else entries
-    require(bool(entries) and all(entries), f"--sets={flag!r} has an empty entry; write SOURCE; SOURCE.")
+    entries = tuple(entry.strip() for entry in flag.strip().removesuffix(SEPARATOR).split(SEPARATOR))
+    require(all(entries), f"--sets={flag!r} has an empty entry; write SOURCE; SOURCE.")
     return entries
 
 
@@ -78,7 +67,7 @@ def set_name(source: str) -> str:
     """The default name of a source: the stem of its file, or the name of its data set or function."""
     kind, _, rest = source.partition(":")
     body = rest.partition("?")[0]
-    if kind in ("jsonl", "parquet", "json", "csv"):
+    if kind in READERS:
         name = pathlib.PurePath(body).stem
     elif kind == "tfds":
         name = body.partition(":")[0].replace("/", "_")
@@ -88,35 +77,31 @@ def set_name(source: str) -> str:
 
 
 def _parse(entry: str, settings: Settings) -> EvalSet:
-    try:
+    with explained(ValueError, f"eval.sets entry {entry!r} is no list of words", "write SOURCE option=value"):
         source, *words = shlex.split(entry)
-    except ValueError as error:
-        raise UserError(f"eval.sets entry {entry!r} is not SOURCE [option=value ...] ({error}).") from error
-    options = dict(_option(entry, word) for word in words)
-    name = options.pop("name", set_name(source))
-    changes: dict[str, dict[str, Any]] = {"data": {"eval": source}, "eval": {}, "reward": {}}
-    for option, value in options.items():
-        changes[_OPTIONS[option].section][_OPTIONS[option].leaf] = value
+    sections: dict[str, dict[str, Any]] = {"data": {}, "eval": {}, "reward": {}}
     try:
-        sections = {
-            section: dataclasses.replace(getattr(settings, section), **changed)
-            for section, changed in changes.items()
+        changes = {"name": set_name(source), "data.eval": source, **dict(map(_read_option, words))}
+        name = changes.pop("name")
+        for setting, value in changes.items():
+            section, _, leaf = setting.partition(".")
+            sections[section][leaf] = value
+        replaced = {
+            section: dataclasses.replace(getattr(settings, section), **leaves)
+            for section, leaves in sections.items()
         }
     except ValueError as error:
         raise UserError(f"eval.sets entry {entry!r}: {error}") from error
-    return EvalSet(name, dataclasses.replace(settings, **sections))
+    return EvalSet(name, dataclasses.replace(settings, **replaced))
 
 
-def _option(entry: str, word: str) -> tuple[str, Any]:
-    name, equals, text = word.partition("=")
-    if not equals or name not in _OPTIONS:
-        near = difflib.get_close_matches(name, _OPTIONS, n=1)
-        known = ", ".join(f"{option}=" for option in _OPTIONS)
+def _read_option(word: str) -> tuple[str, Any]:
+    """(the setting that an option replaces, its value)."""
+    option, equals, text = word.partition("=")
+    if not equals or option not in _OPTIONS:
+        near = difflib.get_close_matches(option, _OPTIONS, n=1)
+        known = ", ".join(f"{name}=" for name in _OPTIONS)
         hint = f"did you mean {near[0]}=?" if near else f"options are {known}."
-        raise UserError(f"eval.sets entry {entry!r}: {word!r} is no option; {hint}")
-    option = _OPTIONS[name]
-    understood = bool(re.fullmatch(option.pattern, text))
-    require(
-        understood, f"eval.sets entry {entry!r}: {word!r} is not understood; {name}= takes {option.words}."
-    )
-    return name, option.read(text)
+        raise UserError(f"{word!r} is no option; {hint}")
+    setting = _OPTIONS[option]
+    return setting, _KINDS[setting].read(setting, text)

@@ -1,10 +1,14 @@
 """Stored generations read again, without a model or a config: their metrics, or verdicts graded anew."""
 
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 
+import numpy as np
+
 from ngrpo_jax.errors import require
 from ngrpo_jax.evaluation import generations, tables
+from ngrpo_jax.evaluation.answers import final_answer
 from ngrpo_jax.evaluation.generations import Generations
 from ngrpo_jax.tasks.rewards import Grader
 
@@ -28,10 +32,15 @@ def show(paths: Sequence[pathlib.Path], pass_k: Sequence[int] | None, *, regrade
 
 
 def _regraded(one: Generations) -> Generations:
+    rows, kind = [row for problem in one.problems for row in problem], one.reward_kind
     with Grader() as grader:
-        grader.check(one.reward_kind)
-        new, changed = generations.regraded(
-            one, lambda texts, golds: grader.grade(texts, golds, one.reward_kind)
-        )
-    print(f"graded anew: {changed} of {sum(map(len, one.problems))} verdicts changed ({one.path})")
-    return new
+        grader.check(kind)
+        verdicts = grader.grade([row["response"] for row in rows], [row["answer"] for row in rows], kind)
+    rewards = np.asarray(verdicts, np.float32).tolist()  # as a file has them
+    changed = sum(row["reward"] != reward for row, reward in zip(rows, rewards, strict=True))
+    print(f"graded anew: {changed} of {len(rows)} verdicts changed ({one.path})")
+    anew = [
+        {**row, "reward": reward, "final": final_answer(row["response"], kind)}
+        for row, reward in zip(rows, rewards, strict=True)
+    ]
+    return dataclasses.replace(one, problems=generations.by_problem(anew, one.samples))

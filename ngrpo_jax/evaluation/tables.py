@@ -16,7 +16,6 @@ from ngrpo_jax.runtime import console
 Metrics = Mapping[str, Estimate]
 
 _COSINE = {"mean": "mean", "min": "smallest", "below_095": "share below 0.95"}
-_SAMPLING = ("samples", "temperature", "top_p", "top_k", "max_new_tokens")
 
 
 def details(generations: Generations, metrics: Metrics, pass_k: Sequence[int]) -> str:
@@ -76,7 +75,7 @@ def table_1(sets: Sequence[tuple[Generations, Metrics]], pass_k: Sequence[int] |
 
 def _paper_rows(headers: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[tuple[str, ...]]:
     backbone = paper.backbone(headers[0]["model"])
-    if backbone is None or not all(_as_the_paper(header["depends"]) for header in headers):
+    if backbone is None or not all(paper.comparable(header["depends"]) for header in headers):
         return []
     method = paper.method(
         trained=headers[0]["step"] > 0,
@@ -93,12 +92,6 @@ def _paper_rows(headers: Sequence[Mapping[str, Any]], columns: Sequence[str]) ->
         mark = "  ← this method" if name == method else ""
         rows.append((f"paper, {name}{mark}", *("–" if cell is None else _cell(cell) for cell in shown)))
     return rows
-
-
-def _as_the_paper(depends: Mapping[str, Any]) -> bool:
-    return paper.comparable(
-        **{leaf: depends[f"eval.{leaf}"] for leaf in _SAMPLING}, reward=depends["reward.kind"]
-    )
 
 
 def _cell(cell: paper.Cell) -> str:

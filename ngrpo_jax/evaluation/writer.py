@@ -3,13 +3,11 @@
 Owns what a file's header and rows hold, and the rule that only the same evaluation may continue a file.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -19,6 +17,7 @@ from ngrpo_jax.evaluation.answers import final_answer
 from ngrpo_jax.evaluation.generations import FORMAT, Row, read_finished
 from ngrpo_jax.evaluation.sets import EvalSet
 from ngrpo_jax.evaluation.statistics import paper
+from ngrpo_jax.files import as_json
 from ngrpo_jax.setup.problems import ProblemSet
 
 
@@ -32,16 +31,12 @@ def make_header(eval_set: EvalSet, problems: ProblemSet, step: int, weights: str
 
     `weights`: the digest of the parameters, from `setup.model_spec.model_identity`.
     """
-    settings = eval_set.settings
-    own, mixing = dataclasses.asdict(settings.eval), dataclasses.asdict(settings.mixing)
+    settings, leaves = eval_set.settings, eval_set.settings.leaves()
+    mixing = [name for name in leaves if name.startswith("mixing.") and settings.eval.mixing]
     depends = {"set": eval_set.name, "step": step, "seed": settings.seed, "weights": weights}
     depends |= {"model.dtype": settings.model.dtype, "problems": _digest(problems)}
-    for leaf in ("samples", "temperature", "top_p", "top_k", "max_new_tokens", "mixing"):
-        depends[f"eval.{leaf}"] = own[leaf]
-    if own["mixing"]:
-        depends |= {f"mixing.{leaf}": value for leaf, value in mixing.items()}
-    depends["reward.kind"] = settings.reward.kind
-    trained = {leaf: mixing[leaf] for leaf in ("strategy", "rate", "metric", *paper.NEIGHBOR)}
+    depends |= {name: leaves[name] for name in (*paper.SAMPLING, "eval.mixing", *mixing, "reward.kind")}
+    trained = {leaf: leaves[f"mixing.{leaf}"] for leaf in ("strategy", "rate", "metric", *paper.NEIGHBOR)}
     header = {
         "format": FORMAT,
         "set": eval_set.name,
@@ -54,7 +49,7 @@ def make_header(eval_set: EvalSet, problems: ProblemSet, step: int, weights: str
         "trained": {**trained, "algorithm": settings.objective.algorithm},
         "depends": depends,
     }
-    return json.loads(json.dumps(header))  # as it will be read: tuples are lists
+    return as_json(header)
 
 
 def response_rows(
@@ -121,10 +116,8 @@ class GenerationsWriter:
         data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in lines).encode()
         with storage(self.path, "written"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.touch()
-            with self.path.open("r+b") as file:
+            with self.path.open("ab") as file:
                 file.truncate(self._end)
-                file.seek(self._end)
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -143,6 +136,6 @@ def _check_same(path: pathlib.Path, there: Row, here: Row) -> None:
 
 def _digest(problems: ProblemSet) -> str:
     """A digest of the problems, their prompts' tokens, and their gold answers."""
-    pairs: Any = zip(problems.problems, problems.prompts, strict=True)
+    pairs = zip(problems.problems, problems.prompts, strict=True)
     content = json.dumps([[one.id, one.problem, one.answer, list(map(int, ids))] for one, ids in pairs])
     return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -118,10 +118,8 @@ def running_mean(values: np.ndarray, width: int) -> np.ndarray:
 
 def tick(value: float, unit: str) -> str:
     """An axis label: the whole value, without rounding noise."""
-    if unit == "%":
-        return f"{100 * value:.4g} %".replace("-", "\u2212")
-    text = format_count(value) if abs(value) >= 10_000 else f"{value:.4g}"
-    return text.replace("-", "\u2212")
+    plain = format_count(value) if abs(value) >= 10_000 else f"{value:.4g}"
+    return (f"{100 * value:.4g} %" if unit == "%" else plain).replace("-", "\u2212")
 
 
 def _axes(unit: str) -> tuple[Figure, Axes]:
@@ -163,8 +161,7 @@ def _svg(figure: Figure) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r' (width|height)="[^"]*"', "", text, count=2)  # of the whole drawing
     # Charts share a page: ids that nothing refers to are dropped, since they could repeat in another chart.
     used = set(re.findall(r'(?:href="#|url\(#)([\w.-]+)', text))
     text = re.sub(r' id="([\w.-]+)"', lambda found: found[0] if found[1] in used else "", text)

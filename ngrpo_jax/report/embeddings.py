@@ -22,6 +22,7 @@ from ngrpo_jax.settings import Settings, resolve
 from ngrpo_jax.setup.model_spec import open_checkpoint, open_model_spec
 from ngrpo_jax.setup.resume import best_key
 from ngrpo_jax.setup.tokenizer_info import TokenizerInfo
+from ngrpo_jax.tasks import prompts
 
 SIGMA = 0.33  # of STHT's noise, arXiv 2509.19170
 SAMPLES = 200  # of noise and of mixtures, for each token
@@ -55,14 +56,8 @@ class Anchors:
 
     def nearest(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids, nearness) [A, count] of the tokens' neighbours among the rows that rollouts may mix in."""
-        return geometry.nearest_rows(
-            self.table_VD,
-            self.ids,
-            count,
-            metric=self.settings.mixing.metric,
-            valid_V=self.tokenizer_info.eligible.valid_V,
-            group_V=self.tokenizer_info.eligible.group_V,
-        )
+        metric, eligible = self.settings.mixing.metric, self.tokenizer_info.eligible
+        return geometry.nearest_rows(self.table_VD, self.ids, count, metric=metric, eligible=eligible)
 
 
 def visible(text: str) -> str:
@@ -76,13 +71,14 @@ def neighbor_list(argv: Sequence[str]) -> str:
     anchors = _read(argv)
     mixing = anchors.settings.mixing
     ids_AC, nearness_AC = anchors.nearest(anchors.count)
+    spelling_V = prompts.spelling_groups(anchors.tokenizer_info.tokenizer, len(anchors.table_VD))
     rows = []
     for anchor, ids, nearness in zip(anchors.ids, ids_AC, nearness_AC, strict=True):
         near = [f"{anchors.text(i)} {value:.3f}" for i, value in zip(ids, nearness, strict=True)]
         mixed = min(mixing.k - 1, len(near))
-        text = anchors.text(anchor)
-        spelling = sum(_same_word(text, anchors.text(i)) for i in ids[:mixed])
-        rows.append((text, anchor, "   ".join([*near[:mixed], "|", *near[mixed:]]).strip(), spelling))
+        listed = "   ".join([*near[:mixed], "|", *near[mixed:]]).strip()
+        variants = int((spelling_V[ids[:mixed]] == spelling_V[anchor]).sum())
+        rows.append((anchors.text(anchor), anchor, listed, variants))
     title = (
         f"step {anchors.step}, {mixing.metric} in the {mixing.table}, k {mixing.k}: the first {mixing.k - 1} "
         "are mixed in"
@@ -93,65 +89,28 @@ def neighbor_list(argv: Sequence[str]) -> str:
 def plane_page(argv: Sequence[str]) -> tuple[Path, str]:
     """(WORKDIR/pca.html, the page): tokens, noisy inputs and mixtures in their plane of largest variance."""
     anchors = _read(argv)
-    random = np.random.default_rng(anchors.settings.seed)
-    k = anchors.settings.mixing.k
+    embedding_VD, k = anchors.embedding_VD, anchors.settings.mixing.k
     require(k >= 2, f"mixing.k is {k}; without a neighbour there is no mixture to draw.")
     ids_AC, _ = anchors.nearest(k - 1)
     candidates_AC = np.concatenate([np.array(anchors.ids)[:, None], ids_AC], axis=1)
-    embedding_VD = anchors.embedding_VD
+    random = np.random.default_rng(anchors.settings.seed)
     usable = np.flatnonzero(anchors.tokenizer_info.eligible.valid_V)
     background_XD = embedding_VD[random.choice(usable, min(BACKGROUND, len(usable)), replace=False)]
-    noise_AXD = np.stack(
-        [geometry.noisy_points(embedding_VD[anchor], SIGMA, SAMPLES, random) for anchor in anchors.ids]
-    )
-    mixed_AXD = np.stack([geometry.mixed_points(embedding_VD[ids], SAMPLES, random) for ids in candidates_AC])
-    noise_XD, mixed_XD = np.concatenate(noise_AXD), np.concatenate(mixed_AXD)
+    noise = [geometry.noisy_points(embedding_VD[anchor], SIGMA, SAMPLES, random) for anchor in anchors.ids]
+    mixed = [geometry.mixed_points(embedding_VD[ids], SAMPLES, random) for ids in candidates_AC]
     plane = geometry.principal_plane(
-        np.concatenate([background_XD, embedding_VD[anchors.ids], noise_XD, mixed_XD])
+        np.concatenate([background_XD, embedding_VD[anchors.ids], *noise, *mixed])
     )
     clouds = [
         charts.Cloud("vocabulary", plane(background_XD), "#c6ccd4", 4.0),
-        charts.Cloud("Gaussian noise", plane(noise_XD), charts.COLORS[1], 7.0),
-        charts.Cloud("neighbour mixing", plane(mixed_XD), charts.COLORS[0], 7.0),
+        charts.Cloud("Gaussian noise", plane(np.concatenate(noise)), charts.COLORS[1], 7.0),
+        charts.Cloud("neighbour mixing", plane(np.concatenate(mixed)), charts.COLORS[0], 7.0),
         charts.Cloud("neighbours", plane(embedding_VD[ids_AC.ravel()]), charts.COLORS[2], 26.0),
     ]
-    named = [*anchors.ids, *ids_AC.ravel()]
-    labels = [(anchors.text(token), plane(embedding_VD[token])) for token in named]
+    labels = [(anchors.text(token), plane(embedding_VD[token])) for token in [*anchors.ids, *ids_AC.ravel()]]
     first, second = (f"{100 * share:.1f} % of variance" for share in plane.explained)
-    drawing = charts.scatter_chart(clouds, labels, (first, second))
-    rows = [
-        ("Gaussian noise", *_nearness(anchors, noise_AXD, candidates_AC)),
-        ("neighbour mixing", *_nearness(anchors, mixed_AXD, candidates_AC)),
-    ]
-    return anchors.workdir / "pca.html", _page(anchors, drawing, clouds, rows)
-
-
-def _nearness(
-    anchors: Anchors, points_AXD: np.ndarray, candidates_AC: np.ndarray
-) -> tuple[float, float, float]:
-    """Means over points: cosine to the anchor, cosine to the nearest token, whether that is a candidate."""
-    usable = np.flatnonzero(anchors.tokenizer_info.eligible.valid_V)
-    to_anchor, to_any, own = [], [], []
-    for anchor, points_XD, candidates in zip(anchors.ids, points_AXD, candidates_AC, strict=True):
-        row_D = anchors.embedding_VD[anchor]
-        norms_X = np.linalg.norm(points_XD, axis=1) * np.linalg.norm(row_D)
-        to_anchor.append(points_XD @ row_D / np.where(norms_X > 0, norms_X, 1.0))
-        # An anchor may be a special token: no other token's neighbour, but near to its own points.
-        pool = np.union1d(usable, [anchor])
-        ids_X, cosines_X = geometry.nearest_cosine(points_XD, anchors.embedding_VD[pool])
-        to_any.append(cosines_X)
-        own.append(np.isin(pool[ids_X], candidates))
-    return float(np.mean(to_anchor)), float(np.mean(to_any)), float(np.mean(own))
-
-
-def _page(
-    anchors: Anchors,
-    drawing: str,
-    clouds: Sequence[charts.Cloud],
-    rows: Sequence[tuple[str, float, float, float]],
-) -> str:
     tokens = ", ".join(anchors.text(anchor) for anchor in anchors.ids)
-    return templates.fill(
+    page = templates.fill(
         "plane.html",
         title="Inputs in the plane",
         model=anchors.settings.model.path,
@@ -159,12 +118,32 @@ def _page(
         tokens=tokens,
         samples=SAMPLES,
         sigma=SIGMA,
-        neighbors=anchors.settings.mixing.k - 1,
-        background=len(clouds[0].points),
+        neighbors=k - 1,
+        background=len(background_XD),
         clouds=[{"color": cloud.color, "label": cloud.label, "last": ""} for cloud in clouds],
-        drawing=labelled(drawing, f"Tokens in a plane: {tokens}"),
-        rows=[(name, *(f"{value:.4f}" for value in values)) for name, *values in rows],
+        drawing=labelled(
+            charts.scatter_chart(clouds, labels, (first, second)), f"Tokens in a plane: {tokens}"
+        ),
+        rows=[
+            ("Gaussian noise", *_nearness(anchors, noise, candidates_AC)),
+            ("neighbour mixing", *_nearness(anchors, mixed, candidates_AC)),
+        ],
     )
+    return anchors.workdir / "pca.html", page
+
+
+def _nearness(anchors: Anchors, points_AXD: Sequence[np.ndarray], candidates_AC: np.ndarray) -> list[str]:
+    """Means over points: cosine to the anchor, cosine to the nearest token, whether that is a candidate."""
+    usable = np.flatnonzero(anchors.tokenizer_info.eligible.valid_V)
+    means = []
+    for points_XD, candidates in zip(points_AXD, candidates_AC, strict=True):
+        # An anchor may be a special token: no other token's neighbour, but near to its own points.
+        pool = np.union1d(usable, candidates)
+        cosines_XV = geometry.pairwise_cosines(points_XD, anchors.embedding_VD[pool])
+        to_anchor_X = cosines_XV[:, np.searchsorted(pool, candidates[0])]
+        own_X = np.isin(pool[cosines_XV.argmax(axis=1)], candidates)
+        means.append([to_anchor_X.mean(), cosines_XV.max(axis=1).mean(), own_X.mean()])
+    return [f"{mean:.4f}" for mean in np.mean(means, axis=0)]
 
 
 def _read(argv: Sequence[str]) -> Anchors:
@@ -193,8 +172,3 @@ def _token(tokenizer: Any, piece: str) -> int:
             return int(ids[0])
     cut = "|".join(tokenizer.decode([i]) for i in tokenizer.encode(piece.strip(), add_special_tokens=False))
     raise UserError(f"--tokens: {piece.strip()!r} is several tokens to this tokenizer ({cut}); name one.")
-
-
-def _same_word(a: str, b: str) -> bool:
-    """Whether two tokens' texts differ at most by case and a leading space."""
-    return a.lstrip("␣").casefold() == b.lstrip("␣").casefold()

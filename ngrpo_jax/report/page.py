@@ -12,6 +12,7 @@ from markupsafe import Markup
 from ngrpo_jax.report import charts, panels, samples, templates
 from ngrpo_jax.report.workdir import Run
 from ngrpo_jax.runtime.console import format_seconds
+from ngrpo_jax.schema import flatten
 
 Facts = list[tuple[str, Any]]
 
@@ -33,7 +34,7 @@ def render(run: Run) -> str:
     return templates.fill(
         "run.html",
         title=run.name,
-        subtitle=_subtitle(run),
+        subtitle=_subtitle(flatten(run.config)),
         cards=[card for card in _cards(run) if card.value],
         places=[(name, run.summary[name]) for name in ("checkpoint", "export") if run.summary.get(name)],
         window=charts.window(len(run.rows)),
@@ -67,24 +68,21 @@ def quantity(value: float, unit: str) -> str:
     return format_seconds(value) if unit == "s" else number(value)
 
 
-def _setting(run: Run, section: str, name: str) -> Any:
-    found = run.config.get(section)
-    return found.get(name) if isinstance(found, dict) else None
-
-
-def _subtitle(run: Run) -> str:
-    parts = [str(_setting(run, "model", "path"))] if _setting(run, "model", "path") else []
-    strategy, rate = _setting(run, "mixing", "strategy"), _setting(run, "mixing", "rate")
+def _subtitle(settings: dict[str, Any]) -> str:
+    parts = [str(settings["model.path"])] if settings.get("model.path") else []
+    strategy, rate = settings.get("mixing.strategy"), settings.get("mixing.rate")
     if strategy is not None and rate is not None:
-        mixing = f"{strategy} mixing, ρ = {rate}, k = {_setting(run, 'mixing', 'k')}"
+        mixing = f"{strategy} mixing, ρ = {rate}, k = {settings.get('mixing.k')}"
         parts.append("no mixing (plain GRPO)" if strategy == "none" or rate == 0 else mixing)
-    prompts, group = _setting(run, "rollout", "prompts"), _setting(run, "rollout", "group")
-    return " · ".join([*parts, f"{prompts} prompts × {group} a step"] if prompts is not None else parts)
+    if settings.get("rollout.prompts") is not None:
+        parts.append(f"{settings['rollout.prompts']} prompts × {settings.get('rollout.group')} a step")
+    return " · ".join(parts)
 
 
 def _cards(run: Run) -> Iterator[Card]:
     """The key metrics of the run; a card without a value has nothing to show."""
-    n, k = _setting(run, "eval", "samples") or "n", _setting(run, "eval", "pass_k") or "k"
+    settings = flatten(run.config)
+    n, k = settings.get("eval.samples") or "n", settings.get("eval.pass_k") or "k"
     yield _change_card(f"Held-out Mean@{n}", run.summary, "mean_at_n")
     yield _change_card(f"Held-out Pass@{max(k) if isinstance(k, list) else k}", run.summary, "pass_at_k")
     _, rewards = run.values("reward/mean")
@@ -92,7 +90,7 @@ def _cards(run: Run) -> Iterator[Card]:
         few = max(1, len(rewards) // 10)
         detail = f"{fmean(rewards[:few]):.3f} at the start"
         yield Card("Training reward", f"{fmean(rewards[-few:]):.3f}", detail)
-    wanted, seconds = _setting(run, "train", "steps"), run.summary.get("seconds")
+    wanted, seconds = settings.get("train.steps"), run.summary.get("seconds")
     detail = format_seconds(seconds) + " in all" if isinstance(seconds, int | float) else ""
     last = max(row["step"] for row in run.rows)
     yield Card("Steps", number(last), detail or (f"of {number(wanted)}" if wanted else ""))

@@ -3,10 +3,10 @@
 Owns the table of panels (panels.toml), and the rule for metrics that are not in it. Draws nothing.
 """
 
-import pathlib
-import tomllib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
+
+from ngrpo_jax.files import toml_beside
 
 
 class Panel(NamedTuple):
@@ -31,10 +31,7 @@ def _section(title: str, note: str, panels: list[dict[str, Any]]) -> Section:
     return Section(title, note, tuple(Panel(**panel) for panel in panels))
 
 
-_FILE = pathlib.Path(__file__).with_suffix(".toml")
-SECTIONS = tuple(
-    _section(**section) for section in tomllib.loads(_FILE.read_text(encoding="utf-8"))["section"]
-)
+SECTIONS = tuple(_section(**section) for section in toml_beside(__file__)["section"])
 REST_TITLE = "Everything else"
 # Metrics without a chart: "Time a step, by phase", "Mean reward" and "Verdicts a second" show as much.
 _NO_CHART = {"time/step", "reward/std", "speed/reward_tokens"}

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from ngrpo_jax.evaluation.cosines import COSINE_SAMPLE, cosines_at, mixtures_at
-from ngrpo_jax.evaluation.statistics import geometry
+from ngrpo_jax.evaluation.statistics import estimates
 from ngrpo_jax.model.flops import forward_flops
 from ngrpo_jax.rollout.trajectory import Trajectories
 from ngrpo_jax.run.state import Run
@@ -134,7 +134,7 @@ def _mixing_metrics(policy: Policy, trajectories: Trajectories, responses: Respo
         found = np.stack([cosines, anchors], axis=1).tolist()
     of_all = [pair for pairs in distributed.allgather("cosines", found) for pair in pairs]
     cosines, anchors = np.asarray(of_all, np.float32).T
-    metrics = {f"rollout/mix_cosine_{name}": x for name, x in geometry.cosine_metrics(cosines).items()}
+    metrics = {f"rollout/mix_cosine_{name}": x for name, x in estimates.cosine_metrics(cosines).items()}
     return {**metrics, "rollout/mix_anchor_weight": float(anchors.mean())}
 
 

@@ -15,11 +15,10 @@ import re
 import string
 from collections.abc import Iterator
 
-from ngrpo_jax.errors import UserError
+from ngrpo_jax.errors import require
 
 THINK_OPENING = "<think>\n"
-SPLITS = ("train", "test")
-DEFAULT_SIZE = {"train": 8192, "test": 256}
+DEFAULT_SIZE = {"train": 8192, "test": 256}  # of each split
 
 _HELD_OUT_SHARE = 8
 _ENUMERABLE = 100_000
@@ -48,22 +47,19 @@ def parse_spec(text: str) -> Spec:
 
     Raises UserError, naming the wrong part and the grammar.
     """
-    values = {"terms": "3", "digits": "2", "ops": "+-"}
+    values, fault = {"terms": "3", "digits": "2", "ops": "+-"}, f"data source 'arithmetic:{text}'"
     for part in filter(None, text.split(",")):
         key, equals, value = part.partition("=")
-        if key not in values or not equals:
-            raise UserError(f"data source 'arithmetic:{text}': {part!r} is not understood; write {_GRAMMAR}")
+        require(key in values and bool(equals), f"{fault}: {part!r} is not understood; write {_GRAMMAR}")
         values[key] = value
     terms = re.fullmatch(r"(\d{1,2})(?:-(\d{1,2}))?", values["terms"])
     low, high = (int(terms[1]), int(terms[2] or terms[1])) if terms else (0, 0)
-    if not 2 <= low <= high:
-        raise UserError(f"data source 'arithmetic:{text}': terms must be a number from 2 or a range as 2-4")
-    if not re.fullmatch(r"[1-9]", values["digits"]):
-        raise UserError(f"data source 'arithmetic:{text}': digits must be a number from 1 to 9")
-    ops = values["ops"]
-    if not ops or len(set(ops)) < len(ops) or not set(ops) <= _SYMBOLS.keys():
-        raise UserError(f"data source 'arithmetic:{text}': ops must be different signs out of + - *")
-    return Spec(low, high, int(values["digits"]), ops)
+    require(2 <= low <= high, f"{fault}: terms must be a number from 2 or a range as 2-4")
+    digits, ops = values["digits"], values["ops"]
+    require(digits in tuple("123456789"), f"{fault}: digits must be a number from 1 to 9")
+    different_signs = 0 < len(ops) == len(set(ops) & _SYMBOLS.keys())
+    require(different_signs, f"{fault}: ops must be different signs out of + - *")
+    return Spec(low, high, int(digits), ops)
 
 
 def generate(spec: Spec, *, split: str, seed: int, size: int | None = None) -> list[dict[str, str]]:
@@ -74,8 +70,8 @@ def generate(spec: Spec, *, split: str, seed: int, size: int | None = None) -> l
     default is `DEFAULT_SIZE`, or the whole family where it is smaller. Raises UserError for an unknown split
     and for a `size` that exceeds the family.
     """
-    if split not in SPLITS:
-        raise UserError(f"data source 'arithmetic' has the splits {' and '.join(SPLITS)}, not {split!r}")
+    splits = " and ".join(DEFAULT_SIZE)
+    require(split in DEFAULT_SIZE, f"data source 'arithmetic' has the splits {splits}, not {split!r}")
     wanted = DEFAULT_SIZE[split] if size is None else size
     rng = random.Random(f"{seed} {split}")
     small = spec.size <= _ENUMERABLE
@@ -85,11 +81,11 @@ def generate(spec: Spec, *, split: str, seed: int, size: int | None = None) -> l
             break
         if _held_out(text) == (split == "test"):
             texts[text] = None
-    if len(texts) < wanted and (size is not None or not texts):
-        raise UserError(
-            f"data source 'arithmetic' has only {len(texts)} different {split} problems with {spec.digits} "
-            f"digits and up to {spec.max_terms} terms, not {wanted}; take fewer, or raise terms or digits"
-        )
+    require(
+        len(texts) >= wanted or (size is None and bool(texts)),
+        f"data source 'arithmetic' has only {len(texts)} different {split} problems with {spec.digits} "
+        f"digits and up to {spec.max_terms} terms, not {wanted}; take fewer, or raise terms or digits",
+    )
     return [{"id": f"arithmetic:{t}", "problem": t, "answer": str(steps(t)[-1][1])} for t in texts]
 
 
@@ -98,8 +94,8 @@ def steps(problem: str) -> list[tuple[str, int]]:
 
     Products first, then from left to right. Raises ValueError for text that is not such a problem.
     """
-    if not re.fullmatch(r"\d+([-+*]\d+)+=", problem):
-        raise UserError(f"{problem!r} is not an arithmetic problem such as '37+48-15='")
+    understood = bool(re.fullmatch(r"\d+([-+*]\d+)+=", problem))
+    require(understood, f"{problem!r} is not an arithmetic problem such as '37+48-15='")
     pieces = re.split(r"([-+*])", problem.removesuffix("="))
     numbers, signs = [int(piece) for piece in pieces[::2]], pieces[1::2]
     done = []

@@ -1,22 +1,21 @@
 """Problems of a data source, and their order in training.
 
-Owns what a problem is, the checks of each row, and which problems a training step takes. Must not know
-prompts or tokens.
+Owns what a problem is, and which problems a training step takes. Must not know prompts or tokens.
 """
 
 import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ngrpo_jax.errors import UserError
+from ngrpo_jax.errors import require
 
 from . import cleaning
-from .rows import Row, field_list, is_null, text
-from .sources import FIELDS, read_rows
+from .rows import RowReader
+from .sources import read_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,14 +62,13 @@ def load_training(
     problems = [problem for problem in found if problem]
     again = set(cleaning.repeated([problem.problem for problem in problems]))
     kept = [problem for i, problem in enumerate(problems) if i not in again]
-    if not kept:
-        raise UserError(f"data source {source!r} has only rows without a problem or answer; fill them in")
+    require(bool(kept), f"data source {source!r} has only rows without a problem or answer; fill them in")
     return TrainingProblems(kept[:size], len(found) - len(problems), len(again))
 
 
 def _check_size(source: str, size: int | None) -> None:
-    if size is not None and size < 1:
-        raise UserError(f"data source {source!r}: the number of problems is {size}; it must be at least 1")
+    fault = f"data source {source!r}: the number of problems is {size}; it must be at least 1"
+    require(size is None or size >= 1, fault)
 
 
 def _problems(
@@ -78,39 +76,13 @@ def _problems(
 ) -> Iterator[Problem | None]:
     """A problem for each row; where tolerant, None for a row without a problem or an answer."""
     rows = read_rows(source, split=split, seed=seed, size=size)
-    ids: set[str] = set()
-    empty = True
+    names = {field: (name,) for field, name in rows.names.items()}
+    reader = RowReader(rows.origin, names, "every row", "row-{}", tolerant, spelling=str)
+    number = 0
     for number, row in rows.numbered:
-        empty = False
-        place = f"{rows.origin}, row {number}"
-        problem = _problem(place, f"row-{number}", row, rows.names, tolerant)
-        if problem is not None:
-            if problem.id in ids:
-                raise UserError(f"{place}: an earlier row has the id {problem.id!r} too; ids must differ")
-            ids.add(problem.id)
-        yield problem
-    if empty:
-        raise UserError(f"data source {source!r} (split {split!r}) is empty; give one with at least one row")
-
-
-def _problem(place: str, default_id: str, row: Row, names: dict[str, str], tolerant: bool) -> Problem | None:
-    if not isinstance(row, Mapping):
-        raise UserError(f"{place}: not an object with the fields {names['problem']} and {names['answer']}")
-    values = {}
-    for field in FIELDS:
-        name = names[field]
-        value = row.get(name)
-        if field == "id" and is_null(value):
-            value = default_id
-        elif tolerant and name in row and is_null(value):
-            return None
-        if value is None:
-            raise UserError(
-                f"{place}: no field {name!r}; every row needs a problem and an answer (fields here: "
-                f"{field_list(row)})"
-            )
-        values[field] = text(place, name, value, numbers=field != "problem")
-    return Problem(**values)
+        texts = reader.read(number, row)
+        yield Problem(**texts) if texts else None
+    require(number > 0, f"data source {source!r} (split {split!r}) is empty; give one with at least one row")
 
 
 def problem_order(count: int, *, seed: int, step: int, batch: int) -> np.ndarray:

@@ -9,10 +9,9 @@ import io
 import json
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
-from ngrpo_jax.errors import UserError, storage
-from ngrpo_jax.files import read_jsonl
+from ngrpo_jax.errors import UserError, explained, require
+from ngrpo_jax.files import read_jsonl, read_text, well_formed
 
 from .rows import Row
 
@@ -25,10 +24,9 @@ def read(path: pathlib.Path, kind: str | None = None) -> Numbered:
     Raises UserError where there is no such file, and for a suffix that is no format.
     """
     kind = kind or path.suffix.removeprefix(".").lower()
-    if kind not in READERS:
-        raise UserError(f"{path} is no data file by its suffix; its suffix must be .{', .'.join(READERS)}")
-    if not path.exists():
-        raise UserError(f"there is no file {path}")
+    suffixes = ", .".join(READERS)
+    require(kind in READERS, f"{path} is no data file by its suffix; its suffix must be .{suffixes}")
+    require(path.exists(), f"there is no file {path}")
     return READERS[kind](path)
 
 
@@ -38,22 +36,18 @@ def _jsonl(path: pathlib.Path) -> Numbered:
 
 def _json(path: pathlib.Path) -> Numbered:
     """An array of objects; a file that holds JSON lines in spite of its suffix is read as JSONL."""
-    content = _bytes(path)
-    if not content.lstrip().startswith(b"["):
+    text = read_text(path)
+    if not text.lstrip().startswith("["):
         return _jsonl(path)
-    return enumerate(_parsed(content, str(path)), 1)
+    with well_formed(path, "correct it"):
+        return enumerate(json.loads(text), 1)
 
 
 def _csv(path: pathlib.Path) -> Numbered:
-    content = _decoded(_bytes(path), str(path))
-    reader = csv.reader(io.StringIO(content, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
         header = next(reader, [])
-        number = 0
-        for cells in reader:
-            if not cells:
-                continue
-            number += 1
+        for number, cells in enumerate(filter(None, reader), 1):
             if len(cells) != len(header):
                 raise UserError(
                     f"{path}, row {number}: {len(cells)} fields where the header has {len(header)}; "
@@ -68,20 +62,13 @@ def _parquet(path: pathlib.Path) -> Numbered:
     import pyarrow
     import pyarrow.parquet
 
-    try:
+    with explained(pyarrow.ArrowInvalid, f"{path} is not a readable parquet file", "fetch it again"):
         table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowInvalid as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path} is not a readable parquet file ({reason}); fetch it again") from error
     number = 0
     for batch in table.to_batches():
-        try:
+        place = f"{path}: among rows {number + 1} to {number + batch.num_rows}"
+        with explained(UnicodeDecodeError, f"{place} there is text that is not UTF-8", "write the file anew"):
             rows = batch.to_pylist()
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{path}: among rows {number + 1} to {number + batch.num_rows} there is text that is not "
-                f"UTF-8 ({error.reason}); write the file anew"
-            ) from error
         yield from enumerate(rows, number + 1)
         number += batch.num_rows
 
@@ -92,28 +79,3 @@ READERS: dict[str, Callable[[pathlib.Path], Numbered]] = {
     "csv": _csv,
     "parquet": _parquet,
 }
-
-
-def _bytes(path: pathlib.Path) -> bytes:
-    with storage(path):
-        return path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-
-
-def _decoded(content: bytes, place: str) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{place}, line {line}: not UTF-8 text ({error.reason}); save the file as UTF-8"
-        ) from error
-
-
-def _parsed(content: bytes, place: str) -> Any:
-    try:
-        return json.loads(_decoded(content, place))
-    except json.JSONDecodeError as error:
-        where = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}"
-        raise UserError(f"{place}: not JSON ({error.msg} at {where}); correct it") from error
-    except RecursionError as error:
-        raise UserError(f"{place}: JSON nested too deeply; correct it") from error

@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from ngrpo_jax.errors import UserError
+from ngrpo_jax.errors import UserError, explained, require
 
 
 def import_function(path: str, purpose: str) -> Callable[..., Any]:
@@ -15,15 +15,11 @@ def import_function(path: str, purpose: str) -> Callable[..., Any]:
     Raises UserError where the path is malformed, the module cannot be imported, or it has no such callable.
     """
     module_name, colon, name = path.partition(":")
-    if not (module_name and colon and name):
-        raise UserError(f"{purpose} {path!r} is no import path; write it as package.module:function")
-    try:
+    fault = f"{purpose} {path!r} is no import path; write it as package.module:function"
+    require(bool(module_name and colon and name), fault)
+    remedy = "check its name, and that its folder is the current one or on PYTHONPATH"
+    with explained(ImportError, f"{purpose} {path!r} cannot be imported", remedy):
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(
-            f"{purpose} {path!r} cannot be imported ({error}); check its name, and that its folder is the "
-            "current one or on PYTHONPATH"
-        ) from error
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"{purpose} {path!r}: module {module_name} has no function {name!r}")

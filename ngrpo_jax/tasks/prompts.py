@@ -9,28 +9,26 @@ import os
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jinja2
 import numpy as np
 
 from ngrpo_jax.choices import PROMPTS
-from ngrpo_jax.errors import UserError
+from ngrpo_jax.errors import UserError, explained, require
+
+from .datasets import Problem
 
 MATH_SENTENCE = "Let's think step by step and output the final answer within \\boxed{}."
 CHOICE_SENTENCE = (
     "Let's think step by step and output the final answer in the last line as:\nAnswer: <A/B/C/D>"
 )
+_ENDINGS = {"math": f" {MATH_SENTENCE}", "choice": f"\n\n{CHOICE_SENTENCE}", "plain": ""}
 PLAIN = "plain"
 
+Ids = Sequence[int] | np.ndarray
+Flags = Sequence[bool] | np.ndarray
 Tokenizer = Any  # transformers.PreTrainedTokenizerFast, imported late because that takes seconds
-
-
-class HasProblem(Protocol):
-    """Anything with the text of a problem, such as `datasets.Problem`."""
-
-    @property
-    def problem(self) -> str: ...
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
@@ -41,35 +39,25 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     where the files cannot be read.
     """
     folder = pathlib.Path(directory)
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(
-            f"no tokenizer in {folder}: tokenizer.json is missing; copy the model's tokenizer files there"
-        )
+    fault = f"no tokenizer in {folder}: tokenizer.json is missing; copy the model's tokenizer files there"
+    require((folder / "tokenizer.json").is_file(), fault)
     # transformers warns at import that PyTorch is missing, which this project does not need.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import PreTrainedTokenizerFast
 
-    try:
+    # The Rust tokenizer raises bare Exceptions.
+    with explained(Exception, f"the tokenizer files in {folder} cannot be read", "copy them again"):
         config_file = folder / "tokenizer_config.json"
         config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
         # PreTrainedTokenizerFast does not read this setting from the file.
         bos: dict[str, Any] = {"add_bos_token": True} if config.get("add_bos_token") else {}
         return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, **bos)
-    except Exception as error:  # the Rust tokenizer raises bare Exceptions
-        raise UserError(
-            f"the tokenizer files in {folder} cannot be read ({error}); copy them again from the model"
-        ) from error
 
 
 def user_text(problem: str, kind: str = "math") -> str:
     """The user turn for a problem, in the paper's words; kind "plain" is the problem's text alone."""
-    if kind == "math":
-        return f"{problem} {MATH_SENTENCE}"
-    if kind == "choice":
-        return f"{problem}\n\n{CHOICE_SENTENCE}"
-    if kind == "plain":
-        return problem
-    raise UserError(f"unknown kind of problem {kind!r}; choose one of {', '.join(PROMPTS)}")
+    require(kind in _ENDINGS, f"unknown kind of problem {kind!r}; choose one of {', '.join(PROMPTS)}")
+    return problem + _ENDINGS[kind]
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, chat_template: str | None = None) -> list[int]:
@@ -87,63 +75,54 @@ def encode_prompt(tokenizer: Tokenizer, text: str, chat_template: str | None = N
 
 def encode_problems(
     tokenizer: Tokenizer,
-    problems: Sequence[HasProblem],
+    problems: Sequence[Problem],
     kind: str,
     chat_template: str | None,
     limit: int,
-) -> tuple[list[Any], list[list[int]], int]:
+) -> tuple[list[Problem], list[list[int]], int]:
     """Encode every problem and drop those of more than `limit` tokens.
 
     Returns (problems kept, their prompts' ids, number dropped). Raises UserError where none is left.
     """
     prompts = _encode(tokenizer, [user_text(p.problem, kind) for p in problems], chat_template)
     kept = [(problem, ids) for problem, ids in zip(problems, prompts, strict=True) if len(ids) <= limit]
-    if not kept:
-        shortest = min(map(len, prompts), default=0)
-        raise UserError(
-            f"all {len(prompts)} prompts are longer than data.max_prompt_tokens = {limit} "
-            f"(the shortest has {shortest} tokens); raise data.max_prompt_tokens"
-        )
+    require(
+        bool(kept),
+        f"all {len(prompts)} prompts are longer than data.max_prompt_tokens = {limit} "
+        f"(the shortest has {min(map(len, prompts), default=0)} tokens); raise data.max_prompt_tokens",
+    )
     return [problem for problem, _ in kept], [ids for _, ids in kept], len(prompts) - len(kept)
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str], chat_template: str | None) -> list[list[int]]:
+    if not texts:
+        return []
     if chat_template == PLAIN:
         bos = tokenizer.bos_token if tokenizer.encode("a")[0] == tokenizer.bos_token_id else ""
         rendered = [bos + text for text in texts]
     else:
-        template = _read_template(tokenizer, chat_template)
-        rendered = [_render(tokenizer, text, template) for text in texts]
+        rendered = _render(tokenizer, texts, chat_template)
     # The rendered text has BOS already: no further special tokens.
-    return tokenizer(rendered, add_special_tokens=False)["input_ids"] if rendered else []
+    return tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
 
-def _read_template(tokenizer: Tokenizer, chat_template: str | None) -> str | None:
+def _render(tokenizer: Tokenizer, texts: list[str], chat_template: str | None) -> list[str]:
+    template = None
     if chat_template is not None:
-        try:
-            return pathlib.Path(chat_template).read_text(encoding="utf-8")
-        except OSError as error:
-            raise UserError(
-                f"data.chat_template = {chat_template!r} is neither 'plain' nor a readable Jinja file"
-            ) from error
-    if not tokenizer.chat_template:
+        fault = f"data.chat_template = {chat_template!r} is neither 'plain' nor a readable Jinja file"
+        with explained((OSError, UnicodeError), fault, "name another"):
+            template = pathlib.Path(chat_template).read_text(encoding="utf-8")
+    elif not tokenizer.chat_template:
         raise UserError(
             f"the tokenizer of {tokenizer.name_or_path} has no chat template; "
             "set data.chat_template to a Jinja file or to 'plain'"
         )
-    return None
-
-
-def _render(tokenizer: Tokenizer, text: str, template: str | None) -> str:
-    turns = [{"role": "user", "content": text}]
-    try:
+    turns = [[{"role": "user", "content": text}] for text in texts]
+    fault = "the chat template does not render one user turn"
+    with explained(jinja2.TemplateError, fault, "set data.chat_template to another"):
         return tokenizer.apply_chat_template(
             turns, chat_template=template, tokenize=False, add_generation_prompt=True
         )
-    except jinja2.TemplateError as error:
-        raise UserError(
-            f"the chat template does not render one user turn ({error}); set data.chat_template to another"
-        ) from error
 
 
 # Characters that may precede and follow the text in a response; they can share a token with its ends.
@@ -170,8 +149,7 @@ def until_ids(tokenizer: Tokenizer, text: str = "</think>") -> tuple[int | tuple
         run = tuple(token for token, (low, high) in spans if low < stop and high > start)
         if text in tokenizer.decode(list(run), skip_special_tokens=False):
             runs.add(run)
-    if not runs:
-        raise UserError(f"the tokenizer of {tokenizer.name_or_path} cannot write {text!r}")
+    require(bool(runs), f"the tokenizer of {tokenizer.name_or_path} cannot write {text!r}")
     return tuple(run[0] if len(run) == 1 else run for run in sorted(runs, key=lambda run: (len(run), run)))
 
 
@@ -184,11 +162,11 @@ def usable_rows(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
     """
     vocabulary = tokenizer.get_vocab()
     largest = max(vocabulary.values())
-    if largest >= vocab_size:
-        raise UserError(
-            f"the tokenizer of {tokenizer.name_or_path} has ids up to {largest}, but the model only "
-            f"{vocab_size} rows; use the tokenizer that the model was trained with"
-        )
+    require(
+        largest < vocab_size,
+        f"the tokenizer of {tokenizer.name_or_path} has ids up to {largest}, but the model only "
+        f"{vocab_size} rows; use the tokenizer that the model was trained with",
+    )
     valid_V = np.zeros(vocab_size, bool)
     valid_V[list(vocabulary.values())] = True
     valid_V[[*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder]] = False
@@ -201,18 +179,13 @@ def matching_rows(tokenizer: Tokenizer, pattern: str, rows: int) -> np.ndarray:
     A token's text is what it adds to a preceding text, leading space included: `^ ?\d+$` matches numbers.
     Rows that no token uses never match. Raises UserError for a pattern that is malformed or matches no token.
     """
-    try:
+    with explained(re.error, f"mixing.keep_out {pattern!r} is no regular expression", "correct it"):
         found = re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"mixing.keep_out {pattern!r} is no regular expression: {error}") from error
     matching_V = np.zeros(rows, bool)
     for token, text in _token_texts(tokenizer).items():
         matching_V[token] = found.search(text) is not None
-    if not matching_V.any():
-        raise UserError(
-            f"mixing.keep_out {pattern!r} matches no token of {tokenizer.name_or_path}; correct it, or set "
-            "it to None"
-        )
+    fault = f"mixing.keep_out {pattern!r} matches no token of {tokenizer.name_or_path}"
+    require(bool(matching_V.any()), f"{fault}; correct it, or set it to None")
     return matching_V
 
 
@@ -245,7 +218,7 @@ def stop_ids(tokenizer: Tokenizer, eos_token_ids: Sequence[int]) -> tuple[int, .
     return tuple(sorted({*eos_token_ids, *own}))
 
 
-def response_text(tokenizer: Tokenizer, tokens: Sequence[int] | np.ndarray) -> str:
+def response_text(tokenizer: Tokenizer, tokens: Ids) -> str:
     """The text to grade: without special tokens, but with `<think>` and `</think>` whatever their flags."""
     hidden = set(tokenizer.all_special_ids)
     hidden -= set(tokenizer.convert_tokens_to_ids(["<think>", "</think>"]))
@@ -253,9 +226,7 @@ def response_text(tokenizer: Tokenizer, tokens: Sequence[int] | np.ndarray) -> s
     return tokenizer.decode(kept, skip_special_tokens=False)
 
 
-def mixed_spans(
-    tokenizer: Tokenizer, tokens: Sequence[int] | np.ndarray, mixed: Sequence[bool] | np.ndarray
-) -> tuple[str, list[tuple[int, int]]]:
+def mixed_spans(tokenizer: Tokenizer, tokens: Ids, mixed: Flags) -> tuple[str, list[tuple[int, int]]]:
     """The text of `tokens`, special ones included, and the (start, end) characters of its mixed tokens.
 
     A span never splits a character: tokens that share a character are mixed if any of them is.
@@ -270,16 +241,11 @@ def mixed_spans(
     return text, spans
 
 
-def marked_text(
-    tokenizer: Tokenizer,
-    tokens: Sequence[int] | np.ndarray,
-    mixed: Sequence[bool] | np.ndarray,
-    marks: tuple[str, str] = ("⟦", "⟧"),
-) -> str:
-    """The text of `tokens` with each span of mixed tokens between `marks`."""
+def marked_text(tokenizer: Tokenizer, tokens: Ids, mixed: Flags) -> str:
+    """The text of `tokens` with each span of mixed tokens between ⟦ and ⟧."""
     text, spans = mixed_spans(tokenizer, tokens, mixed)
     for start, end in reversed(spans):
-        text = f"{text[:start]}{marks[0]}{text[start:end]}{marks[1]}{text[end:]}"
+        text = f"{text[:start]}⟦{text[start:end]}⟧{text[end:]}"
     return text
 
 

@@ -1,23 +1,18 @@
 """The fields of a row as text.
 
-Owns what counts as text, as a number and as an empty field. Must not know file formats or what a problem is:
-`files` and TFDS give rows, `datasets` and `builders` read their fields.
+Owns what counts as text, as a number and as an empty field, and the checks of each row. Must not know file
+formats: `files` and TFDS give rows, `datasets` and `builders` read them.
 """
 
+import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ngrpo_jax.errors import UserError
+from ngrpo_jax.errors import UserError, explained
 
 Row = Mapping[str, Any]
-
-
-def find(row: Row, names: Sequence[str]) -> str | None:
-    """The row's spelling of the first of `names` that it has; case and punctuation do not count."""
-    spelt = {plain_name(name): name for name in reversed(list(row))}
-    return next((spelt[plain_name(name)] for name in names if plain_name(name) in spelt), None)
 
 
 def plain_name(name: Any) -> str:
@@ -25,9 +20,72 @@ def plain_name(name: Any) -> str:
     return re.sub(r"[\W_]+", "_", str(name)).strip("_").lower()
 
 
-def field_list(row: Row) -> str:
-    """The names of a row's fields, for an error's sentence."""
-    return ", ".join(map(str, row)) or "none"
+def find(row: Any, names: Sequence[str], spelling: Callable[[Any], str] = plain_name) -> str | None:
+    """The row's name for the first of `names` that it has; names with the same `spelling` are one."""
+    own = {spelling(name): name for name in reversed(list(row))} if isinstance(row, Mapping) else {}
+    return next((own[spelling(name)] for name in names if spelling(name) in own), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowReader:
+    """Reads the rows of one file or set: the texts of their fields, and ids that differ.
+
+    Attributes:
+      origin: the file or set, for the sentence of an error.
+      names: for each field of a problem the names that a row may give it; the first that the row has is read.
+      needed_by: what needs the fields, for the sentence of an error.
+      default_id: the id of a row without one, a format of the row's number.
+      tolerant: whether rows with an empty field are left out; else such a row is an error.
+      spelling: names with the same spelling are one name.
+    """
+
+    origin: str
+    names: Mapping[str, Sequence[str]]
+    needed_by: str
+    default_id: str
+    tolerant: bool
+    spelling: Callable[[Any], str] = plain_name
+    _numbers: dict[str, int] = dataclasses.field(default_factory=dict)  # id -> row
+
+    def find(self, row: Any, field: str) -> str | None:
+        """The row's own spelling of a field's name; None where it has no such field."""
+        return find(row, self.names[field], self.spelling)
+
+    def read(
+        self, number: int, row: Any, wanted: Sequence[str] = ("problem", "answer")
+    ) -> dict[str, str] | None:
+        """The texts of the row's `id` and of the wanted fields; None for a row that is left out.
+
+        Raises UserError, naming the place and the field, for a field that is missing or no text, and for the
+        id of an earlier row.
+        """
+        place = f"{self.origin}, row {number}"
+        if not isinstance(row, Mapping):
+            wished = " and ".join(self.names[field][0] for field in ("problem", "answer"))
+            raise UserError(f"{place}: not an object with the fields {wished}")
+        found: dict[str, str] = {}
+        for field in wanted:
+            name = self.find(row, field)
+            if name is None:
+                first, *others = self.names[field]
+                also = f" (or {', '.join(others)})" if others else ""
+                raise UserError(
+                    f"{place}: no field {first!r}{also}, which {self.needed_by} needs (fields here: "
+                    f"{', '.join(map(str, row)) or 'none'})"
+                )
+            found[field] = name
+        if self.tolerant and any(is_null(row[name]) for name in found.values()):
+            return None
+        texts = {
+            field: text(place, name, row[name], numbers=field != "problem") for field, name in found.items()
+        }
+        own, name = self.default_id.format(number), self.find(row, "id")
+        if name is not None and not is_null(row[name]):
+            own = text(place, name, row[name], numbers=True)
+        earlier = self._numbers.setdefault(own, number)
+        if earlier != number:
+            raise UserError(f"{place}: row {earlier} has the id {own!r} too; ids must differ")
+        return texts | {"id": own}
 
 
 def is_null(value: Any) -> bool:
@@ -43,24 +101,18 @@ def text(place: str, name: str, value: Any, *, numbers: bool = False) -> str:
 
     Raises UserError, naming the place and the field, for any other type and for empty text.
     """
-    value = _scalar(value)
+    field, value = f"{place}: field {name!r}", _scalar(value)
+    if is_null(value):
+        raise UserError(f"{field} is empty; fill it in or leave the row out")
     if isinstance(value, bytes):
-        try:
+        with explained(UnicodeDecodeError, f"{field} is not UTF-8 text", "convert it"):
             value = value.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{place}: field {name!r} is not UTF-8 text; convert it") from error
     if numbers and isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str):
-        raise UserError(f"{place}: field {name!r} is {type(value).__name__}, not text; give it as text")
-    if not value.strip():
-        raise UserError(f"{place}: field {name!r} is empty; fill it in or leave the row out")
-    try:
+        raise UserError(f"{field} is {type(value).__name__}, not text; give it as text")
+    with explained(UnicodeEncodeError, f"{field} holds half a character", "correct it"):
         value.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{place}: field {name!r} holds half a character ({error.reason}); correct it"
-        ) from error
     return value
 
 

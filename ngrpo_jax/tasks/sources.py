@@ -22,7 +22,7 @@ import urllib.parse
 from collections.abc import Iterator
 from typing import Any
 
-from ngrpo_jax.errors import UserError
+from ngrpo_jax.errors import UserError, explained, require
 
 from . import arithmetic, builders, files
 from .importing import import_function
@@ -59,8 +59,6 @@ def read_rows(source: str, *, split: str, seed: int, size: int | None) -> Rows:
     if kind in files.READERS and body:
         names, _ = _field_names(source, query)
         path = pathlib.Path(body).expanduser()
-        if not path.exists():
-            raise UserError(f"data source {source!r}: there is no file {path}")
         return Rows(str(path), files.read(path, kind), names)
     if kind == "tfds" and body:
         own = body.partition("/")[0].partition(":")[0] in builders.NAMES
@@ -102,46 +100,37 @@ def _field_names(
 def _tfds_rows(
     name: str, split: str, own: bool, data_dir: str | None = None, manual_dir: str | None = None
 ) -> Iterator[tuple[int, Row]]:
+    directory = f", data_dir={data_dir!r}" if data_dir else ""
+    remedy = (
+        'prepare it once with python -c "import tensorflow_datasets as tfds; '
+        f"tfds.builder({name!r}{directory}, file_format='array_record').download_and_prepare()\""
+    )
     if own:
         set_name, _, version = name.partition(":")
         builder = builders.build(set_name, data_dir=data_dir, manual_dir=manual_dir)
-        if version and version != str(builder.version):
-            raise UserError(f"data set {set_name} is at version {builder.version}, not {version}")
+        fits = version in ("", str(builder.version))
+        require(fits, f"data set {set_name} is at version {builder.version}, not {version}")
     else:
-        builder = _prepared(name, data_dir)
-    try:
+        builder = _prepared(name, data_dir, remedy)
+    fault = f"the TFDS data set {name!r}"
+    stored = f"{fault} in {builder.data_dir} is not in the array_record format"
+    with (
+        explained(NotImplementedError, stored, f"delete it and {remedy}"),
+        explained(ValueError, f"{fault} cannot give the split {split!r}", "name another"),
+    ):
         rows = builder.as_data_source(split)
-    except NotImplementedError as error:
-        raise UserError(
-            f"the TFDS data set {name!r} in {builder.data_dir} is not in the array_record format; delete it "
-            f"and {_remedy(name, data_dir)}"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"the TFDS data set {name!r} cannot give the split {split!r}: {error}") from error
     return enumerate((rows[i] for i in range(len(rows))), 1)
 
 
-def _prepared(name: str, data_dir: str | None) -> Any:
+def _prepared(name: str, data_dir: str | None, remedy: str) -> Any:
     """The builder of a set that is not in `builders`; UserError where it is unknown or not prepared."""
     import tensorflow_datasets as tfds
 
     where = data_dir or "the default folder (TFDS_DATA_DIR, or ~/tensorflow_datasets)"
-    try:
+    near = _nearest(name)
+    advice = f"the nearest known name is {near}" if near else "check its name and data_dir"
+    fault = f"no TFDS data set {name!r}: neither prepared in {where} nor known to tensorflow_datasets"
+    with explained(tfds.core.DatasetNotFoundError, fault, advice):
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    except tfds.core.DatasetNotFoundError as error:
-        near = _nearest(name)
-        raise UserError(
-            f"no TFDS data set {name!r}: neither prepared in {where} nor known to tensorflow_datasets; "
-            + (f"the nearest known name is {near}" if near else "check its name and data_dir")
-        ) from error
-    if not builder.is_prepared():
-        raise UserError(f"the TFDS data set {name!r} is not prepared in {where}; {_remedy(name, data_dir)}")
+    require(builder.is_prepared(), f"the TFDS data set {name!r} is not prepared in {where}; {remedy}")
     return builder
-
-
-def _remedy(name: str, data_dir: str | None) -> str:
-    directory = f", data_dir={data_dir!r}" if data_dir else ""
-    return (
-        'prepare it once with python -c "import tensorflow_datasets as tfds; '
-        f"tfds.builder({name!r}{directory}, file_format='array_record').download_and_prepare()\""
-    )

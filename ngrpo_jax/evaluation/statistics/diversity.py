@@ -4,7 +4,7 @@ Owns these metrics of sequences of tokens (ids or words). Must not know where th
 T and U are the lengths of two responses.
 """
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -29,10 +29,8 @@ def distinct_ngrams(responses: Sequence[Tokens], n: int) -> float:
 
 def edit_distance(a: Tokens, b: Tokens) -> int:
     """Levenshtein distance in tokens: insertions, deletions, substitutions. O(len(a)) vector operations."""
-    codes: dict[Hashable, int] = {}
-    a_T, b_U = (
-        np.array([codes.setdefault(t, len(codes)) for t in tokens], dtype=np.int64) for tokens in (a, b)
-    )
+    codes = np.unique([*a, *b], return_inverse=True)[1]
+    a_T, b_U = codes[: len(a)], codes[len(a) :]
     offsets = np.arange(len(b_U) + 1)
     row = offsets.copy()
     for i, token in enumerate(a_T, start=1):
@@ -57,11 +55,6 @@ def mean_pairwise_distance(responses: Sequence[Tokens], *, max_tokens: int = 204
     return float(np.mean([edit_distance(a, b) / max(len(a), len(b), 1) for a, b in pairs]))
 
 
-def distinct_answers(answers: Iterable[Hashable | None]) -> int:
-    """Number of distinct final answers; None is no answer and does not count."""
-    return len({answer for answer in answers if answer is not None})
-
-
 def group_diversity(
     responses: Sequence[Tokens], answers: Sequence[Hashable | None], *, max_tokens: int = 2048
 ) -> dict[str, float]:
@@ -74,5 +67,5 @@ def group_diversity(
         raise ValueError(f"a group of {len(responses)} responses got {len(answers)} answers")
     metrics = {f"distinct_{n}": distinct_ngrams(responses, n) for n in (1, 2, 4)}
     metrics["edit_distance"] = mean_pairwise_distance(responses, max_tokens=max_tokens)
-    metrics["answers"] = float(distinct_answers(answers))
+    metrics["answers"] = float(len(set(answers) - {None}))  # None is no answer
     return metrics

@@ -12,6 +12,7 @@ import numpy as np
 from ngrpo_jax.evaluation.statistics import passk
 
 CORRECT_ABOVE = 0.5  # a reward above this counts as correct
+NEAR = 0.95  # Appendix E counts the inputs whose cosine to their anchor is below this
 
 
 class GradedResponses(NamedTuple):
@@ -72,6 +73,15 @@ def training_metrics(graded: GradedResponses, largest_k: int) -> dict[str, float
     found["pass_at_k"] = found[f"pass_at_{largest_k}"]
     names = ("mean_at_n", "pass_at_k", "maj_at_n", "truncated", "length_mean")
     return {name: found[name].value for name in names}
+
+
+def cosine_metrics(cosines: np.ndarray) -> dict[str, float]:
+    """Appendix E: mean, min and the share below 0.95 of mixed inputs' cosines to their anchors."""
+    return {
+        "mean": float(np.mean(cosines)),
+        "min": float(np.min(cosines)),
+        "below_095": float(np.mean(cosines < NEAR)),
+    }
 
 
 def average(of_sets: Sequence[Mapping[str, Estimate]]) -> dict[str, Estimate]:

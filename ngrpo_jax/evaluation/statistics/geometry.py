@@ -1,8 +1,7 @@
-"""Where mixed and noisy inputs lie among the embedding rows: Appendix E, Figure 1, and lists of neighbours.
+"""Where mixed and noisy inputs lie among the embedding rows, for Figure 1, and lists of neighbours.
 
-Owns this geometry, in NumPy and for a few tokens at a time. Must not know tokenizers, models or files. The
-neighbour table of rollouts is made by `algo.neighbors`; here the nearest rows of a few tokens are computed
-directly.
+Owns this geometry, for a few tokens at a time: their nearest rows are searched with the functions of
+`algo.neighbors`, without a table of all rows. Must not know tokenizers, models or files.
 
 A is anchors, X points.
 """
@@ -10,73 +9,39 @@ A is anchors, X points.
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
-NEAR = 0.95  # Appendix E counts the inputs whose cosine to their anchor is below this
-
-
-def cosine_metrics(cosines: np.ndarray) -> dict[str, float]:
-    """Appendix E: mean, min and the share below 0.95 of mixed inputs' cosines to their anchors [X]."""
-    cosines = np.asarray(cosines)
-    return {
-        "mean": float(cosines.mean()),
-        "min": float(cosines.min()),
-        "below_095": float((cosines < NEAR).mean()),
-    }
+from ngrpo_jax.algo.neighbors import nearness, search
+from ngrpo_jax.algo.neighbors.eligibility import Eligible
+from ngrpo_jax.algo.neighbors.exact import SPARE
+from ngrpo_jax.errors import require
 
 
 def nearest_rows(
-    embedding_VD: np.ndarray,
-    anchors: Sequence[int],
-    count: int,
-    *,
-    metric: str = "cosine",
-    valid_V: np.ndarray | None = None,
-    group_V: np.ndarray | None = None,
+    embedding_VD: np.ndarray, anchors: Sequence[int], count: int, *, metric: str, eligible: Eligible
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The `count` other rows nearest to each anchor, nearest first; of equally near rows the lower id first.
+    """The `count` rows nearest to each anchor: those of the neighbour table, without a search for all rows.
 
     Args:
-      metric: "cosine", "dot", "l2" or "l1".
-      valid_V: which rows may be neighbours; default all.
-      group_V: rows with equal entries are no neighbours of one another; default all entries differ.
+      metric: one of `algo.neighbors.METRICS`.
+      eligible: which rows may be neighbours of which.
 
     Returns:
-      (ids [A, count], nearness [A, count]): the cosine, dot product or distance.
+      (ids [A, count], nearness [A, count]), nearest first: the cosine, dot product or distance.
 
     Raises:
-      ValueError: count above the number of other valid rows, or an unknown metric.
+      UserError: count below 1, or above the number of rows that may be neighbours of an anchor.
     """
-    rows_VD = np.asarray(embedding_VD, np.float32)
-    valid_V = np.ones(len(rows_VD), bool) if valid_V is None else np.asarray(valid_V, bool)
-    group_V = np.arange(len(rows_VD)) if group_V is None else np.asarray(group_V)
-    ids_AC, found_AC = [], []
-    for anchor in anchors:
-        allowed_V = valid_V & (group_V != group_V[anchor])
-        most = int(allowed_V.sum())
-        if not 1 <= count <= most:
-            raise ValueError(
-                f"token {anchor} can have 1 to {most} neighbours in this vocabulary, not {count}"
-            )
-        nearness_V = np.where(allowed_V, _nearness(rows_VD, rows_VD[anchor], metric), -np.inf)
-        best = np.argsort(-nearness_V, kind="stable")[:count]
-        ids_AC.append(best)
-        found_AC.append(nearness_V[best] if metric in ("cosine", "dot") else -nearness_V[best])
-    return np.array(ids_AC), np.array(found_AC)
-
-
-def _nearness(rows_VD: np.ndarray, row_D: np.ndarray, metric: str) -> np.ndarray:
-    """Larger is nearer, float [V]; a zero row has cosine 0 to every row."""
-    if metric == "cosine":
-        norms_V = np.linalg.norm(rows_VD, axis=1) * np.linalg.norm(row_D)
-        return rows_VD @ row_D / np.where(norms_V > 0, norms_V, 1.0)
-    if metric == "dot":
-        return rows_VD @ row_D
-    if metric == "l2":
-        return -np.linalg.norm(rows_VD - row_D, axis=1)
-    if metric == "l1":
-        return -np.abs(rows_VD - row_D).sum(axis=1)
-    raise ValueError(f"metric {metric!r} is unknown: use cosine, dot, l2 or l1")
+    ids_A = jnp.asarray(anchors)
+    most = int(eligible.pairs(ids_A).sum(axis=1).min())
+    require(1 <= count <= most, f"a token can have 1 to {most} neighbours in this vocabulary, not {count}.")
+    index = search.make_index(jnp.asarray(embedding_VD), eligible, metric)
+    found = search.brute_force(index, ids_A, min(count + SPARE, index.size))
+    scores_AC = np.asarray(found.scores_AC[:, :count])
+    if metric == "l2":  # scores are larger for nearer rows, and those of l2 are squares
+        scores_AC = -np.sqrt(-scores_AC)
+    return np.asarray(found.ids_AC[:, :count]), -scores_AC if metric in ("l1", "l2") else scores_AC
 
 
 def noisy_points(row_D: np.ndarray, sigma: float, count: int, random: np.random.Generator) -> np.ndarray:
@@ -129,10 +94,7 @@ def principal_plane(points_XD: np.ndarray) -> Projection:
     return Projection(mean_D, axes_2D, (float(shares[0]), float(shares[1])))
 
 
-def nearest_cosine(points_XD: np.ndarray, rows_VD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(ids [X], cosines [X]): the row nearest to each point by cosine."""
-    units_XD = points_XD / np.linalg.norm(points_XD, axis=1, keepdims=True)
-    norms_V = np.linalg.norm(rows_VD, axis=1)
-    cosines_XV = units_XD @ (rows_VD / np.where(norms_V > 0, norms_V, 1.0)[:, None]).T
-    ids_X = cosines_XV.argmax(axis=1)
-    return ids_X, cosines_XV[np.arange(len(ids_X)), ids_X]
+def pairwise_cosines(points_XD: np.ndarray, rows_VD: np.ndarray) -> np.ndarray:
+    """The cosine of each point to each row, float32 [X, V]; 0 where either is zero."""
+    points, rows = (nearness.comparable_rows(jnp.asarray(x), "cosine") for x in (points_XD, rows_VD))
+    return np.asarray(nearness.tile_scores(points, rows, "cosine"))

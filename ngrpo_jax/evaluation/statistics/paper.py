@@ -4,10 +4,10 @@ Owns these numbers (paper.toml) and the rule that finds the row of a run. The pa
 is the bootstrap that this project calls best@k (docs/evaluation.md).
 """
 
-import pathlib
-import tomllib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+from ngrpo_jax.files import toml_beside
 
 SETS = ("aime25", "amc23", "math500")  # the average in Table 1 is over these
 TITLES = {
@@ -19,7 +19,13 @@ TITLES = {
     "gsm8k": "GSM8K",
 }
 # The settings of every evaluation of the paper.
-SAMPLES, TEMPERATURE, TOP_P, MAX_NEW_TOKENS = 32, 0.6, 0.95, 8192
+SAMPLING = {
+    "eval.samples": 32,
+    "eval.temperature": 0.6,
+    "eval.top_p": 0.95,
+    "eval.top_k": 0,
+    "eval.max_new_tokens": 8192,
+}
 
 
 class Cell(NamedTuple):
@@ -34,13 +40,12 @@ def _cell(value: float | list[float]) -> Cell:
     return Cell(*value) if isinstance(value, list) else Cell(None, None, value)
 
 
-_FILE = pathlib.Path(__file__).with_suffix(".toml")
 # backbone -> method -> data set (or "average") -> Cell
 TABLE: Mapping[str, Mapping[str, Mapping[str, Cell]]] = {
     backbone: {
         method: {name: _cell(value) for name, value in cells.items()} for method, cells in methods.items()
     }
-    for backbone, methods in tomllib.loads(_FILE.read_text(encoding="utf-8")).items()
+    for backbone, methods in toml_beside(__file__).items()
 }
 
 
@@ -91,9 +96,7 @@ def method(
     return {0.1: "N-GRPO", 1.0: "N-GRPO without rate"}.get(rate, f"N-GRPO, rate {rate:g}")
 
 
-def comparable(
-    *, samples: int, temperature: float, top_p: float, top_k: int, max_new_tokens: int, reward: str
-) -> bool:
-    """Whether an evaluation has the sampling and grading of the paper's."""
-    wanted = (SAMPLES, TEMPERATURE, TOP_P, 0, MAX_NEW_TOKENS)
-    return (samples, temperature, top_p, top_k, max_new_tokens) == wanted and reward in ("math", "choice")
+def comparable(depends: Mapping[str, Any]) -> bool:
+    """Whether an evaluation with these settings has the sampling and grading of the paper's."""
+    sampled_alike = all(depends[name] == value for name, value in SAMPLING.items())
+    return sampled_alike and depends["reward.kind"] in ("math", "choice")

@@ -4,6 +4,7 @@ Owns the estimators, in NumPy. Must not know how responses were made or graded. 
 N is the samples of a problem: the signatures that programs outside this repository call have that letter.
 """
 
+from collections import Counter
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -104,14 +105,11 @@ def bootstrap_interval(
 
 
 def _majority_correct(answers: Sequence[Hashable | None], correct_N: np.ndarray) -> bool:
-    votes: dict[Hashable, list[int]] = {}
-    for index, answer in enumerate(answers):
-        if answer is not None:
-            votes.setdefault(answer, []).append(index)
+    votes = Counter(answer for answer in answers if answer is not None)
     if not votes:
         return False
-    winner = max(votes.values(), key=len)  # the first of equals: a dict keeps the order of insertion
-    return bool(correct_N[winner[0]])
+    winner, _ = max(votes.items(), key=lambda vote: vote[1])  # the first of equals: votes are in order
+    return bool(correct_N[list(answers).index(winner)])
 
 
 def _non_empty(correct_PN: np.ndarray) -> np.ndarray:

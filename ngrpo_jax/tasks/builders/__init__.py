@@ -7,7 +7,7 @@ these names uses it. TFDS is imported in `build`, because the import is slow.
 import pathlib
 from typing import TYPE_CHECKING
 
-from ngrpo_jax.errors import UserError
+from ngrpo_jax.errors import require
 
 from .catalogue import NAMES, configs
 
@@ -32,14 +32,12 @@ def build(
     Raises UserError with one sentence.
     """
     base, _, config = name.partition("/")
-    if base not in NAMES:
-        raise UserError(f"there is no data set {base!r}; there are {', '.join(NAMES)}")
-    if config and config not in configs(base):
-        raise UserError(
-            f"the data set {base} has no configuration {config!r}; it has {', '.join(configs(base))}"
-        )
-    if manual_dir is not None and not pathlib.Path(manual_dir).expanduser().exists():
-        raise UserError(f"data set {name}: there is no folder {manual_dir}")
+    require(base in NAMES, f"there is no data set {base!r}; there are {', '.join(NAMES)}")
+    known = ", ".join(configs(base))
+    fault = f"the data set {base} has no configuration {config!r}; it has {known}"
+    require(not config or config in configs(base), fault)
+    there = manual_dir is None or pathlib.Path(manual_dir).expanduser().exists()
+    require(there, f"data set {name}: there is no folder {manual_dir}")
     import tensorflow_datasets as tfds
 
     from .definitions import BUILDERS

@@ -4,12 +4,13 @@ catalogue.toml holds the data sets; this file gives them their types.
 """
 
 import dataclasses
-import pathlib
-import tomllib
 from collections.abc import Mapping
 from typing import Any
 
+from ngrpo_jax.files import toml_beside
+
 MATH, CHOICE = "math", "choice"
+OPTIONS = ("correct", "wrong1", "wrong2", "wrong3")  # fields of a multiple choice whose options are columns
 
 _FIELDS = {
     "id": ("id", "unique_id", "Record ID"),
@@ -64,8 +65,7 @@ def _data_set(entry: dict[str, Any]) -> DataSet:
     return DataSet(**entry, splits=splits, fields=fields)
 
 
-_FILE = pathlib.Path(__file__).with_suffix(".toml")
-CATALOGUE = tuple(map(_data_set, tomllib.loads(_FILE.read_text(encoding="utf-8"))["data_set"]))
+CATALOGUE = tuple(map(_data_set, toml_beside(__file__)["data_set"]))
 
 NAMES = tuple(dict.fromkeys(entry.name for entry in CATALOGUE))
 

@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import pathlib
 import shutil
-import types
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -74,21 +73,15 @@ class ProblemBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         # Everything is read and checked here: TFDS wraps what the generator of examples raises.
-        entry = self.entry
-        own = self._own is not None
-        if self._own is not None:
-            paths = reading.own_files(entry, self._own)
-        else:
-            paths = {split: hub.fetch(entry, split) for split in entry.splits}
-        read = {
-            split: reading.read_split(entry, split, path, public=not own) for split, path in paths.items()
-        }
+        entry, own = self.entry, self._own
+        paths = reading.own_files(entry, own) if own else hub.fetch(entry)
+        read = {split: reading.read_split(entry, split, paths[split], public=not own) for split in paths}
         named = dict.fromkeys(licence for split in read.values() for licence in split.licences)
         self.info.metadata.update(
             source="own file" if own else f"huggingface.co/datasets/{entry.repository}@{entry.revision}",
             licence="; ".join(named) if own and named else entry.licence,
             kind=entry.kind,
-            splits={split: rows.metadata() for split, rows in read.items()},
+            splits={split: rows.metadata for split, rows in read.items()},
         )
         return {split: self._generate_examples(rows.examples) for split, rows in read.items()}
 
@@ -126,9 +119,7 @@ def _builder(name: str) -> type[ProblemBuilder]:
     configs = [tfds.core.BuilderConfig(name=key, description=entry.title) for key, entry in entries.items()]
     body = {"name": name, "BUILDER_CONFIGS": configs, "__module__": __name__}
     title = name.title().replace("_", "")
-    return types.new_class(
-        title, (ProblemBuilder,), {"skip_registration": True}, lambda own: own.update(body)
-    )
+    return type(title, (ProblemBuilder,), body, skip_registration=True)
 
 
 BUILDERS = {name: _builder(name) for name in catalogue.NAMES}
