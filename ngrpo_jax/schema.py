@@ -42,12 +42,21 @@ def each_of(choices: Collection[str]) -> Check:
     return Check(lambda values: set(values) <= set(choices), f"a tuple of some of {', '.join(choices)}")
 
 
+def at_least(bound: float) -> Check:
+    """Check that a number is `bound` or above."""
+    return Check(lambda value: value >= bound, f"{bound} or above")
+
+
 Count = Annotated[int, Check(lambda value: value > 0, "above 0")]
-Natural = Annotated[int, Check(lambda value: value >= 0, "0 or above")]
+Natural = Annotated[int, at_least(0)]
 Positive = Annotated[float, Check(lambda value: value > 0, "above 0")]
-NonNegative = Annotated[float, Check(lambda value: value >= 0, "0 or above")]
+NonNegative = Annotated[float, at_least(0)]
 Probability = Annotated[float, Check(lambda value: 0 <= value <= 1, "between 0 and 1")]
 Decay = Annotated[float, Check(lambda value: 0 <= value < 1, "in [0, 1)")]
+
+
+# Beside the type of a setting that changes where, how fast or how long a run goes, not what it computes.
+MAY_CHANGE = "may change when a run is resumed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +67,16 @@ class Kind:
     several: bool
     optional: bool
     checks: tuple[Check, ...]
+    may_change: bool = False  # when a run is resumed
 
     @classmethod
     def of(cls, declared: Any) -> Self:
         """The parts of a declared type."""
         origin, arguments = typing.get_origin(declared), typing.get_args(declared)
         if origin is Annotated:
-            inner = cls.of(arguments[0])
-            return dataclasses.replace(inner, checks=(*inner.checks, *arguments[1:]))
+            inner, marks = cls.of(arguments[0]), arguments[1:]
+            checks = (*inner.checks, *(mark for mark in marks if isinstance(mark, Check)))
+            return dataclasses.replace(inner, checks=checks, may_change=MAY_CHANGE in marks)
         if origin in (typing.Union, types.UnionType):
             (inner_type,) = (argument for argument in arguments if argument is not types.NoneType)
             return dataclasses.replace(cls.of(inner_type), optional=True)
@@ -116,9 +127,10 @@ class Section:
     """Settings that belong together. Making one checks every value by its declared type, then the rules."""
 
     prefix: ClassVar[str]  # of the names in error sentences, such as "rollout."
+    may_change: ClassVar[bool]  # whether all its settings may change when a run is resumed
 
-    def __init_subclass__(cls, prefix: str) -> None:
-        cls.prefix = prefix
+    def __init_subclass__(cls, prefix: str, may_change: bool = False) -> None:
+        cls.prefix, cls.may_change = prefix, may_change
 
     def __post_init__(self) -> None:
         for name, kind in self.kinds().items():
@@ -140,7 +152,8 @@ class Section:
             if dataclasses.is_dataclass(hints[name]):
                 found |= {f"{name}.{leaf}": kind for leaf, kind in hints[name].kinds().items()}
             else:
-                found[name] = Kind.of(hints[name])
+                kind = Kind.of(hints[name])
+                found[name] = dataclasses.replace(kind, may_change=kind.may_change or cls.may_change)
         return found
 
     def leaves(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ngrpo_jax.errors import require
 from ngrpo_jax.former_settings import former
 from ngrpo_jax.runtime.loggers import LOGGERS
 from ngrpo_jax.schema import (
+    MAY_CHANGE,
     Check,
     Count,
     Decay,
@@ -28,6 +29,7 @@ from ngrpo_jax.schema import (
     Positive,
     Probability,
     Section,
+    at_least,
     each_of,
     flatten,
     one_of,
@@ -42,14 +44,16 @@ REFUSED_IF_UNREAD = ("table", "weights", "token", "distinct_spelling")
 class ModelSettings(Section, prefix="model."):
     """Which checkpoint, and the dtype of its matrix products."""
 
-    path: str = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"  # directory, hub name, or "warm-start"
-    revision: str | None = None  # branch, tag or commit of a hub name; None: its default branch
+    # Directory, hub name, or "warm-start".
+    path: Annotated[str, MAY_CHANGE] = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
+    # Branch, tag or commit of a hub name; None: its default branch.
+    revision: Annotated[str | None, MAY_CHANGE] = None
     # Of matrix products. Master parameters are always float32.
     dtype: Annotated[str, one_of(choices.DTYPES)] = "bfloat16"
 
 
 @dataclasses.dataclass(frozen=True)
-class WarmStartSettings(Section, prefix="warm_start."):
+class WarmStartSettings(Section, prefix="warm_start.", may_change=True):
     """The small model that `model.path = "warm-start"` makes, and its supervised training."""
 
     num_layers: Count = 4
@@ -102,10 +106,10 @@ class RolloutSettings(Section, prefix="rollout."):
     group: Annotated[int, Check(lambda n: n >= 2, "2 or above: advantages compare a group's responses")] = 4
     max_new_tokens: Count = 8192
     temperature: Positive = 0.7  # tau: divides the logits in rollout and learner alike
-    slots: Count = 64  # sequences decoded side by side
-    chunk: Count = 32  # decode steps between two checks of which sequences have ended
+    slots: Annotated[Count, MAY_CHANGE] = 64  # sequences decoded side by side
+    chunk: Annotated[Count, MAY_CHANGE] = 32  # decode steps between two checks of which sequences have ended
     # Parameters split over mesh.tensor, or "replicated": a whole copy on each device.
-    layout: Annotated[str, one_of(choices.LAYOUTS)] = "tensor"
+    layout: Annotated[str, one_of(choices.LAYOUTS), MAY_CHANGE] = "tensor"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,26 +220,30 @@ class OptimizerSettings(Section, prefix="optimizer."):
 class TrainSettings(Section, prefix="train."):
     """The loop and the layout of an update."""
 
-    steps: Count = 625  # rollout batches: one epoch of 40k problems by 64
+    steps: Annotated[Count, MAY_CHANGE] = 625  # rollout batches: one epoch of 40k problems by 64
     mini_batch_prompts: Count = 16  # prompts an optimiser step
     row_tokens: Count | None = None  # tokens of a packed row; None: the longest prompt + response
-    rows_per_device: Count = 1  # packed rows computed at once on each data shard
-    remat: Annotated[str, one_of(choices.REMAT)] = "full"  # what the backward pass recomputes
-    logprob_chunk: Count = 1024  # tokens whose logits exist at once, on each data shard
+    rows_per_device: Annotated[Count, MAY_CHANGE] = 1  # packed rows computed at once on each data shard
+    remat: Annotated[str, one_of(choices.REMAT), MAY_CHANGE] = "full"  # what the backward pass recomputes
+    # Tokens whose logits exist at once, on each data shard.
+    logprob_chunk: Annotated[Count, MAY_CHANGE] = 1024
     # plain, chunked (anywhere), cudnn (NVIDIA), splash (TPU); auto: the fastest that the device has.
-    attention: Annotated[str, one_of(choices.ATTENTION)] = "auto"
-    unroll: bool = False  # true: layers written out, not scanned: a little faster, longer to compile
-    share_prompts: bool = False  # true: a row has the prompt of a group once; pays where prompts are long
+    attention: Annotated[str, one_of(choices.ATTENTION), MAY_CHANGE] = "auto"
+    # True: layers written out, not scanned: a little faster, longer to compile.
+    unroll: Annotated[bool, MAY_CHANGE] = False
+    # True: a row has the prompt of a group once; pays where prompts are long.
+    share_prompts: Annotated[bool, MAY_CHANGE] = False
     # To host memory between uses: "optimizer" (its state), "reference" (its parameters), "both".
-    offload: Annotated[str, one_of(choices.OFFLOAD)] = "none"
+    offload: Annotated[str, one_of(choices.OFFLOAD), MAY_CHANGE] = "none"
     # Where metrics go besides metrics.jsonl.
-    loggers: Annotated[tuple[str, ...], each_of(LOGGERS)] = ("tensorboard",)
-    profile_from: Count | None = None  # first step that is traced into WORKDIR/profile; None: no trace
-    profile_steps: Count = 1  # steps that are traced
+    loggers: Annotated[tuple[str, ...], each_of(LOGGERS), MAY_CHANGE] = ("tensorboard",)
+    # First step that is traced into WORKDIR/profile; None: no trace.
+    profile_from: Annotated[Count | None, MAY_CHANGE] = None
+    profile_steps: Annotated[Count, MAY_CHANGE] = 1  # steps that are traced
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshSettings(Section, prefix="mesh."):
+class MeshSettings(Section, prefix="mesh.", may_change=True):
     """Devices along each axis; the product must be the number of devices."""
 
     data: Count = 1  # copies of the parameters
@@ -244,7 +252,7 @@ class MeshSettings(Section, prefix="mesh."):
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointSettings(Section, prefix="checkpoint."):
+class CheckpointSettings(Section, prefix="checkpoint.", may_change=True):
     """How often a checkpoint is made, and which metric of an evaluation makes one the best."""
 
     every: Count = 20  # steps between two checkpoints; the last step always has one
@@ -255,7 +263,8 @@ class CheckpointSettings(Section, prefix="checkpoint."):
 class EvalSettings(Section, prefix="eval."):
     """Evaluation before, during (`every` steps) and after training, and by `evaluate`."""
 
-    every: Count | None = 20  # steps between two evaluations; None: only before and after training
+    # Steps between two evaluations; None: only before and after training.
+    every: Annotated[Count | None, MAY_CHANGE] = 20
     problems: Count | None = None  # the first so many held-out problems; None: all
     samples: Count = 32  # responses a problem (n of Mean@n)
     temperature: NonNegative = 0.6  # 0: greedy decoding
@@ -267,7 +276,8 @@ class EvalSettings(Section, prefix="eval."):
         tuple[int, ...], Check(lambda ks: ks and min(ks) > 0, "whole numbers above 0, such as (16, 32)")
     ] = (16, 32)
     mixing: bool = False  # true: evaluation mixes as the rollouts do
-    sets: tuple[str, ...] = ()  # of `evaluate`, each a source and options (docs/evaluation.md); (): data.eval
+    # Of `evaluate`, each a source and options (docs/evaluation.md); (): data.eval.
+    sets: Annotated[tuple[str, ...], MAY_CHANGE] = ()
 
     def rules(self) -> Iterator[tuple[bool, str]]:
         yield (
@@ -290,12 +300,10 @@ class RewardSettings(Section, prefix="reward."):
     """The grader and the limits of its worker processes."""
 
     kind: str = "math"  # "math", "choice" or package.module:function
-    workers: Count = 8  # grading processes
-    deadline_s: Positive = 5.0  # seconds for one answer; a slower one is wrong
+    workers: Annotated[Count, MAY_CHANGE] = 8  # grading processes
+    deadline_s: Annotated[Positive, MAY_CHANGE] = 5.0  # seconds for one answer; a slower one is wrong
     # MiB of one grading process.
-    memory_mb: Annotated[
-        int, Check(lambda mb: mb >= choices.LEAST_GRADER_MB, f"{choices.LEAST_GRADER_MB} or above")
-    ] = 2048
+    memory_mb: Annotated[int, MAY_CHANGE, at_least(choices.LEAST_GRADER_MB)] = 2048
 
 
 @dataclasses.dataclass(frozen=True)

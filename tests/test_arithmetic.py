@@ -17,10 +17,8 @@ def problems(spec, split="train", seed=0, size=None):
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tokenizer")
-    arithmetic.make_tokenizer(directory)
-    return load_tokenizer(directory)
+def tokenizer():
+    return load_tokenizer(arithmetic.TOKENIZER)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -120,7 +118,6 @@ def test_the_prompt_opens_the_thinking_and_the_worked_response_goes_on_from_it(t
     )
 
 
-def test_tokenizer_files_are_of_the_class_that_reads_them_as_they_are(tmp_path):
-    arithmetic.make_tokenizer(tmp_path / "new" / "folder")
-    config = json.loads((tmp_path / "new" / "folder" / "tokenizer_config.json").read_text())
+def test_tokenizer_files_are_of_the_class_that_reads_them_as_they_are():
+    config = json.loads((arithmetic.TOKENIZER / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"

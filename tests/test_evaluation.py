@@ -43,13 +43,12 @@ def model(tmp_path_factory):
     from ngrpo_jax.tasks import arithmetic, prompts
 
     folder = tmp_path_factory.mktemp("model")
-    arithmetic.make_tokenizer(str(folder / "tokenizer"))
     config = flags.load_config(str(TINY))
     config.warm_start.num_layers, config.warm_start.hidden_size = 1, 32
     config.warm_start.intermediate_size = 48
-    sizes = warm_start_config(resolve(config).warm_start, prompts.load_tokenizer(str(folder / "tokenizer")))
+    sizes = warm_start_config(resolve(config).warm_start, prompts.load_tokenizer(arithmetic.TOKENIZER))
     params = decoder.init(jax.random.key(1), sizes)
-    hf.save(str(folder / "model"), sizes, params, tokenizer_from=str(folder / "tokenizer"))
+    hf.save(str(folder / "model"), sizes, params, tokenizer_from=arithmetic.TOKENIZER)
     return folder / "model"
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -15,10 +16,8 @@ needs_r1_distill = pytest.mark.skipif(not R1_DISTILL.is_dir(), reason="the R1-di
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tiny")
-    arithmetic.make_tokenizer(directory)
-    return prompts.load_tokenizer(directory)
+def tiny():
+    return prompts.load_tokenizer(arithmetic.TOKENIZER)
 
 
 def byte_level_directory(directory):
@@ -127,8 +126,10 @@ def test_without_a_template_the_setting_is_named(byte_level):
 def test_plain_prompts_are_the_text_and_bos_where_the_tokenizer_puts_one(byte_level, tiny, tmp_path):
     assert prompts.encode_prompt(byte_level, "1+1?", "plain") == byte_level.encode("1+1?")
     assert tiny.decode(prompts.encode_prompt(tiny, "1+1?", "plain")) == "1+1?"
-    arithmetic.make_tokenizer(tmp_path)
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"add_bos_token": True}
+    config = json.loads((arithmetic.TOKENIZER / "tokenizer_config.json").read_text()) | {
+        "add_bos_token": True
+    }
+    shutil.copy(arithmetic.TOKENIZER / "tokenizer.json", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with_bos = prompts.load_tokenizer(tmp_path)
     assert with_bos.decode(prompts.encode_prompt(with_bos, "1+1?", "plain")) == "<bos>1+1?"
@@ -221,7 +222,7 @@ def test_stop_ids_are_a_union(tiny, byte_level):
 
 
 def test_response_text_keeps_the_thinking_tags_and_drops_special_tokens(tmp_path, tiny):
-    arithmetic.make_tokenizer(tmp_path)
+    shutil.copytree(arithmetic.TOKENIZER, tmp_path, dirs_exist_ok=True)
     saved = json.loads((tmp_path / "tokenizer.json").read_text())
     for token in saved["added_tokens"]:
         token["special"] = True  # as some tokenizers have it

@@ -7,7 +7,6 @@ trained, and nothing stays in the workdir. With several processes each of them c
 import dataclasses
 import os
 import pathlib
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -95,10 +94,7 @@ def _model(settings: Settings, workdir: pathlib.Path) -> Found:
 
 def _tokenizer(settings: Settings, model: tuple[pathlib.Path, ModelConfig | None]) -> Found:
     directory, config = model
-    with tempfile.TemporaryDirectory() as folder:
-        if config is None:
-            arithmetic.make_tokenizer(folder)
-        tokenizer = prompts.load_tokenizer(folder if config is None else directory)
+    tokenizer = prompts.load_tokenizer(arithmetic.TOKENIZER if config is None else directory)
     text = prompts.user_text("1 + 1 = ?", settings.data.prompt)
     ids = prompts.encode_prompt(tokenizer, text, settings.data.chat_template)
     return tokenizer, f"{len(tokenizer)} tokens; a prompt ends {tokenizer.decode(ids)[-24:]!r}"

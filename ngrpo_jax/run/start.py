@@ -6,7 +6,6 @@ one sentence. Only a warm start is written here, after every other check. Must n
 
 import dataclasses
 import pathlib
-import tempfile
 from typing import Any
 
 import jax
@@ -36,27 +35,24 @@ def compose(settings: Settings, workdir: pathlib.Path, devices: jax.sharding.Mes
     """
     directory = locate_model(settings, workdir, weights=False)
     made = directory.is_dir()
-    with tempfile.TemporaryDirectory() as folder:
-        if not made:
-            arithmetic.make_tokenizer(folder)
-        tokenizer = prompts.load_tokenizer(directory if made else folder)
-        config = hf.read_config(directory) if made else warm_start_config(settings.warm_start, tokenizer)
-        config = dataclasses.replace(config, dtype=settings.model.dtype)
-        tokenizer_info = make_tokenizer_info(tokenizer, config, settings)
-        mesh.param_shardings(devices, decoder.parameter_shapes(config))  # refuses axes that do not divide it
-        attention_name(settings)
-        check_offload(settings)
-        check_positions(settings, config)
-        check_memory(settings, config)
-        begun = (workdir / "checkpoints").exists()  # then the disk already holds what it has to
-        capacity.check_workdir(workdir, 0 if begun else memory.checkpoint_bytes(config, kept=2))
-        training = load_set(settings, tokenizer, "train")
-        held_out = load_set(settings, tokenizer, "test")
-        if made:
-            directory = locate_model(settings, workdir)
-        elif distributed.process().primary:
-            warm_start(settings, config, tokenizer, training, folder, directory)
-        distributed.allgather("the starting model is there", None)
+    tokenizer = prompts.load_tokenizer(directory if made else arithmetic.TOKENIZER)
+    config = hf.read_config(directory) if made else warm_start_config(settings.warm_start, tokenizer)
+    config = dataclasses.replace(config, dtype=settings.model.dtype)
+    tokenizer_info = make_tokenizer_info(tokenizer, config, settings)
+    mesh.param_shardings(devices, decoder.parameter_shapes(config))  # refuses axes that do not divide it
+    attention_name(settings)
+    check_offload(settings)
+    check_positions(settings, config)
+    check_memory(settings, config)
+    begun = (workdir / "checkpoints").exists()  # then the disk already holds what it has to
+    capacity.check_workdir(workdir, 0 if begun else memory.checkpoint_bytes(config, kept=2))
+    training = load_set(settings, tokenizer, "train")
+    held_out = load_set(settings, tokenizer, "test")
+    if made:
+        directory = locate_model(settings, workdir)
+    elif distributed.process().primary:
+        warm_start(settings, config, tokenizer, training, directory)
+    distributed.allgather("the starting model is there", None)
     return Run(
         settings,
         workdir,

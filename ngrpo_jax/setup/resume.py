@@ -12,32 +12,6 @@ from ngrpo_jax.files import as_json
 from ngrpo_jax.former_settings import REMOVED, RENAMED, RENAMED_VALUES
 from ngrpo_jax.settings import Settings
 
-# Where, how fast and how long a run goes. All other settings change what it computes.
-MAY_CHANGE = {
-    "train.steps",
-    "train.rows_per_device",
-    "train.remat",
-    "train.logprob_chunk",
-    "train.attention",
-    "train.unroll",
-    "train.share_prompts",
-    "train.offload",
-    "train.loggers",
-    "train.profile_from",
-    "train.profile_steps",
-    "rollout.slots",
-    "rollout.chunk",
-    "rollout.layout",
-    "eval.every",
-    "eval.sets",
-    "reward.workers",
-    "reward.deadline_s",  # docs/metrics.md advises to raise these two where verdicts are missing
-    "reward.memory_mb",
-    "model.path",  # where the model is; the digest in each checkpoint says whether it is the same one
-    "model.revision",
-}
-MAY_CHANGE_SECTIONS = ("mesh.", "checkpoint.", "warm_start.")
-
 
 def best_key(settings: Settings) -> str:
     """The metric of a step's row that makes its checkpoint the best."""
@@ -63,11 +37,8 @@ def check_resumable(host: dict[str, Any], step: int, settings: Settings, workdir
 
 def lasting_settings(settings: Settings) -> dict[str, Any]:
     """The settings that may not change between the parts of a run."""
-    return {
-        name: value
-        for name, value in as_json(settings.leaves()).items()
-        if name not in MAY_CHANGE and not name.startswith(MAY_CHANGE_SECTIONS)
-    }
+    kinds, leaves = settings.kinds(), as_json(settings.leaves())
+    return {name: value for name, value in leaves.items() if not kinds[name].may_change}
 
 
 def changes(stored: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

@@ -24,7 +24,6 @@ def warm_start(
     config: ModelConfig,
     tokenizer: Any,
     training: ProblemSet,
-    tokenizer_directory: str,
     directory: pathlib.Path,
 ) -> None:
     """Trains the small model on worked solutions of the problems.
@@ -44,7 +43,7 @@ def warm_start(
         )
     directory.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(directory.parent / RECIPE, recipe(settings))
-    hf.save(str(directory), config, params, tokenizer_from=tokenizer_directory)
+    hf.save(str(directory), config, params, tokenizer_from=arithmetic.TOKENIZER)
 
 
 def warm_start_config(settings: WarmStartSettings, tokenizer: Any) -> ModelConfig:

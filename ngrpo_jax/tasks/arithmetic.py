@@ -7,16 +7,17 @@ training; `datasets` turns its rows into problems as it does for every source.
 import dataclasses
 import hashlib
 import itertools
-import json
-import os
 import pathlib
 import random
 import re
-import string
 from collections.abc import Iterator
 
 from ngrpo_jax.errors import require
 
+# A character tokenizer as a Hugging Face directory: a token for each character of `string.printable`, for
+# `<think>`, `</think>` and `\boxed{`, and six special ones. As in the R1-distill models a prompt ends in
+# `<think>`, and the response has only `</think>`.
+TOKENIZER = pathlib.Path(__file__).with_name("arithmetic_tokenizer")
 THINK_OPENING = "<think>\n"
 DEFAULT_SIZE = {"train": 8192, "test": 256}  # of each split
 
@@ -116,7 +117,7 @@ def worked_solution(problem: str) -> str:
 
 
 def worked_response(problem: str) -> str:
-    """The worked solution without its `<think>` line, which the chat template of `make_tokenizer` writes."""
+    """The worked solution without its `<think>` line, which the chat template writes."""
     return worked_solution(problem).removeprefix(THINK_OPENING)
 
 
@@ -142,44 +143,3 @@ def _drawn(spec: Spec, rng: random.Random, attempts: int) -> Iterator[str]:
         for _ in range(rng.randint(spec.min_terms, spec.max_terms) - 1):
             text += rng.choice(spec.ops) + str(rng.randrange(10**spec.digits))
         yield text + "="
-
-
-_SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>")
-_WHOLE = ("<think>", "</think>", "\\boxed{")
-# As in the R1-distill models: the prompt ends in `<think>`, and the response has only `</think>`.
-_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ '<user>' + message['content'] }}"
-    "{% elif message['role'] == 'assistant' %}{{ '<assistant>' + message['content'] + eos_token }}"
-    "{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<assistant><think>\\n' }}{% endif %}"
-)
-
-
-def make_tokenizer(directory: str | os.PathLike[str]) -> None:
-    r"""Write a character tokenizer as a Hugging Face directory (tokenizer.json, tokenizer_config.json).
-
-    One token for each character of `string.printable` and for `<think>`, `</think>` and `\boxed{`; six
-    special ones, pad 0, bos 1, eos 2 first; any other character is `<unk>`. 109 tokens, ids without gaps.
-    """
-    from tokenizers import AddedToken, Tokenizer, decoders, models
-
-    vocabulary = {token: i for i, token in enumerate((*_SPECIAL, *_WHOLE, *string.printable))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", fuse_unk=False))
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in _SPECIAL])
-    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in _WHOLE])
-    target = pathlib.Path(directory)
-    target.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(target / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "pad_token": "<pad>",
-        "bos_token": "<bos>",
-        "eos_token": "<eos>",
-        "unk_token": "<unk>",
-        "additional_special_tokens": ["<user>", "<assistant>"],
-        "clean_up_tokenization_spaces": False,
-        "chat_template": _TEMPLATE,
-    }
-    (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
