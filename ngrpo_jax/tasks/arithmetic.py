@@ -174,10 +174,7 @@ def make_tokenizer(directory: str | os.PathLike[str]) -> None:
     tokenizer.save(str(target / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "pad_token": "<pad>",
-        "bos_token": "<bos>",
-        "eos_token": "<eos>",
-        "unk_token": "<unk>",
+        **{f"{name}_token": f"<{name}>" for name in ("pad", "bos", "eos", "unk")},
         "additional_special_tokens": ["<user>", "<assistant>"],
         "clean_up_tokenization_spaces": False,
         "chat_template": _TEMPLATE,
