@@ -45,8 +45,7 @@ def _newest(run: pathlib.Path) -> dict[str, Generations]:
 def _compare(a: Generations, b: Generations) -> str:
     correct_a_PG, correct_b_PG, dropped = _paired(a, b)
     samples = correct_a_PG.shape[1]
-    solved = (np.asarray(correct_PG.any(axis=1)) for correct_PG in (correct_a_PG, correct_b_PG))
-    table = paired.paired_table(*solved)
+    table = paired.paired_table(np.any(correct_a_PG, axis=1), np.any(correct_b_PG, axis=1))
     counts = zip(("both", "only A", "only B", "neither"), table, strict=True)
     rows = [(name, count, f"{100 * count / table.total:.1f} %") for name, count in counts]
     p_value = paired.mcnemar(table.only_a, table.only_b)

@@ -28,9 +28,8 @@ def print_responses(settings: Settings, policy: Policy, text: str, step: int) ->
     keys_B = sequence_keys(settings.seed, EVAL_STREAM, np.arange(request.samples))
     with console.Progress("response", request.samples, "sequences", keep=False) as progress:
         trajectories = write_responses(policy, request, [prompt], keys_B, progress=progress)
-    mixing = "mixing off"
-    if evaluation_mixes(settings):
-        mixing = f"mixing on (rate {settings.mixing.rate}; mixed tokens ⟦so⟧)"
+    on = f"mixing on (rate {settings.mixing.rate}; mixed tokens ⟦so⟧)"
+    mixing = on if evaluation_mixes(settings) else "mixing off"
     print(f"step {step}, temperature {request.sampling.temperature}, {mixing}")
     print(f"prompt: {tokenizer.decode(prompt)}")
     for index in range(request.samples):

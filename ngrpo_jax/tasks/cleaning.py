@@ -31,8 +31,6 @@ def shared(problems: Sequence[str], others: Iterable[str]) -> list[tuple[int, in
 
     Wider than `repeated`: a test problem in other typesetting still gives its answer away.
     """
-    first: dict[str, int] = {}
-    for j, other in enumerate(others):
-        first.setdefault(normal_form(other), j)
-    forms = map(normal_form, problems)
-    return [(i, first[form]) for i, form in enumerate(forms) if form in first]
+    places = list(enumerate(map(normal_form, others)))
+    first = {form: j for j, form in reversed(places)}
+    return [(i, first[form]) for i, form in enumerate(map(normal_form, problems)) if form in first]

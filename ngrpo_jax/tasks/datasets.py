@@ -76,8 +76,7 @@ def _problems(
 ) -> Iterator[Problem | None]:
     """A problem for each row; where tolerant, None for a row without a problem or an answer."""
     rows = read_rows(source, split=split, seed=seed, size=size)
-    names = {field: (name,) for field, name in rows.names.items()}
-    reader = RowReader(rows.origin, names, "every row", "row-{}", tolerant, spelling=str)
+    reader = RowReader(rows.origin, rows.names, "every row", "row-{}", tolerant, spelling=str)
     number = 0
     for number, row in rows.numbered:
         texts = reader.read(number, row)

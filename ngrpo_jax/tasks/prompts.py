@@ -220,8 +220,8 @@ def stop_ids(tokenizer: Tokenizer, eos_token_ids: Sequence[int]) -> tuple[int, .
 
 def response_text(tokenizer: Tokenizer, tokens: Ids) -> str:
     """The text to grade: without special tokens, but with `<think>` and `</think>` whatever their flags."""
-    hidden = set(tokenizer.all_special_ids)
-    hidden -= set(tokenizer.convert_tokens_to_ids(["<think>", "</think>"]))
+    shown = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    hidden = set(tokenizer.all_special_ids).difference(shown)
     kept = [int(token) for token in tokens if int(token) not in hidden]
     return tokenizer.decode(kept, skip_special_tokens=False)
 

@@ -38,12 +38,12 @@ class Rows:
 
     origin: the file or set, for the sentence of an error.
     numbered: (number, row), numbers from 1; can be read once.
-    names: the name in this source of each of `FIELDS`.
+    names: the one name in this source of each of `FIELDS`.
     """
 
     origin: str
     numbered: Iterator[tuple[int, Row]]
-    names: dict[str, str]
+    names: dict[str, tuple[str]]
 
 
 def read_rows(source: str, *, split: str, seed: int, size: int | None) -> Rows:
@@ -85,8 +85,8 @@ def _nearest(name: str) -> str | None:
 
 def _field_names(
     source: str, query: str, extra: tuple[str, ...] = ()
-) -> tuple[dict[str, str], dict[str, str]]:
-    """({field: name}, other options) from the part of a source after the question mark."""
+) -> tuple[dict[str, tuple[str]], dict[str, str]]:
+    """({field: its one name}, other options) from the part of a source after the question mark."""
     options = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
     for key, value in options.items():
         if key not in (*FIELDS, *extra) or not value:
@@ -94,7 +94,7 @@ def _field_names(
                 f"data source {source!r}: {key}={value} is not understood; after the question mark write "
                 f"{', '.join(f'{name}=...' for name in (*FIELDS, *extra))}, joined by &"
             )
-    return {field: options.pop(field, field) for field in FIELDS}, options
+    return {field: (options.pop(field, field),) for field in FIELDS}, options
 
 
 def _tfds_rows(
