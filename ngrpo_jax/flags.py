@@ -7,10 +7,10 @@ an exception becomes an exit status and, where the user can mend it, one sentenc
 import argparse
 import contextlib
 import difflib
-import importlib.util
 import inspect
 import os
 import pathlib
+import runpy
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -132,14 +132,10 @@ def _unknown(flag: str, known: Sequence[str]) -> str:
 
 def load_config(path: str) -> Any:
     """The ConfigDict that a file of configs/ makes."""
-    spec = importlib.util.spec_from_file_location("ngrpo_config", path)
-    require(spec is not None and spec.loader is not None, f"{path!r} is no Python file.")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        require(hasattr(module, "get_config"), "it defines no get_config().")
-        return module.get_config()
+        defined = runpy.run_path(path)
+        require("get_config" in defined, "it defines no get_config().")
+        return defined["get_config"]()
     except Exception as error:  # a config is the user's own code, so that any exception is the user's to mend
         text = pathlib.Path(path).read_text(encoding="utf-8", errors="replace")
         raised = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

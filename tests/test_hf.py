@@ -208,8 +208,8 @@ def test_every_tensor_that_does_not_fit_is_named(copy_of):
         "missing model.layers.1.self_attn.k_proj.bias",
         "unknown model.layers.2.mlp.up_proj.weight",
         "unknown score.weight",
-        "model.norm.weight has shape [47] where config.json gives [48]",
-        "model.layers.0.mlp.down_proj.weight has shape [80, 48] where config.json gives [48, 80]",
+        "model.norm.weight has shape [47], not [48]",
+        "model.layers.0.mlp.down_proj.weight has shape [80, 48], not [48, 80]",
         "model.layers.0.input_layernorm.weight has type I8",
     ):
         assert part in sentence

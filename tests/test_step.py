@@ -116,7 +116,9 @@ def test_cosines_are_of_mixed_inputs_spread_over_all_hosts(monkeypatch):
     monkeypatch.setattr(
         metrics, "cosines_at", lambda policy, written, at: written.mixtures.weights[tuple(at.T)][:, 0]
     )
-    responses = metrics.Responses(np.zeros((2, 2)), lengths_B, np.ones(4, bool), mixed_BT.sum(axis=1))
+    responses = metrics.Responses(
+        np.zeros((2, 2)), lengths_B.reshape(2, 2), np.ones((2, 2), bool), mixed_BT.sum(axis=1).reshape(2, 2)
+    )
     rollout = metrics.Rollout(None, trajectories([0, 1, 2, 3]), responses.rewards_PG, Counts())
     alone = metrics.response_metrics(None, rollout, responses)
     chosen = weights_BTC[mixed_BT][[0, 3, 6, 10], 0]

@@ -8,7 +8,7 @@ aggregation), packing beyond segment ids, microbatches, or the optimiser. Equati
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import chex
@@ -106,12 +106,10 @@ class LossConfig:
     entropy_coef: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.algorithm not in ALGORITHMS:
-            raise ValueError(f"algorithm {self.algorithm!r} is unknown: use one of {', '.join(ALGORITHMS)}")
-        if self.kl_estimator not in KL_ESTIMATORS:
-            raise ValueError(
-                f"kl_estimator {self.kl_estimator!r} is unknown: use one of {', '.join(KL_ESTIMATORS)}"
-            )
+        choices: dict[str, Collection[str]] = {"algorithm": ALGORITHMS, "kl_estimator": KL_ESTIMATORS}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown: use one of {', '.join(known)}")
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise ValueError(f"dual_clip {self.dual_clip} must be above 1, or None for no dual clip")
         if self.importance_cap is not None and self.importance_cap <= 0:
@@ -255,6 +253,9 @@ def loss_and_metrics(
     def mean(x_BT: jax.Array) -> Mean:
         return Mean(jnp.sum(weight_BT * x_BT), total)
 
+    def share(chosen_BT: jax.Array) -> Mean:
+        return Mean(jnp.sum(jnp.where(chosen_BT, weight_BT, 0.0)), total)
+
     advantages_BT = constant(
         inputs.advantages if jnp.ndim(inputs.advantages) == 2 else inputs.advantages[:, None]
     )
@@ -266,18 +267,14 @@ def loss_and_metrics(
         "ratio": mean(ratio_BT),
         "ratio_min": Min(jnp.min(jnp.where(mask_BT, ratio_BT, jnp.inf))),
         "ratio_max": Max(jnp.max(jnp.where(mask_BT, ratio_BT, -jnp.inf))),
-        **{
-            name: Mean(jnp.sum(jnp.where(clipped_BT, weight_BT, 0.0)), total)
-            for name, clipped_BT in _clipped(ratio_BT, advantages_BT, config).items()
-        },
+        **{name: share(x_BT) for name, x_BT in _clipped(ratio_BT, advantages_BT, config).items()},
     }
     if config.importance_cap is not None and inputs.sampler_logprobs is not None:
         exact_BT = ratio(old_BT, constant(inputs.sampler_logprobs))
         importance_BT = jnp.minimum(exact_BT, config.importance_cap)
         objective_BT = importance_BT * objective_BT
         metrics["importance"] = mean(importance_BT)
-        capped_BT = exact_BT > config.importance_cap
-        metrics["importance_capped"] = Mean(jnp.sum(jnp.where(capped_BT, weight_BT, 0.0)), total)
+        metrics["importance_capped"] = share(exact_BT > config.importance_cap)
     loss = -jnp.sum(weight_BT * objective_BT)
     metrics["policy_loss"] = Mean(loss, total)
     if inputs.ref_logprobs is not None:
@@ -292,16 +289,14 @@ def loss_and_metrics(
 
 
 def _check_needs(entropy_BT: jax.Array | None, inputs: LossInputs, config: LossConfig) -> None:
-    if config.kl_coef and inputs.ref_logprobs is None:
-        raise ValueError(
-            f"kl_coef is {config.kl_coef}, which needs ref_logprobs_BT; give them, or set it to 0"
-        )
-    if config.entropy_coef and entropy_BT is None:
-        raise ValueError(
-            f"entropy_coef is {config.entropy_coef}, which needs entropy_BT; give it, or set it to 0"
-        )
-    if config.importance_cap is not None and inputs.sampler_logprobs is None:
-        raise ValueError(f"importance_cap is {config.importance_cap}, which needs sampler_logprobs_BT")
+    needs = {
+        "kl_coef": ("ref_logprobs_BT", inputs.ref_logprobs),
+        "entropy_coef": ("entropy_BT", entropy_BT),
+        "importance_cap": ("sampler_logprobs_BT", inputs.sampler_logprobs),
+    }
+    for name, (array, given) in needs.items():
+        if getattr(config, name) and given is None:
+            raise ValueError(f"{name} is {getattr(config, name)}, which needs {array}; give both or neither")
 
 
 def _clipped(ratio_BT: jax.Array, advantages_BT: jax.Array, config: LossConfig) -> dict[str, jax.Array]:

@@ -6,7 +6,7 @@ Frozen and hashable, so that it can be a static argument of a compiled program. 
 
 import dataclasses
 
-from ngrpo_jax.errors import UserError
+from ngrpo_jax.errors import require
 
 ARCHITECTURES = ("qwen2", "qwen3", "llama")
 
@@ -25,13 +25,10 @@ class RopeScaling:
     original_max_position_embeddings: int
 
     def __post_init__(self) -> None:
-        if not self.factor > 0:
-            raise UserError(f"rope scaling: factor must be above 0, not {self.factor}")
-        if not 0 < self.low_freq_factor < self.high_freq_factor:
-            raise UserError(
-                "rope scaling: 0 < low_freq_factor < high_freq_factor must hold, "
-                f"not {self.low_freq_factor} and {self.high_freq_factor}"
-            )
+        low, high = self.low_freq_factor, self.high_freq_factor
+        ordered = "0 < low_freq_factor < high_freq_factor must hold"
+        require(self.factor > 0, f"rope scaling: factor must be above 0, not {self.factor}")
+        require(0 < low < high, f"rope scaling: {ordered}, not {low} and {high}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,26 +62,12 @@ class ModelConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        if self.architecture not in ARCHITECTURES:
-            raise UserError(f"unknown architecture {self.architecture!r}; known: {', '.join(ARCHITECTURES)}")
-        sizes = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-        )
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.num_heads % self.num_kv_heads:
-            raise UserError(
-                f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})"
-            )
-        if self.head_dim % 2:
-            raise UserError(f"head_dim must be even, to be rotated in pairs, not {self.head_dim}")
+        known, heads, kv_heads = self.architecture in ARCHITECTURES, self.num_heads, self.num_kv_heads
+        require(known, f"unknown architecture {self.architecture!r}; known: {', '.join(ARCHITECTURES)}")
+        for name in (field.name for field in dataclasses.fields(self) if field.type is int):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        require(heads % kv_heads == 0, f"num_heads ({heads}) must be a multiple of num_kv_heads ({kv_heads})")
+        require(self.head_dim % 2 == 0, f"head_dim must be even, to be rotated in pairs, not {self.head_dim}")
 
     @property
     def qkv_bias(self) -> bool:

@@ -13,9 +13,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from ngrpo_jax import files
-from ngrpo_jax.errors import UserError, is_storage_failure
+from ngrpo_jax.errors import UserError, explained, require
 from ngrpo_jax.model import hf_format, hf_weights
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.model.decoder import Params
@@ -59,29 +60,29 @@ def read(
 
     Host memory holds one leaf at a time, and what `place` keeps.
     """
-    _check_dtype(dtype)
-    directory = pathlib.Path(path)
-    config = read_config(directory, dtype=dtype)
-    params: Params = {}
-    with contextlib.ExitStack() as stack:
-        files = hf_weights.open_files(directory, stack)
-        hf_weights.check(config, files, directory)
-        for tensor in hf_format.tensors(config):
-            branch = params
-            for part in tensor.path[:-1]:
-                branch = branch.setdefault(part, {})
-            branch[tensor.path[-1]] = place(tensor.path, hf_weights.read_leaf(tensor, config, files, dtype))
-    return config, params
+    with _opened(path, dtype) as (config, files):
+        leaves = {
+            tensor.path: place(tensor.path, hf_weights.read_leaf(tensor, config, files, dtype))
+            for tensor in hf_format.tensors(config)
+        }
+    return config, traverse_util.unflatten_dict(leaves)
 
 
 def check(path: str | os.PathLike, *, dtype: str = "float32") -> ModelConfig:
     """The config, after every check of `load`; reads only the headers of the weight files."""
-    _check_dtype(dtype)
+    with _opened(path, dtype) as (config, _):
+        return config
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike, dtype: str) -> Iterator[tuple[ModelConfig, hf_weights.Files]]:
+    """The config of a directory and its weights by name, all checked and open within the block."""
     directory = pathlib.Path(path)
     config = read_config(directory, dtype=dtype)
     with contextlib.ExitStack() as stack:
-        hf_weights.check(config, hf_weights.open_files(directory, stack), directory)
-    return config
+        files = hf_weights.open_files(directory, stack)
+        hf_weights.check(config, files, directory)
+        yield config, files
 
 
 def save(
@@ -152,39 +153,32 @@ def locate(
     """
     directory = pathlib.Path(name_or_dir)
     if directory.is_dir():
-        if revision is not None:
-            raise UserError(
-                f"{name_or_dir} is a local directory, which has no revision {revision!r}: leave it out"
-            )
+        sentence = f"{name_or_dir} is a local directory, which has no revision {revision!r}: leave it out"
+        require(revision is None, sentence)
         return directory
     import huggingface_hub  # not at the top: it is slow to import, and a local directory needs none of it
     from huggingface_hub import errors
 
     patterns = [*TOKENIZER_FILES, _CONFIG, _GENERATION]
     patterns += ["model*.safetensors", hf_weights.INDEX] if weights else []
-    try:
-        return pathlib.Path(
-            huggingface_hub.snapshot_download(str(name_or_dir), revision=revision, allow_patterns=patterns)
-        )
-    except (errors.HFValidationError, errors.HfHubHTTPError, OSError) as error:
-        if is_storage_failure(error):
-            raise
-        at = "" if revision is None else f" at revision {revision!r}"
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"{name_or_dir} is neither a directory nor a model{at} that the Hugging Face hub gives out "
-            f"here: check the spelling, the connection and (for gated models) the login ({reason})"
-        ) from error
+    at = "" if revision is None else f" at revision {revision!r}"
+    with explained(
+        (errors.HFValidationError, errors.HfHubHTTPError, OSError),
+        f"{name_or_dir} is neither a directory nor a model{at} that the Hugging Face hub gives out here",
+        "check the spelling, the connection and (for gated models) the login",
+    ):
+        name = str(name_or_dir)
+        found = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns)
+    return pathlib.Path(found)
 
 
 def read_config(path: str | os.PathLike, *, dtype: str = "float32") -> ModelConfig:
     """The ModelConfig of a directory, without its weights; errors as for `load`, naming the file."""
+    _check_dtype(dtype)
     directory = pathlib.Path(path)
-    if not directory.is_dir():
-        raise UserError(f"{directory} is no directory: give that of a Hugging Face checkpoint")
-    file = directory / _CONFIG
-    if not file.is_file():
-        raise UserError(f"{directory} has no {_CONFIG}: it is no Hugging Face checkpoint, or half-downloaded")
+    require(directory.is_dir(), f"{directory} is no directory: give that of a Hugging Face checkpoint")
+    file, half = directory / _CONFIG, "it is no Hugging Face checkpoint, or half-downloaded"
+    require(file.is_file(), f"{directory} has no {_CONFIG}: {half}")
     raw = files.read_json(file, hf_weights.REMEDY)
     defaults = directory / _GENERATION
     generation = files.read_json(defaults, hf_weights.REMEDY) if defaults.is_file() else {}
@@ -196,8 +190,7 @@ def read_config(path: str | os.PathLike, *, dtype: str = "float32") -> ModelConf
 
 def _check_dtype(dtype: str) -> None:
     known = hf_weights.DTYPES.values()
-    if dtype not in known:
-        raise UserError(f"dtype must be one of {', '.join(known)}, not {dtype!r}")
+    require(dtype in known, f"dtype must be one of {', '.join(known)}, not {dtype!r}")
 
 
 def leaves(config: ModelConfig, params: Params) -> Iterator[Any]:
@@ -214,25 +207,22 @@ def check_replaceable(path: str | os.PathLike) -> None:
     target = pathlib.Path(path)
     if not target.exists():
         return
-    if not target.is_dir():
-        raise UserError(f"{target} is a file: name a directory to save to")
+    require(target.is_dir(), f"{target} is a file: name a directory to save to")
     present = {file.name for file in target.iterdir()} - {_RECEIPT}
     receipt = target / _RECEIPT
     known = files.read_json(receipt)["files"] if receipt.is_file() else []
     foreign = sorted(present - set(known))
-    if foreign:
-        raise UserError(
-            f"{target} holds {', '.join(foreign)}, which no earlier save wrote there: "
-            "name another directory, or empty this one"
-        )
+    require(
+        not foreign,
+        f"{target} holds {', '.join(foreign)}, which no earlier save wrote there: "
+        "name another directory, or empty this one",
+    )
 
 
 def _tokenizer_files(source: pathlib.Path) -> list[pathlib.Path]:
     """The files of `source` that go with the weights."""
     present = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
-    if not present:
-        raise UserError(
-            f"{source} holds no tokenizer file ({', '.join(TOKENIZER_FILES)}): name the directory of one"
-        )
+    wanted = ", ".join(TOKENIZER_FILES)
+    require(bool(present), f"{source} holds no tokenizer file ({wanted}): name the directory of one")
     generation = source / _GENERATION
     return [*present, generation] if generation.is_file() else present

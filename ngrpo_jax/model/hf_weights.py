@@ -8,7 +8,7 @@ import functools
 import itertools
 import math
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ import safetensors
 import safetensors.numpy
 
 from ngrpo_jax import files
-from ngrpo_jax.errors import UserError, storage
+from ngrpo_jax.errors import UserError, explained, require, storage
 from ngrpo_jax.model import hf_format
 from ngrpo_jax.model.config import ModelConfig
 
@@ -31,20 +31,20 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _COMPARED_ROWS = 8192
 
 Files = dict[str, Any]  # tensor name -> the open safetensors file that holds it
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 def open_files(directory: pathlib.Path, stack: contextlib.ExitStack) -> Files:
     """Every tensor of a directory by name, with the open file that holds it; `stack` closes the files."""
     files: Files = {}
     for path in _weight_paths(directory):
-        try:
-            with storage(path):
-                file = stack.enter_context(safetensors.safe_open(path, framework="np"))
-        except safetensors.SafetensorError as error:
-            raise UserError(f"{path} is broken or half-downloaded ({error}): fetch it again") from error
+        with (
+            explained(safetensors.SafetensorError, f"{path} is broken or half-downloaded", REMEDY),
+            storage(path),
+        ):
+            file = stack.enter_context(safetensors.safe_open(path, framework="np"))
         for name in file.keys():  # noqa: SIM118 (the file object is no mapping)
-            if name in files:
-                raise UserError(f"{path} holds {name}, which another file of {directory} holds too")
+            require(name not in files, f"{path} holds {name}, which another file of {directory} holds too")
             files[name] = file
     return files
 
@@ -52,25 +52,33 @@ def open_files(directory: pathlib.Path, stack: contextlib.ExitStack) -> Files:
 def check(config: ModelConfig, files: Files, directory: pathlib.Path) -> None:
     """UserError that names every tensor that is missing, unknown, misshapen or of an unknown type."""
     wanted = {name: t.hf_shape for t in hf_format.tensors(config) for name in t.names(config)}
-    optional = {_HEAD: wanted[_EMBEDDING]} if config.tie_embeddings else {}
-    problems = [f"missing {name}" for name in wanted if name not in files]
-    for name, file in files.items():
-        expected = wanted.get(name) or optional.get(name)
-        if name.endswith("rotary_emb.inv_freq"):  # stored by older checkpoints, but computed from config.json
-            continue
-        if expected is None:
-            problems.append(f"unknown {name}")
-            continue
-        view = file.get_slice(name)
-        shape, dtype = tuple(view.get_shape()), view.get_dtype()
-        if shape != expected:
-            problems.append(f"{name} has shape {list(shape)} where config.json gives {list(expected)}")
-        if dtype not in DTYPES:
-            problems.append(f"{name} has type {dtype}, which is none of {', '.join(DTYPES)}")
-    if problems:
-        raise UserError(f"tensors in {directory} do not fit its config.json: {'; '.join(problems)}")
-    if config.tie_embeddings and _HEAD in files:
+    tied = config.tie_embeddings and _HEAD in files
+    if tied:
+        wanted[_HEAD] = wanted[_EMBEDDING]
+    # Older checkpoints store rotary_emb.inv_freq, which is computed from config.json.
+    views = {n: f.get_slice(n) for n, f in files.items() if not n.endswith("rotary_emb.inv_freq")}
+    problems = _misfits(wanted, {name: tuple(view.get_shape()) for name, view in views.items()})
+    problems += [
+        f"{name} has type {view.get_dtype()}, which is none of {', '.join(DTYPES)}"
+        for name, view in views.items()
+        if name in wanted and view.get_dtype() not in DTYPES
+    ]
+    require(not problems, f"tensors in {directory} do not fit its config.json: {'; '.join(problems)}")
+    if tied:
         _check_tied(files, directory)
+
+
+def _misfits(wanted: Shapes, given: Shapes) -> list[str]:
+    """What is wrong with the given shapes, one clause for each name at fault."""
+    return [
+        *(f"missing {name}" for name in wanted if name not in given),
+        *(f"unknown {name}" for name in given if name not in wanted),
+        *(
+            f"{name} has shape {list(given[name])}, not {list(shape)}"
+            for name, shape in wanted.items()
+            if given.get(name, shape) != shape
+        ),
+    ]
 
 
 def read_leaf(tensor: hf_format.Tensor, config: ModelConfig, files: Files, dtype: str) -> np.ndarray:
@@ -90,21 +98,13 @@ def check_params(config: ModelConfig, params: dict[str, Any]) -> None:
     wanted: dict[str, tuple[int, ...]] = {}
     for tensor in hf_format.tensors(config):
         first, *rest = tensor.path
-        if not tensor.per_layer:
-            wanted["/".join(tensor.path)] = tensor.shape
-        elif unstacked:
+        if tensor.per_layer and unstacked:
             wanted |= {"/".join([first, str(i), *rest]): tensor.shape for i in range(L)}
         else:
-            wanted["/".join(tensor.path)] = (L, *tensor.shape)
+            wanted["/".join(tensor.path)] = (L, *tensor.shape) if tensor.per_layer else tensor.shape
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     given = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
-    problems = [f"missing {name}" for name in wanted if name not in given]
-    problems += [f"unknown {name}" for name in given if name not in wanted]
-    problems += [
-        f"{name} has shape {list(given[name])}, not {list(shape)}"
-        for name, shape in wanted.items()
-        if name in given and given[name] != shape
-    ]
+    problems = _misfits(wanted, given)
     if problems:
         raise ValueError(f"parameters do not fit the model's configuration: {'; '.join(problems)}")
 
@@ -145,15 +145,14 @@ def _weight_paths(directory: pathlib.Path) -> list[pathlib.Path]:
     """The files that hold the weights: the single one, or all that the index lists."""
     if (directory / SINGLE).is_file():
         return [directory / SINGLE]
-    if not (directory / INDEX).is_file():
-        raise UserError(f"{directory} has neither {SINGLE} nor {INDEX}: fetch the model's safetensors files")
-    weight_map = files.read_json(directory / INDEX, REMEDY).get("weight_map")
+    index = directory / INDEX
+    require(index.is_file(), f"{directory} has neither {SINGLE} nor {INDEX}: fetch its safetensors files")
+    weight_map = files.read_json(index, REMEDY).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{directory / INDEX} has no weight_map: fetch it again")
+        raise UserError(f"{index} has no weight_map: {REMEDY}")
     names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (directory / name).is_file()]
-    if missing:
-        raise UserError(f"{directory} is half-downloaded: {INDEX} lists {', '.join(missing)}; fetch them")
+    require(not missing, f"{directory} is half-downloaded: {INDEX} lists {', '.join(missing)}; fetch them")
     return [directory / name for name in names]
 
 

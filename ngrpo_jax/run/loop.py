@@ -40,9 +40,8 @@ def train(run: Run, state: RunState, grader: Grader, checkpoints: Checkpoints, b
     compile_rollouts(policy, [training_request(policy, settings), evaluation_request(policy, settings)])
     del policy  # a copy of the parameters
     if not state.initial_evaluation:
-        state = dataclasses.replace(
-            state, initial_evaluation=evaluate(run, state, grader, "evaluation before")
-        )
+        before = evaluate(run, state, grader, "evaluation before")
+        state = dataclasses.replace(state, initial_evaluation=before)
     began_at, clock = state.step, time.monotonic()
     after: dict[str, float] = {}
     with (

@@ -37,25 +37,18 @@ class Responses(NamedTuple):
     """What metrics read of each response of a step, of all hosts, in the order of a run of one process."""
 
     rewards_PG: np.ndarray
-    lengths_B: np.ndarray
-    stopped_B: np.ndarray
-    mixed_B: np.ndarray  # mixed inputs of a response
+    lengths_PG: np.ndarray
+    stopped_PG: np.ndarray
+    mixed_PG: np.ndarray  # mixed inputs of a response
 
 
 def gather_responses(rollout: Rollout) -> Responses:
     """The responses of all hosts. Every process has to call this."""
     rewards_PG, written = rollout.rewards_PG, rollout.trajectories
-    own_B4 = np.stack(
-        [rewards_PG.reshape(-1), written.lengths_B, written.stopped_B, written.mixed_BT.sum(axis=1)], axis=1
-    )
-    own = own_B4.astype(np.float64).reshape(*rewards_PG.shape, 4).tolist()
-    all_PG4 = np.asarray(distributed.allgather_items("rollout", own))
-    return Responses(
-        all_PG4[..., 0].astype(np.float32),
-        all_PG4[..., 1].astype(np.int32).reshape(-1),
-        all_PG4[..., 2].astype(bool).reshape(-1),
-        all_PG4[..., 3].astype(np.int32).reshape(-1),
-    )
+    columns = (rewards_PG, written.lengths_B, written.stopped_B, written.mixed_BT.sum(axis=1))
+    by_problem = zip(*(column.reshape(rewards_PG.shape).tolist() for column in columns), strict=True)
+    gathered = zip(*distributed.allgather_items("rollout", list(by_problem)), strict=True)
+    return Responses(*(np.array(x, own.dtype) for x, own in zip(gathered, columns, strict=True)))
 
 
 def step_row(
@@ -67,7 +60,7 @@ def step_row(
       metrics: those of the rollout, the update and the table, taken over as they are.
       seconds: of each phase, by name.
     """
-    tokens, whole = int(responses.lengths_B.sum()), sum(seconds.values())
+    tokens, whole = int(responses.lengths_PG.sum()), sum(seconds.values())
     return {
         **reward_metrics(responses.rewards_PG, rollout.grading),
         **metrics,
@@ -103,12 +96,12 @@ def reward_metrics(rewards_PG: np.ndarray, grading: Counts) -> dict[str, float]:
 def response_metrics(policy: Policy, rollout: Rollout, responses: Responses) -> dict[str, float]:
     """Lengths, truncation and mixing of the responses. Every process has to call this."""
     metrics = {
-        "rollout/length_mean": float(responses.lengths_B.mean()),
-        "rollout/length_max": float(responses.lengths_B.max()),
-        "rollout/truncated": float(1.0 - responses.stopped_B.mean()),
-        "rollout/mixed_fraction": float(responses.mixed_B.sum() / responses.lengths_B.sum()),
+        "rollout/length_mean": float(responses.lengths_PG.mean()),
+        "rollout/length_max": float(responses.lengths_PG.max()),
+        "rollout/truncated": float(1.0 - responses.stopped_PG.mean()),
+        "rollout/mixed_fraction": float(responses.mixed_PG.sum() / responses.lengths_PG.sum()),
     }
-    if responses.mixed_B.any():
+    if responses.mixed_PG.any():
         metrics |= _mixing_metrics(policy, rollout.trajectories, responses)
     return metrics
 
@@ -121,11 +114,12 @@ def _mixing_metrics(policy: Policy, trajectories: Trajectories, responses: Respo
     """
     prompts, samples = responses.rewards_PG.shape
     own = len(distributed.process().share(prompts))
-    first_B = (np.cumsum(responses.mixed_B) - responses.mixed_B)[sequence_numbers(own, samples)]
+    mixed_B = responses.mixed_PG.reshape(-1)
+    first_B = (np.cumsum(mixed_B) - mixed_B)[sequence_numbers(own, samples)]
     positions = np.argwhere(trajectories.mixed_BT)
     before = np.concatenate([[0], np.cumsum(trajectories.mixed_BT.sum(axis=1))])
     numbers = first_B[positions[:, 0]] + np.arange(len(positions)) - before[positions[:, 0]]  # increasing
-    sample = np.linspace(0, int(responses.mixed_B.sum()) - 1, COSINE_SAMPLE).astype(int)
+    sample = np.linspace(0, int(mixed_B.sum()) - 1, COSINE_SAMPLE).astype(int)
     chosen = positions[np.searchsorted(numbers, sample[np.isin(sample, numbers)])]
     found = []
     if len(chosen):

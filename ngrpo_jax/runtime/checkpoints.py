@@ -20,7 +20,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from ngrpo_jax.errors import StorageError, UserError, is_storage_failure
+from ngrpo_jax.errors import StorageError, UserError, is_storage_failure, require
 from ngrpo_jax.files import as_json
 from ngrpo_jax.runtime.mesh import path_name
 
@@ -194,9 +194,8 @@ class Checkpoints:
         return finite if self._best in finite else None
 
     def _document(self, step: int) -> dict[str, Json]:
-        if step not in self.steps():
-            have = ", ".join(map(str, self.steps())) or "none"
-            raise UserError(f"{self.directory} has no checkpoint at step {step} (it has: {have})")
+        have = ", ".join(map(str, self.steps())) or "none"
+        require(step in self.steps(), f"{self.directory} has no checkpoint at step {step} (it has: {have})")
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(host=ocp.args.JsonRestore()))
             document = {key: restored["host"][key] for key in ("model", "shapes", "host")}
@@ -215,10 +214,8 @@ class Checkpoints:
     def _compare(self, step: int, saved: dict[str, Json], wanted: dict[str, Json], partial: bool) -> None:
         where = f"the checkpoint at step {step} in {self.directory}"
         for name in wanted if partial else {**wanted, **saved}:
-            if name not in saved:
-                raise UserError(f"{where} has no {name}; it was made by other settings")
-            if name not in wanted:
-                raise UserError(f"{where} has {name}, which this run has not; resume by its settings")
+            require(name in saved, f"{where} has no {name}; it was made by other settings")
+            require(name in wanted, f"{where} has {name}, which this run has not; resume by its settings")
             (shape, dtype), (own_shape, own_dtype) = saved[name], wanted[name]
             if shape != own_shape or (dtype != own_dtype and not partial):
                 raise UserError(
@@ -231,10 +228,8 @@ class Checkpoints:
         if is_storage_failure(_system_error(error)):
             return StorageError(f"{self.directory}/{step} cannot be read: {_first_line(error)}.")
         # Orbax raises a plain Exception for an array that is cut off.
-        if (
-            not isinstance(error, OSError | ValueError | KeyError | TypeError)
-            and type(error) is not Exception
-        ):
+        damage = isinstance(error, OSError | ValueError | KeyError | TypeError) or type(error) is Exception
+        if not damage:
             return error
         return UserError(
             f"the checkpoint at step {step} in {self.directory} is damaged ({_first_line(error)}); "

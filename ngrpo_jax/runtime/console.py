@@ -106,9 +106,7 @@ def table(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> str:
     body = list(rows)
     cells = [[_cell(value) for value in row] for row in body]
     widths = [max(len(text) for text in column) for column in zip(headers, *cells, strict=True)]
-    right = [
-        all(v is None or isinstance(v, int | float) for v in column) for column in zip(*body, strict=True)
-    ]
+    right = [all(isinstance(v, int | float | None) for v in column) for column in zip(*body, strict=True)]
     right = right or [False] * len(headers)
 
     def aligned(texts: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 
 from ngrpo_jax import files
 from ngrpo_jax.choices import WARM_START
-from ngrpo_jax.errors import UserError
+from ngrpo_jax.errors import UserError, require
 from ngrpo_jax.model import decoder, hf
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.runtime import distributed, mesh
@@ -41,8 +41,7 @@ class ModelSpec:
 def open_model_spec(settings: Settings, workdir: pathlib.Path) -> ModelSpec:
     """The model of an existing run; UserError where it starts from a warm start that was never made."""
     directory = locate_model(settings, workdir)
-    if not directory.is_dir():
-        raise UserError(f"{workdir} holds no run of this config yet; train it first.")
+    require(directory.is_dir(), f"{workdir} holds no run of this config yet; train it first.")
     tokenizer = prompts.load_tokenizer(directory)
     config = hf.read_config(directory, dtype=settings.model.dtype)
     return ModelSpec(str(directory), config, make_tokenizer_info(tokenizer, config, settings))
@@ -88,11 +87,8 @@ def locate_model(settings: Settings, workdir: pathlib.Path, *, weights: bool = T
     directory = workdir / "warm_start"
     if directory.exists():
         made_by = files.read_json(workdir / RECIPE)
-        changed = changes(flatten(made_by), recipe(settings))
-        if changed:
-            raise UserError(
-                f"{directory} was made with {'; '.join(changed)}; use those or another --workdir."
-            )
+        changed = "; ".join(changes(flatten(made_by), recipe(settings)))
+        require(not changed, f"{directory} was made with {changed}; use those or another --workdir.")
     elif (workdir / "checkpoints").exists():
         raise UserError(
             f"{workdir} has checkpoints but not the warm start that they began from; use another --workdir."
@@ -141,10 +137,8 @@ def open_checkpoint(
         steps = checkpoints.steps()
         if not steps and which == "best":
             return 0, load_params(model_spec, devices)
-        named = {
-            "latest": checkpoints.latest_step(),
-            "best": checkpoints.best_step() or checkpoints.latest_step(),
-        }
+        latest = checkpoints.latest_step()
+        named = {"latest": latest, "best": checkpoints.best_step() or latest}
         step = named.get(which, int(which) if which.isdigit() else None)
         if step not in steps:
             have = ", ".join(map(str, steps)) or "none"

@@ -19,10 +19,10 @@ from ngrpo_jax.rollout import engine, programs
 from ngrpo_jax.rollout.request import NO_MIXING, RolloutRequest, SamplingParams, make_sequences
 from ngrpo_jax.rollout.trajectory import Trajectories
 from ngrpo_jax.runtime import console, distributed, mesh
-from ngrpo_jax.settings import Settings
+from ngrpo_jax.settings import EvalSettings, RolloutSettings, Settings
 from ngrpo_jax.setup.model_spec import ModelSpec
 from ngrpo_jax.setup.tokenizer_info import TokenizerInfo
-from ngrpo_jax.tasks import prompts
+from ngrpo_jax.tasks import prompts, rows
 
 EVAL_STREAM = 0  # rollouts of training step s sample from stream s, which counts from 1
 
@@ -75,16 +75,13 @@ def abstract_policy(
 def training_request(policy: Policy, settings: Settings) -> RolloutRequest:
     """What a training step asks of this host's rollout."""
     own = settings.rollout
-    distribution = {"temperature": own.temperature}
-    return _request(policy, settings, settings.mixing.active, own.group, own.max_new_tokens, distribution)
+    return _request(policy, settings, own, own.group, mixes=settings.mixing.active)
 
 
 def evaluation_request(policy: Policy, settings: Settings) -> RolloutRequest:
     """What an evaluation asks of this host's rollout."""
     own = settings.eval
-    distribution = {"temperature": own.temperature, "top_p": own.top_p, "top_k": own.top_k}
-    mixes = evaluation_mixes(settings)
-    return _request(policy, settings, mixes, own.samples, own.max_new_tokens, distribution)
+    return _request(policy, settings, own, own.samples, mixes=evaluation_mixes(settings))
 
 
 def evaluation_mixes(settings: Settings) -> bool:
@@ -93,20 +90,16 @@ def evaluation_mixes(settings: Settings) -> bool:
 
 
 def _request(
-    policy: Policy,
-    settings: Settings,
-    mixes: bool,
-    samples: int,
-    max_new_tokens: int,
-    distribution: dict[str, Any],
+    policy: Policy, settings: Settings, own: RolloutSettings | EvalSettings, samples: int, *, mixes: bool
 ) -> RolloutRequest:
+    """What is asked of a rollout whose tokens are sampled, and whose responses end, as `own` says."""
     info = policy.tokenizer_info
-    mixing = info.mixing if mixes else NO_MIXING
+    sampling = own.select(SamplingParams) | {"mixing": info.mixing if mixes else NO_MIXING}
     return RolloutRequest(
         policy.config,
-        SamplingParams(**distribution, mixing=mixing, stop_ids=tuple(info.stop_ids)),
+        SamplingParams(**sampling, stop_ids=tuple(info.stop_ids)),
         samples=samples,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=own.max_new_tokens,
         slots=-(-settings.rollout.slots // distributed.process().count),
         chunk=settings.rollout.chunk,
         max_prompt_tokens=settings.data.max_prompt_tokens,
@@ -187,7 +180,7 @@ def failures(trajectories: Trajectories, samples: int, ids: Sequence[str]) -> st
     found = sorted({ids[index // samples] for index in failed})
     if not found:
         return None
-    named = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+    named = rows.some(found, 5)
     return f"{len(failed)} responses ended in logits that are not finite, to the problems {named}"
 
 

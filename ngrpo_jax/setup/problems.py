@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Self
 
-from ngrpo_jax.errors import UserError
+from ngrpo_jax.errors import UserError, require
 from ngrpo_jax.settings import Settings
 from ngrpo_jax.tasks import cleaning, golds, prompts, rows
 from ngrpo_jax.tasks.builders import catalogue
@@ -88,8 +88,8 @@ def training_problems(settings: Settings) -> list[Problem]:
         if data.drop_overlap:
             known = {i for i, _ in pairs}
             problems = [problem for i, problem in enumerate(problems) if i not in known]
-    if not problems:
-        raise UserError(f"all problems of {data.train} are in an evaluation set too; train on others.")
+    sentence = f"all problems of {data.train} are in an evaluation set too; train on others."
+    require(bool(problems), sentence)
     return problems
 
 

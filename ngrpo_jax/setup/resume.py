@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from ngrpo_jax.errors import UserError
+from ngrpo_jax.errors import require
 from ngrpo_jax.files import as_json
 from ngrpo_jax.former_settings import REMOVED, RENAMED, RENAMED_VALUES
 from ngrpo_jax.settings import Settings
@@ -23,16 +23,10 @@ def check_resumable(host: dict[str, Any], step: int, settings: Settings, workdir
     here = lasting_settings(settings)
     # The first versions let model.dtype change and did not store it: its default says nothing of such a run.
     stored = {"model.dtype": here["model.dtype"], **host["settings"]}
-    changed = changes(stored, here)
-    if changed:
-        raise UserError(
-            f"the run in {workdir} was made with {'; '.join(changed)}; use those or another --workdir."
-        )
-    if step > settings.train.steps:
-        raise UserError(
-            f"the run in {workdir} is at step {step} already; raise train.steps, which is "
-            f"{settings.train.steps}."
-        )
+    changed, steps = "; ".join(changes(stored, here)), settings.train.steps
+    require(not changed, f"the run in {workdir} was made with {changed}; use those or another --workdir.")
+    sentence = f"the run in {workdir} is at step {step} already; raise train.steps, which is {steps}."
+    require(step <= steps, sentence)
 
 
 def lasting_settings(settings: Settings) -> dict[str, Any]:

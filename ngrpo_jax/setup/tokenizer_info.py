@@ -10,7 +10,7 @@ import numpy as np
 
 from ngrpo_jax.algo.mixture import Mixing
 from ngrpo_jax.algo.neighbors.eligibility import Eligible, eligible_rows
-from ngrpo_jax.errors import UserError
+from ngrpo_jax.errors import explained
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.settings import Settings
 from ngrpo_jax.tasks import prompts
@@ -45,12 +45,9 @@ def make_tokenizer_info(tokenizer: Any, config: ModelConfig, settings: Settings)
         keep_out_ids = tuple(np.flatnonzero(kept_out_V).tolist())
         usable_V &= ~kept_out_V
     spelling_V = prompts.spelling_groups(tokenizer, rows) if mixing.distinct_spelling else None
-    try:
+    remedy = "lower mixing.k, or loosen mixing.keep_out or mixing.distinct_spelling."
+    with explained(ValueError, "tokens have too few neighbours for mixing.k", remedy):
         eligible = eligible_rows(rows, mixing.k if mixing.active else 1, usable_V, spelling_V)
-    except ValueError as error:
-        raise UserError(
-            f"mixing.{error}; lower mixing.k, or loosen mixing.keep_out or mixing.distinct_spelling."
-        ) from error
     until = prompts.until_ids(tokenizer, mixing.until) if mixing.until else ()
     stop_ids = prompts.stop_ids(tokenizer, config.eos_token_ids)
     return TokenizerInfo(tokenizer, stop_ids, mixing.method(until, keep_out_ids), eligible)

@@ -51,11 +51,7 @@ def warm_start_config(settings: WarmStartSettings, tokenizer: Any) -> ModelConfi
     return ModelConfig(
         architecture="qwen2",
         vocab_size=len(tokenizer),
-        hidden_size=settings.hidden_size,
-        intermediate_size=settings.intermediate_size,
-        num_layers=settings.num_layers,
-        num_heads=settings.num_heads,
-        num_kv_heads=settings.num_kv_heads,
+        **settings.select(ModelConfig),
         head_dim=settings.hidden_size // settings.num_heads,
         tie_embeddings=True,
         max_positions=4096,

@@ -39,19 +39,16 @@ def eligible_rows(size: int, k: int, valid_V: Any = None, group_V: Any = None) -
     None means that all rows are valid, or that there are no groups. Raises ValueError for a mask that is not
     [size], or leaves some row fewer than k - 1 eligible others.
     """
-    valid_V = np.ones(size, bool) if valid_V is None else np.asarray(valid_V)
-    if valid_V.shape != (size,):
-        raise ValueError(f"valid_V must have shape ({size},), one entry a row, not {valid_V.shape}")
-    valid_V = valid_V.astype(bool)
+    for name, mask_V in {"valid_V": valid_V, "group_V": group_V}.items():
+        if mask_V is not None and np.shape(mask_V) != (size,):
+            raise ValueError(f"{name} must have shape ({size},), one entry a row, not {np.shape(mask_V)}")
+    valid_V = np.ones(size, bool) if valid_V is None else np.asarray(valid_V, bool)
     usable = int(valid_V.sum())
     if not 1 <= k <= usable:
         raise ValueError(f"k is {k}, but must be at least 1 and at most the number of valid rows, {usable}")
     if group_V is None:
         return Eligible(valid_V)
-    group_V = np.asarray(group_V)
-    if group_V.shape != (size,):
-        raise ValueError(f"group_V must have shape ({size},), one entry a row, not {group_V.shape}")
-    _, number_V = np.unique(group_V, return_inverse=True)
+    _, number_V = np.unique(np.asarray(group_V), return_inverse=True)
     left = usable - int(np.bincount(number_V, weights=valid_V).max())
     if left < k - 1:
         raise ValueError(

@@ -82,8 +82,7 @@ def closeness_bound(score_A: jax.Array, error_A: jax.Array, metric: str) -> jax.
     """An upper bound of the closeness of pairs whose tile score is at most `score_A`."""
     upper_A = score_A + error_A + 2 * UNIT * jnp.abs(score_A)
     if metric == "l2":
-        distance_A = jnp.sqrt(jnp.maximum(-upper_A, 0.0)) * (1 - 4 * UNIT)
-        return jnp.where(jnp.isneginf(score_A), -jnp.inf, -distance_A)
+        upper_A = -jnp.sqrt(jnp.maximum(-upper_A, 0.0)) * (1 - 4 * UNIT)
     return jnp.where(jnp.isneginf(score_A), -jnp.inf, upper_A)
 
 

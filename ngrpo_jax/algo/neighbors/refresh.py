@@ -193,7 +193,7 @@ def _rescore(
     rest_bound_Q = nearness.round_up(bounds.rest_bound_V[places_Q] + bounds.drift_V[places_Q])
     ranked = Ranked(*search.rank(index, ids_Q, bounds.ids_VC[places_Q]), rest_bound_Q)
     failed_Q = ~search.is_certified(index, ids_Q, ranked, config.neighbors)
-    bounds = _put(bounds, places_Q, _bounds(index, ids_Q, ranked, config))
+    bounds = search.put(bounds, places_Q, _bounds(index, ids_Q, ranked, config))
     return bounds, failed_A.at[places_Q].set(failed_Q)
 
 
@@ -202,11 +202,7 @@ def _search(
 ) -> RowBounds:
     """Searches by brute force."""
     ranked = search.brute_force(index, ids_Q, bounds.ids_VC.shape[1])
-    return _put(bounds, places_Q, _bounds(index, ids_Q, ranked, config))
-
-
-def _put(bounds: RowBounds, places_Q: jax.Array, new: RowBounds) -> RowBounds:
-    return jax.tree.map(lambda old, x: old.at[places_Q].set(x), bounds, new)
+    return search.put(bounds, places_Q, _bounds(index, ids_Q, ranked, config))
 
 
 def _bounds(index: SearchIndex, ids_A: jax.Array, ranked: Ranked, config: TableConfig) -> RowBounds:

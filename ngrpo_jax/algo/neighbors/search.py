@@ -145,10 +145,14 @@ def brute_force_selected(
     count = ranked.ids_AC.shape[1]
 
     def step(ranked: Ranked, places_Q: jax.Array) -> Ranked:
-        found = brute_force(index, first + places_Q, count)
-        return Ranked(*(old.at[places_Q].set(new) for old, new in zip(ranked, found, strict=True)))
+        return put(ranked, places_Q, brute_force(index, first + places_Q, count))
 
     return scan_selected(step, ranked, selected_A, batch)
+
+
+def put(rows: Any, places_Q: jax.Array, new: Any) -> Any:
+    """A tree of arrays [A, ...] with the rows `places_Q` replaced by those of the same tree [Q, ...]."""
+    return jax.tree.map(lambda old, x: old.at[places_Q].set(x), rows, new)
 
 
 def scan_selected(
