@@ -69,10 +69,8 @@ class WarmStartSettings(Section, prefix="warm_start.", may_change=True):
     def rules(self) -> Iterator[tuple[bool, str]]:
         for size, divisor in (("hidden_size", "num_heads"), ("num_heads", "num_kv_heads")):
             whole, part = getattr(self, size), getattr(self, divisor)
-            yield (
-                whole % part == 0,
-                f"warm_start.{size} {whole} is no multiple of warm_start.{divisor} {part}.",
-            )
+            sentence = f"warm_start.{size} {whole} is no multiple of warm_start.{divisor} {part}."
+            yield whole % part == 0, sentence
 
 
 @dataclasses.dataclass(frozen=True)

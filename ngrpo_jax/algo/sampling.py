@@ -126,10 +126,7 @@ def truncate(logits_BV: jax.Array, *, top_p: float = 1.0, top_k: int = 0) -> jax
         value_B, id_B = _nucleus_cut(logits_BV, top_p)
     else:
         return logits_BV
-    # What is kept: the tokens up to (value, id) in the order of falling logits and rising ids.
-    ids_BV = jax.lax.broadcasted_iota(jnp.int32, logits_BV.shape, 1)
-    tie_BV = (logits_BV == value_B[:, None]) & (ids_BV <= id_B[:, None])
-    return jnp.where((logits_BV > value_B[:, None]) | tie_BV, logits_BV, -jnp.inf)
+    return jnp.where(_up_to(logits_BV, value_B, id_B), logits_BV, -jnp.inf)
 
 
 def _nucleus_cut(logits_BV: jax.Array, top_p: float) -> tuple[jax.Array, jax.Array]:
@@ -195,6 +192,13 @@ def _bisect(holds: Callable[[jax.Array], jax.Array], low_B: jax.Array, high_B: j
         return jnp.where(holds_B, middle_B, low_B), jnp.where(holds_B, high_B, middle_B)
 
     return jax.lax.fori_loop(0, 32, halve, (low_B, high_B))[0]
+
+
+def _up_to(logits_BV: jax.Array, value_B: jax.Array, id_B: jax.Array) -> jax.Array:
+    """bool [B, V]: the tokens up to (value, id) in the order of falling logits and rising ids."""
+    ids_BV = jax.lax.broadcasted_iota(jnp.int32, logits_BV.shape, 1)
+    tie_BV = (logits_BV == value_B[:, None]) & (ids_BV <= id_B[:, None])
+    return (logits_BV > value_B[:, None]) | tie_BV
 
 
 def _pick(values_BX: jax.Array, index_B: jax.Array) -> jax.Array:

@@ -46,7 +46,7 @@ def make_tokenizer_info(tokenizer: Any, config: ModelConfig, settings: Settings)
         usable_V &= ~kept_out_V
     spelling_V = prompts.spelling_groups(tokenizer, rows) if mixing.distinct_spelling else None
     remedy = "lower mixing.k, or loosen mixing.keep_out or mixing.distinct_spelling."
-    with explained(ValueError, "tokens have too few neighbours for mixing.k", remedy):
+    with explained(ValueError, f"mixing.k is {mixing.k}", remedy):
         eligible = eligible_rows(rows, mixing.k if mixing.active else 1, usable_V, spelling_V)
     until = prompts.until_ids(tokenizer, mixing.until) if mixing.until else ()
     stop_ids = prompts.stop_ids(tokenizer, config.eos_token_ids)
