@@ -12,6 +12,8 @@ from ngrpo_jax.algo.mixture import Mixing
 from ngrpo_jax.algo.objectives import LossConfig
 from ngrpo_jax.errors import UserError
 from ngrpo_jax.former_settings import REMOVED
+from ngrpo_jax.model.config import ModelConfig
+from ngrpo_jax.rollout.request import SamplingParams
 from ngrpo_jax.settings import Settings, resolve
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -82,7 +84,14 @@ def test_every_setting_is_read_somewhere():
     for path in (ROOT / "ngrpo_jax").rglob("*.py"):
         for function, known in _functions(ast.parse(path.read_text(encoding="utf-8"))):
             read |= set(_reads(function, known))
-    for section, target in (("mixing", Mixing), ("objective", LossConfig)):
+    handed_on = (
+        ("mixing", Mixing),
+        ("objective", LossConfig),
+        ("warm_start", ModelConfig),
+        ("rollout", SamplingParams),
+        ("eval", SamplingParams),
+    )
+    for section, target in handed_on:
         assert f"{section}.select" in read  # which hands settings on by the names of the target's fields
         read |= {f"{section}.{field.name}" for field in dataclasses.fields(target)}
     unread = sorted(set(Settings.kinds()) - read)

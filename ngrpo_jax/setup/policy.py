@@ -19,7 +19,7 @@ from ngrpo_jax.rollout import engine, programs
 from ngrpo_jax.rollout.request import NO_MIXING, RolloutRequest, SamplingParams, make_sequences
 from ngrpo_jax.rollout.trajectory import Trajectories
 from ngrpo_jax.runtime import console, distributed, mesh
-from ngrpo_jax.settings import EvalSettings, RolloutSettings, Settings
+from ngrpo_jax.settings import Settings
 from ngrpo_jax.setup.model_spec import ModelSpec
 from ngrpo_jax.setup.tokenizer_info import TokenizerInfo
 from ngrpo_jax.tasks import prompts, rows
@@ -74,14 +74,14 @@ def abstract_policy(
 
 def training_request(policy: Policy, settings: Settings) -> RolloutRequest:
     """What a training step asks of this host's rollout."""
-    own = settings.rollout
-    return _request(policy, settings, own, own.group, mixes=settings.mixing.active)
+    own, mixes = settings.rollout, settings.mixing.active
+    return _request(policy, settings, own.select(SamplingParams), own.group, own.max_new_tokens, mixes)
 
 
 def evaluation_request(policy: Policy, settings: Settings) -> RolloutRequest:
     """What an evaluation asks of this host's rollout."""
-    own = settings.eval
-    return _request(policy, settings, own, own.samples, mixes=evaluation_mixes(settings))
+    own, mixes = settings.eval, evaluation_mixes(settings)
+    return _request(policy, settings, own.select(SamplingParams), own.samples, own.max_new_tokens, mixes)
 
 
 def evaluation_mixes(settings: Settings) -> bool:
@@ -90,16 +90,16 @@ def evaluation_mixes(settings: Settings) -> bool:
 
 
 def _request(
-    policy: Policy, settings: Settings, own: RolloutSettings | EvalSettings, samples: int, *, mixes: bool
+    policy: Policy, settings: Settings, drawn: dict[str, Any], samples: int, max_new_tokens: int, mixes: bool
 ) -> RolloutRequest:
-    """What is asked of a rollout whose tokens are sampled, and whose responses end, as `own` says."""
+    """A request for responses whose tokens are drawn as `drawn` says, by the names of `SamplingParams`."""
     info = policy.tokenizer_info
-    sampling = own.select(SamplingParams) | {"mixing": info.mixing if mixes else NO_MIXING}
+    sampling = drawn | {"mixing": info.mixing if mixes else NO_MIXING}
     return RolloutRequest(
         policy.config,
         SamplingParams(**sampling, stop_ids=tuple(info.stop_ids)),
         samples=samples,
-        max_new_tokens=own.max_new_tokens,
+        max_new_tokens=max_new_tokens,
         slots=-(-settings.rollout.slots // distributed.process().count),
         chunk=settings.rollout.chunk,
         max_prompt_tokens=settings.data.max_prompt_tokens,
