@@ -127,8 +127,8 @@ def long_tail(report: measure.Report, model: Model, peer: Peer | None, given: ar
         rows,
         f"{work.tokens} tokens: response lengths log-normal, median {np.median(work.lengths_B):.0f}, "
         f"95th percentile {np.quantile(work.lengths_B, 0.95):.0f}, cap {TAIL_CAP}. {timings.note()}.",
-        f"Occupancy while sequences wait: {stats.queued_occupancy:.3f} (goal 0.88). Rows that a perfect "
-        f"scheduler without halving computes (chunk 1, same slots and order), over ours: {share:.3f} (goal 0.95). "
+        f"Occupancy while sequences wait: {stats.queued_occupancy:.3f} (goal 0.88). Rows of a perfect "
+        f"scheduler that never halves its slots (chunk 1, same order), over ours: {share:.3f} (goal 0.95). "
         "Hugging Face: goal 4.0.",
     )
 

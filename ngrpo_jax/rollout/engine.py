@@ -43,8 +43,8 @@ class RolloutStats:
 
     A step computes a row for every slot, whether it holds a sequence or not, so rows is the work that was
     done and tokens the work that was of use. `queued_` counts the same over the chunks that began with
-    sequences in the queue, in which all slots are there. Times are wall seconds: prefill_s of the prefills beside which no chunk was running,
-    decode_s of everything else.
+    sequences in the queue, in which all slots are there. Times are wall seconds: prefill_s of the prefills
+    beside which no chunk was running, decode_s of everything else.
     """
 
     sequences: int = 0
