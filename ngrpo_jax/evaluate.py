@@ -11,6 +11,7 @@ responses are stored in generations_STEP_SET.jsonl in the workdir, or in --gener
 interrupted is continued there. docs/evaluation.md has the rest.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -63,6 +64,7 @@ def main(argv: Sequence[str]) -> None:
         for one in sets:
             grader.check(one.settings.reward.kind)
         step, weights, policy = _open_policy(settings, model_spec, devices, *checkpoint)
+        policy = dataclasses.replace(policy, longest_prompt=max(one.longest_prompt for one in held_out))
         evaluations = []
         for one, problems in zip(sets, held_out, strict=True):
             header = make_header(one, problems, step, weights)

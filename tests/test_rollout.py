@@ -214,6 +214,32 @@ def test_slots_chunk_and_order_do_not_change_a_trajectory(strategy):
         _same(whole.part(3 * index, 3 * index + 3), shuffled.part(3 * place, 3 * place + 3))
 
 
+@pytest.mark.parametrize("strategy", ["neighbor", "noise"])
+def test_slots_are_halved_as_sequences_end(strategy):
+    params, bounds = _params(BASE), np.array([3, 24, 7, 2, 9, 2, 20, 3, 11] * 2)
+    options = dict(mixing=Mixing(strategy, rate=0.3, k=3, until_ids=UNTIL), samples=6, lengths_B=bounds)
+    stats = engine.RolloutStats()
+    halved = _generate(params, BASE, **options, slots=16, chunk=1, stats=stats)
+    _same(halved, _generate(params, BASE, **options, slots=16, chunk=24))
+    assert stats.steps * 4 < stats.rows < 0.7 * stats.steps * 16
+    assert stats.occupancy == stats.tokens / stats.rows > 0.6
+
+
+def test_slots_of_eight_devices_are_halved_alike():
+    config = dataclasses.replace(BASE, vocab_size=98)
+    params, bounds = _params(config), np.array([3, 24, 7, 2, 9, 2, 20, 3, 11] * 4)
+    options = dict(mixing=Mixing(rate=0.3, k=3), samples=12, lengths_B=bounds, stop_ids=())
+    one = _generate(params, config, **options)
+    mesh = meshes.make_mesh(4, 1, 2)
+    laid_out = inference.to_inference_layout(params, config)
+    placed = jax.device_put(laid_out, meshes.param_shardings(mesh, laid_out, layout="tensor"))
+    table_VC = jax.device_put(neighbor_table(params["embed"]["embedding"], 3), meshes.replicated(mesh))
+    stats, rows = engine.RolloutStats(), meshes.slots_sharding(mesh, "tensor")
+    options |= dict(table_VC=table_VC, sharding=rows, slots=32, chunk=1, stats=stats)
+    _same(one, _generate(placed, config, **options))
+    assert stats.rows < 0.8 * stats.steps * 32
+
+
 def test_eight_devices_write_what_one_does():
     params = _params(BASE)
     mixing = Mixing(rate=0.3, k=3, until_ids=UNTIL)
@@ -327,13 +353,13 @@ def test_nothing_compiles_after_compile_ahead():
     mixing = Mixing(rate=0.3, k=3, until_ids=UNTIL)
     table_VC = neighbor_table(params["embed"]["embedding"], 3)
     options = dict(samples=2, max_new_tokens=150, temperature=0.9, mixing=mixing, table_VC=table_VC)
-    options |= dict(stop_ids=STOP, slots=4, chunk=8, max_prompt_tokens=120)
+    options |= dict(stop_ids=STOP, slots=8, chunk=8, max_prompt_tokens=120)
     request = RolloutRequest(
         BASE,
         SamplingParams(0.9, mixing=mixing, stop_ids=STOP),
         samples=2,
         max_new_tokens=150,
-        slots=4,
+        slots=8,
         chunk=8,
         max_prompt_tokens=120,
     )
@@ -344,7 +370,7 @@ def test_nothing_compiles_after_compile_ahead():
     sizes = set()
     for lengths in ((2, 3, 9, 1), (60, 8, 70, 33), (5, 5, 5, 120)):
         prompts = [rng.integers(3, 97, size=n).tolist() for n in lengths]
-        bounds = rng.integers(1, 151, size=8)
+        bounds = np.clip(np.exp(rng.normal(3.5, 1.2, size=8)), 1, 150).astype(int)  # a long tail: slots halve
         engine.generate(params, BASE, prompts, keys_B=keys, lengths_B=bounds, **options)
         sizes.add(max(lengths))
     assert len(sizes) == 3
@@ -364,7 +390,7 @@ def test_each_response_can_have_a_bound_of_its_own():
         np.testing.assert_array_equal(written.tokens_BT[row, :bound], free.tokens_BT[row, :bound])
     assert stats.tokens == bounds.sum() and stats.done == stats.sequences == 9
     assert 0 < stats.queued_steps < stats.steps
-    assert stats.occupancy == stats.tokens / (stats.steps * 4) and 0 < stats.queued_occupancy <= 1
+    assert stats.occupancy == stats.tokens / (stats.steps * 4) and 0 < stats.queued_occupancy <= 1  # no half
 
 
 def test_reading_flags_a_chunk_late_changes_nothing():

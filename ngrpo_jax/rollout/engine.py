@@ -1,9 +1,11 @@
 """Prompts in, trajectories out, over a fixed number of slots.
 
 Queued sequences are inserted into free slots, from a prefill of their prompts that the samples of a prompt
-share; then all slots decode one chunk; then the slots of sequences that have ended are free again. Where host
-and device run side by side, the results of a chunk are read while the next one runs. Each sequence has a key
-of its own, so that none of this changes what is sampled. Must not know a tokenizer, rewards or the learner.
+share; then all slots decode one chunk; then the slots of sequences that have ended are free again. When no
+sequence is queued, the slots are halved as sequences end, so that no step computes mostly free rows. Where
+host and device run side by side, the results of a chunk are read while the next one runs. Each sequence has
+a key of its own, so that none of this changes what is sampled. Must not know a tokenizer, rewards or the
+learner.
 """
 
 import collections
@@ -39,16 +41,17 @@ from ngrpo_jax.rollout.trajectory import Trajectories
 class RolloutStats:
     """Counts of a rollout, filled in as it goes.
 
-    A step runs in every slot, whether it holds a sequence or not, so steps × slots is the work that was done
-    and tokens the work that was of use. `queued_` counts the same over the chunks that began with sequences
-    in the queue. Times are wall seconds: prefill_s of the prefills beside which no chunk was running,
-    decode_s of everything else.
+    A step computes a row for every slot, whether it holds a sequence or not, so rows is the work that was
+    done and tokens the work that was of use. `queued_` counts the same over the chunks that began with
+    sequences in the queue, in which all slots are there. Times are wall seconds: prefill_s of the prefills
+    beside which no chunk was running, decode_s of everything else.
     """
 
     sequences: int = 0
     done: int = 0
     slots: int = 0
     steps: int = 0
+    rows: int = 0
     tokens: int = 0
     queued_steps: int = 0
     queued_tokens: int = 0
@@ -58,7 +61,7 @@ class RolloutStats:
     @property
     def occupancy(self) -> float:
         """Share of the decoded rows that generated a token."""
-        return self.tokens / (self.steps * self.slots) if self.steps else 0.0
+        return self.tokens / self.rows if self.rows else 0.0
 
     @property
     def queued_occupancy(self) -> float:
@@ -254,11 +257,15 @@ class _Rollout:
 
     def _start_chunk(self) -> _Chunk:
         """Starts a chunk, and the copy of its results to the host."""
-        steps = self._programs.request.chunk
-        slots = self._programs.resize(self._slots, self._scheduler.columns_needed(steps))
-        self._slots, output = self._programs.decode(self._params, self._table_VC, slots)
+        programs, scheduler, slots = self._programs, self._scheduler, self._slots
+        steps = programs.request.chunk
+        columns = scheduler.columns_needed(steps)
+        while (half := programs.fewer(len(slots.active_B), scheduler.slots_needed, columns)) is not None:
+            slots = programs.keep(slots, half, scheduler.keep(half), columns)
+        slots = programs.resize(slots, columns)
+        self._slots, output = programs.decode(self._params, self._table_VC, slots)
         jax.tree.map(lambda leaf: leaf.copy_to_host_async(), output)
-        return _Chunk(self._scheduler.advance(steps), self._scheduler.queued, output)
+        return _Chunk(scheduler.advance(steps), scheduler.queued, output)
 
     def _finish_chunk(self, chunk: _Chunk) -> None:
         """Waits for a chunk's results, records them, and frees the slots of sequences that have ended."""
@@ -268,6 +275,7 @@ class _Rollout:
         self._scheduler.release(ended)
         stats, steps = self._stats, self._programs.request.chunk
         stats.steps += steps
+        stats.rows += steps * len(chunk.sequence_B)
         stats.tokens += tokens
         stats.done += len(ended)
         if chunk.queued:

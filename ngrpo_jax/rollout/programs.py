@@ -6,6 +6,7 @@ is left to compile once a rollout begins. Must not know which sequence is in whi
 """
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Sequence
 from typing import Any, Self
@@ -24,6 +25,9 @@ from ngrpo_jax.rollout.slots import Insertions, Prefix, Slots
 
 CACHE_RATIO = 1.5  # of one cache size to the next
 MOST_CACHE_SIZES = 6
+MOST_HALVINGS = 3
+_LEAST_ROWS = 4  # of a shard: products of fewer rows take as long, and those of one row round otherwise
+_HALVED_FROM = 16  # chunks of the longest response: fewer do not repay the programs of halved slots
 GRAIN = 32  # cache sizes and padded prompt lengths are multiples of it
 
 
@@ -46,22 +50,36 @@ def prompt_lengths(longest: int) -> tuple[int, ...]:
     return (*lengths[:-1], _round_up(longest, GRAIN))
 
 
+def decode_shapes(request: RolloutRequest, shards: int) -> dict[int, tuple[int, ...]]:
+    """Numbers of slots, falling by halves -> the cache sizes that so many slots can have, rising.
+
+    When no sequence waits for a slot, the slots are halved as sequences end. The last sequences of a rollout
+    are long ones, so that fewer slots have the larger sizes alone: 6 + 3 + 2 + 1 programs at most.
+    """
+    sizes = cache_sizes(request.max_prompt_tokens + request.max_new_tokens)
+    shapes = {_round_up(request.slots, shards): sizes}
+    if request.max_new_tokens >= _HALVED_FROM * request.chunk:
+        for parts in range(2, MOST_HALVINGS + 2):
+            half = min(shapes) // 2
+            if min(shapes) % (2 * shards) == 0 and half >= _LEAST_ROWS * shards:
+                shapes[half] = sizes[-max(1, len(sizes) // parts) :]
+    return shapes
+
+
 @dataclasses.dataclass(frozen=True)
 class Programs:
     """The compiled programs of a request on the devices of its parameters: shapes and static arguments.
 
     Attributes:
-      slots: the request's, rounded up to a multiple of the shards.
+      shapes: as of `decode_shapes`.
       prefill_rows: prompts of one prefill.
-      cache_sizes: numbers of columns that the slots' cache can have.
       prompt_lengths: numbers of tokens that prompts are padded to.
     """
 
     request: RolloutRequest
     model: InferenceModel
-    slots: int
+    shapes: dict[int, tuple[int, ...]]
     prefill_rows: int
-    cache_sizes: tuple[int, ...]
     prompt_lengths: tuple[int, ...]
     sharding: SlotSharding
 
@@ -69,15 +87,13 @@ class Programs:
     def of(cls, request: RolloutRequest, params: Any) -> Self:
         """For parameters in the inference layout: arrays, or jax.ShapeDtypeStruct with a sharding."""
         sharding = SlotSharding.of(request.sharding, params)
-        shards = sharding.shards
-        slots = _round_up(request.slots, shards)
+        shapes = decode_shapes(request, sharding.shards)
         device = next(iter(params["final_norm"]["scale"].sharding.device_set))
         return cls(
             request,
             InferenceModel(request.config, device.platform),
-            slots,
-            prefill_rows=_round_up(max(1, slots // request.samples), shards),
-            cache_sizes=cache_sizes(request.max_prompt_tokens + request.max_new_tokens),
+            shapes,
+            prefill_rows=_round_up(max(1, max(shapes) // request.samples), sharding.shards),
             prompt_lengths=prompt_lengths(request.max_prompt_tokens),
             sharding=sharding,
         )
@@ -86,6 +102,16 @@ class Programs:
     def shards(self) -> int:
         """Parts that the slots are split into."""
         return self.sharding.shards
+
+    @property
+    def slots(self) -> int:
+        """The request's slots, rounded up to a multiple of the shards."""
+        return max(self.shapes)
+
+    @property
+    def cache_sizes(self) -> tuple[int, ...]:
+        """Numbers of columns that the cache of all slots can have, rising."""
+        return self.shapes[self.slots]
 
     def empty(self) -> Slots:
         """Slots without a sequence, with the smallest cache."""
@@ -111,12 +137,29 @@ class Programs:
         So the programs to compile are those between neighbouring sizes. Where the cache shrinks, it keeps one
         size more than is needed, lest it go back and forth at every insertion.
         """
-        at = self.cache_sizes.index(slots.cache.columns)
-        wanted = self.cache_sizes.index(_smallest(self.cache_sizes, columns))
+        sizes = self.shapes[len(slots.active_B)]
+        at, wanted = sizes.index(slots.cache.columns), sizes.index(_smallest(sizes, columns))
         while at < wanted or at > wanted + 1:
             at += 1 if at < wanted else -1
-            slots = slot_state.resize(slots, self.cache_sizes[at])
+            slots = slot_state.resize(slots, sizes[at])
         return slots
+
+    def fewer(self, slots: int, needed: int, columns: int) -> int | None:
+        """The next number of slots below `slots`; None where a step of so few slots would read no less."""
+        half = max((count for count in self.shapes if count < slots), default=0)
+        if half < max(needed, 1):
+            return None
+        read, of_half = (count * _smallest(self.shapes[count], columns) for count in (slots, half))
+        return half if of_half < read else None
+
+    def keep(self, slots: Slots, count: int, places_B: np.ndarray, columns: int) -> Slots:
+        """The next fewer slots, with a cache of at least so many columns that so few can have."""
+        size = _smallest(self.shapes[count], columns)
+        while slots.cache.columns != size:
+            sizes = self.shapes[len(slots.active_B)]
+            at = sizes.index(slots.cache.columns)
+            slots = slot_state.resize(slots, sizes[at + 1 if sizes[at] < size else at - 1])
+        return slot_state.keep(slots, places_B, self.sharding)
 
     def decode(self, params: Any, table_VC: Any | None, slots: Slots) -> tuple[Slots, decode.ChunkOutput]:
         """The slots one chunk later, and what the chunk generated; donates the slots."""
@@ -161,7 +204,15 @@ def compile_ahead(params: Any, request: RolloutRequest, table_VC: Any | None = N
             if prefix.cache.columns <= columns:
                 slots = programs.insert(slots, prefix, nothing)
         slots, _ = programs.decode(params, table_VC, slots)
-    jax.block_until_ready(programs.resize(slots, 1))
+    slots = programs.resize(slots, 1)
+    for count, half in itertools.pairwise(programs.shapes):
+        for columns in programs.shapes[half]:
+            del slots  # its cache, before another one is made
+            slots = slot_state.empty(columns, **programs.of_empty() | {"count": count})
+            slots = programs.keep(slots, half, np.zeros(half, np.int32), columns)
+            slots, _ = programs.decode(params, table_VC, slots)
+        slots = programs.resize(programs.resize(slots, 1), programs.shapes[half][-1])
+    jax.block_until_ready(slots)
     return time.perf_counter() - begun
 
 

@@ -9,6 +9,8 @@ whose sequence has ended):
     slot 1   1 1 . .    | 3 3 3 3    | 3 3 3 3
     slot 2   2 2 2 2    | 2 . . .    | 4 4 4 4
 
+When the queue is empty and half of the slots would do, the sequences move to that half (`keep`).
+
 Letter of this file: I insertions, as in slots.py.
 """
 
@@ -89,6 +91,23 @@ class SlotScheduler:
         slots = len(self._sequence_B)
         alternating = np.arange(slots).reshape(self._shards, slots // self._shards).T.reshape(-1)
         return alternating[self._sequence_B[alternating] == FREE]
+
+    @property
+    def slots_needed(self) -> int:
+        """The fewest slots, equally many in each shard, that have room; all of them while any is queued."""
+        if self.queued:
+            return len(self._sequence_B)
+        taken = (self._sequence_B != FREE).reshape(self._shards, -1)
+        return self._shards * int(taken.sum(axis=1).max())
+
+    def keep(self, slots: int) -> np.ndarray:
+        """Leaves so many slots; returns the place within its shard that each of them had, int32 [slots]."""
+        free = (self._sequence_B == FREE).reshape(self._shards, -1)
+        places = np.argsort(free, axis=1, kind="stable")[:, : slots // self._shards]
+        for name in ("_sequence_B", "_steps_B"):
+            by_shard = getattr(self, name).reshape(self._shards, -1)
+            setattr(self, name, np.take_along_axis(by_shard, places, axis=1).reshape(-1))
+        return places.reshape(-1).astype(np.int32)
 
     def columns_needed(self, steps: int) -> int:
         """Cache columns that the sequences in the slots fill at most in the next `steps` steps."""

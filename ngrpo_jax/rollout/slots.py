@@ -166,6 +166,39 @@ def _insert_in_shard(slots: Slots, prefix: Prefix, insertions: Insertions) -> Sl
     return jax.lax.fori_loop(0, insertions.count[0], insert_one, slots)
 
 
+@functools.partial(jax.jit, static_argnames="sharding")
+def _rows(arrays: Any, rows_B: Any, sharding: SlotSharding) -> Any:
+    """Rows of each array, those of each shard by their places within it."""
+
+    def take(arrays: Any, rows_B: jax.Array) -> Any:
+        return jax.tree.map(lambda array: jnp.take(array, rows_B, axis=0, mode="clip"), arrays)
+
+    if sharding.mesh is None:
+        return take(arrays, rows_B)
+    split, axes = P(sharding.rows), set(sharding.rows)
+    by_shard = jax.shard_map(
+        take, mesh=sharding.mesh, in_specs=(split, split), out_specs=split, axis_names=axes, check_vma=False
+    )
+    return by_shard(arrays, rows_B)
+
+
+def keep(slots: Slots, rows_B: np.ndarray, sharding: SlotSharding = ONE_DEVICE) -> Slots:
+    """Fewer slots: of each shard those in `rows_B`, by their places within it.
+
+    The buffers of the given cache are deleted array by array, as in `resize`.
+    """
+
+    def kept(old: jax.Array) -> jax.Array:
+        new = _rows(old, rows_B, sharding)
+        old.delete()
+        return new
+
+    cache = slots.cache
+    keys, values = (tuple(map(kept, arrays)) for arrays in (cache.keys, cache.values))
+    lengths_B, *others = _rows((cache.lengths_B, *slots[1:]), rows_B, sharding)
+    return Slots(kv.KVCache(keys, values, lengths_B, cache.cursor), *others)
+
+
 _resized = jax.jit(kv.resized, static_argnums=(2, 3))
 
 

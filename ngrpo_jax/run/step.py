@@ -70,7 +70,9 @@ def problems_of(run: Run, step: int) -> ProblemSet:
 
 def policy_of(run: Run, params: Any, table: Table | None) -> Policy:
     """The parameters laid out for a rollout, with the neighbour table."""
-    return make_policy(run.model_spec, run.mesh, params, neighbors(run, table), run.settings.rollout.layout)
+    longest = max(run.training.longest_prompt, run.held_out.longest_prompt)
+    layout = run.settings.rollout.layout
+    return make_policy(run.model_spec, run.mesh, params, neighbors(run, table), layout, longest)
 
 
 def roll_out(run: Run, policy: Policy, batch: ProblemSet, step: int) -> Trajectories:

@@ -35,6 +35,8 @@ class Policy:
       params: in the inference layout and the compute dtype; jax.ShapeDtypeStruct in an abstract policy.
       table_VC: neighbour table; None where no request mixes by one.
       sharding: of the slots.
+      longest_prompt: tokens of the longest prompt that is to be answered, for which caches have room; None:
+        `data.max_prompt_tokens`.
     """
 
     params: Any
@@ -42,10 +44,16 @@ class Policy:
     tokenizer_info: TokenizerInfo
     table_VC: Any | None
     sharding: jax.sharding.NamedSharding
+    longest_prompt: int | None = None
 
 
 def make_policy(
-    model_spec: ModelSpec, devices: jax.sharding.Mesh, params: Any, table_VC: Any | None, layout: str
+    model_spec: ModelSpec,
+    devices: jax.sharding.Mesh,
+    params: Any,
+    table_VC: Any | None,
+    layout: str,
+    longest_prompt: int | None = None,
 ) -> Policy:
     """A policy with a copy of these parameters, split as `layout` says.
 
@@ -56,7 +64,7 @@ def make_policy(
     if table_VC is not None:
         table_VC = mesh.on_this_host(table_VC, mesh.replicated(devices))
     slots = mesh.slots_sharding(mesh.local_mesh(devices), layout)
-    return Policy(copy, model_spec.config, model_spec.tokenizer_info, table_VC, slots)
+    return Policy(copy, model_spec.config, model_spec.tokenizer_info, table_VC, slots, longest_prompt)
 
 
 def abstract_policy(
@@ -102,7 +110,7 @@ def _request(
         max_new_tokens=max_new_tokens,
         slots=-(-settings.rollout.slots // distributed.process().count),
         chunk=settings.rollout.chunk,
-        max_prompt_tokens=settings.data.max_prompt_tokens,
+        max_prompt_tokens=policy.longest_prompt or settings.data.max_prompt_tokens,
         sharding=policy.sharding,
     )
 

@@ -26,6 +26,11 @@ class ProblemSet:
     prompts: list[list[int]]
     dropped: int = 0
 
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(map(len, self.prompts))
+
     def take(self, indices: Sequence[int]) -> Self:
         """The problems at these indices, in this order."""
         return type(self)([self.problems[i] for i in indices], [self.prompts[i] for i in indices])
