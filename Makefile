@@ -11,12 +11,13 @@ WORKDIR := runs/tiny
 GOLDEN_TESTS := tests/test_decoder.py tests/test_inference.py tests/test_learner_oracle.py
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-long lint
+.PHONY: help run test test-long test-targets lint
 
 help:
 	@echo "make run        train configs/tiny.py in $(WORKDIR): a small model learns by N-GRPO in about five minutes"
 	@echo "make test       the test suite, about fifteen minutes on two cores"
 	@echo "make test-long  the long tests"
+	@echo "make test-targets  compiles for TPUs and GPUs that are not here (extras aot-tpu, aot-cuda12); 20 minutes"
 	@echo "make lint       ruff, ruff format --check, mypy"
 	@echo ""
 	@echo "Each makes $(VENV) first when it is missing. Needs Python 3.11 or newer: make PYTHON=python3.12 run"
@@ -33,6 +34,9 @@ test: $(VENV)/.requirements-dev
 
 test-long: $(VENV)/.requirements-dev
 	$(BIN)/python -m pytest -m long
+
+test-targets: $(VENV)/.requirements-dev
+	$(BIN)/python -m pytest -m "long or not long" tests/test_targets.py
 
 lint: $(VENV)/.requirements-dev
 	$(BIN)/ruff check .

@@ -309,7 +309,12 @@ def forward_options(config: ModelConfig, given: argparse.Namespace) -> ForwardOp
         dtype=config.dtype,
     )
     return ForwardOptions(
-        config, 1.0, given.remat, given.chunk, attention.make(name, block=given.block), given.unroll
+        config,
+        1.0,
+        given.remat,
+        given.chunk,
+        attention.make(name, jax.devices()[0].platform, block=given.block),
+        given.unroll,
     )
 
 

@@ -114,7 +114,7 @@ def main() -> None:
 def measured(case: Case) -> dict[str, tuple[int, int]]:
     """Phase -> bytes calculated and bytes measured, of a whole step."""
     settings = _settings(case)
-    allocations = fit.training_memory(settings, case.model)
+    allocations = fit.training_memory(settings, case.model, mesh.make_mesh(1, 1, 1))
     always = memory.held(allocations, "always")
     with tempfile.TemporaryDirectory() as folder:
         run, state = _begin(case.model, settings, pathlib.Path(folder))

@@ -107,12 +107,14 @@ class _Learner:
 
     def __init__(self, config: ModelConfig, rows: int, tokens: int) -> None:
         optimizer = make_optimizer(OPTIMIZER)
+        auto = (jax.sharding.AxisType.Auto,) * 3
         device = jax.make_mesh(
-            (1,), ("device",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1]
+            (1, 1, 1), ("data", "fsdp", "tensor"), axis_types=auto, devices=jax.devices()[:1]
         )
+        platform = jax.devices()[0].platform
         implementation = attention.choose(
             "auto",
-            platform=jax.devices()[0].platform,
+            platform=platform,
             row_tokens=tokens,
             shared_prefixes=False,
             dtype=config.dtype,
@@ -123,7 +125,7 @@ class _Learner:
             lambda params: update.init_state(params, optimizer), donate_argnums=0, out_shardings=here
         )(params)
         self._programs = update.compile_programs(
-            ForwardOptions(config, 1.0, "full", LOGPROB_CHUNK, attention.make(implementation, device)),
+            ForwardOptions(config, 1.0, "full", LOGPROB_CHUNK, attention.make(implementation, platform)),
             OBJECTIVE,
             optimizer,
             state_shardings=jax.tree.map(lambda _: here, self._state),

@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
     for directory in (workdir, folder):
         capacity.check_workdir(directory)
     model_spec = open_model_spec(settings, workdir)
-    needed_bytes = max(fit.check_evaluation(one.settings, model_spec.config) for one in sets)
+    needed_bytes = max(fit.check_evaluation(one.settings, model_spec.config, devices) for one in sets)
     checkpoint = workdir, options["step"], best_key(settings)
     if options["prompt"] is not None:
         step, _, policy = _open_policy(settings, model_spec, devices, *checkpoint)

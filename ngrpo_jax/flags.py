@@ -121,7 +121,10 @@ def parse_flags(argv: Sequence[str], **extra: str | bool | None) -> tuple[Any, d
         require(bool(equals), f"{flag} has no value; write {flag}=VALUE.")
         section, _, leaf = name.rpartition(".")
         (config[section] if section else config)[leaf] = kinds[name].read(name, text)
-    require(values["workdir"] is not None, "--workdir=DIR is missing; it names the folder of the run.")
+    without = values.get("target") is not None  # nothing is written where a target is compiled for
+    require(
+        without or values["workdir"] is not None, "--workdir=DIR is missing; it names the folder of the run."
+    )
     return config, values
 
 

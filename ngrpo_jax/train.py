@@ -5,7 +5,8 @@
 prompts -> rollout -> reward -> update -> next rollout, with an evaluation before, on a schedule, and after.
 A run is resumed from the latest checkpoint of its workdir; a finished one prints its summary again.
 `--preflight` trains nothing and prints whether this run could start here and would fit
-(preflight/checks.py).
+(preflight/checks.py). `--preflight --target=CHIP:TOPOLOGY [--json=FILE]`, such as v5e:2x4 or h100:8, compiles
+every program for that machine, which need not be here (preflight/forecast.py), and takes no `--workdir`.
 """
 
 import pathlib
@@ -13,8 +14,9 @@ import time
 from collections.abc import Sequence
 
 from ngrpo_jax import files, flags
+from ngrpo_jax.errors import require
 from ngrpo_jax.model import hf
-from ngrpo_jax.preflight import checks, fit
+from ngrpo_jax.preflight import checks, fit, forecast
 from ngrpo_jax.run import summary
 from ngrpo_jax.run.loop import train
 from ngrpo_jax.run.start import begin, compose
@@ -28,7 +30,10 @@ from ngrpo_jax.tasks.rewards import Grader
 
 def main(argv: Sequence[str]) -> None:
     """Parses flags, checks everything, trains."""
-    config, options = flags.parse_flags(argv, preflight=False)
+    config, options = flags.parse_flags(argv, preflight=False, target=None, json=None)
+    if options["target"] is not None:
+        require(options["preflight"], "--target is of --preflight; add it, or leave --target out.")
+        raise SystemExit(forecast.run(config, options["target"], options["json"]))
     workdir = pathlib.Path(options["workdir"])
     if options["preflight"]:
         raise SystemExit(checks.run(config, workdir))

@@ -77,11 +77,9 @@ def make_programs(
     optimizer = make_optimizer(OPTIMIZER)
     shapes = jax.eval_shape(lambda: update.init_state(decoder.init(jax.random.key(0), config), optimizer))
     shardings = meshes.state_shardings(mesh, shapes)
-    attend = attentions.make(attention, mesh, block=16)
+    attend = attentions.make(attention, "cpu", block=16)
     programs = update.compile_programs(
-        ForwardOptions(
-            config, TEMPERATURE, remat, logprob_chunk, attend, unroll, meshes.lookup_sharding(mesh)
-        ),
+        ForwardOptions(config, TEMPERATURE, remat, logprob_chunk, attend, unroll),
         objective,
         optimizer,
         state_shardings=shardings,

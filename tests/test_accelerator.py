@@ -65,7 +65,7 @@ def test_the_fused_attention_is_that_of_plain_and_so_are_its_gradients(name):
         gradients, out = grad(*(x.astype(dtype) for x in (q, k, v)))
         return [jnp.where((segments.own > 0)[..., None, None], out, 0), *gradients]
 
-    fused = results(attention.make(chosen), jnp.bfloat16)
+    fused = results(attention.make(chosen, PLATFORM), jnp.bfloat16)
     for got, want in zip(fused, results(attention.plain, jnp.float32), strict=True):
         got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
         assert np.isfinite(got).all()

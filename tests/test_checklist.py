@@ -40,7 +40,7 @@ def test_tiny_passes_in_under_a_minute_and_leaves_nothing(tmp_path, capsys):
         name: rows[f"{name} programs"][1].partition(": ")[2].split(", ") for name in ("update", "rollout")
     }
     # tiny has two optimiser steps a batch, so that old log-probabilities are computed; and a reference.
-    assert names["update"] == ["score float32", "zeros", "accumulate", "apply"]
+    assert names["update"] == ["accumulate", "score float32", "zeros", "apply"]
     assert {"training prefill", "training decode_chunk", "evaluation decode_chunk"} <= set(names["rollout"])
 
 
@@ -65,8 +65,8 @@ FAULTS = {
 
 @pytest.fixture
 def compiles_nothing(monkeypatch):
-    monkeypatch.setattr(programs, "compile_update", lambda *_: {})
-    monkeypatch.setattr(programs, "compile_rollout", lambda *_: {})
+    monkeypatch.setattr(programs, "update_programs", lambda *_: {})
+    monkeypatch.setattr(programs, "rollout_programs", lambda *_: {})
 
 
 def _assert_only(rows, name, named):
@@ -115,7 +115,7 @@ def test_faults_of_the_workdir_and_its_disk_are_named(tmp_path, capsys, monkeypa
 
 
 def test_a_program_that_does_not_compile_is_named(tmp_path, capsys, monkeypatch, compiles_nothing):
-    monkeypatch.setattr(programs, "compile_update", _refuses)
+    monkeypatch.setattr(programs, "update_programs", _refuses)
     status, rows = _table(capsys, _argv(tmp_path / "run"))
     assert status == 2 and rows["rollout programs"][0] == checklist.OK
     _assert_only(rows, "update programs", "the compiler has no such operation")

@@ -109,17 +109,17 @@ def test_a_path_without_a_rule_is_refused_by_name():
     [
         ((2, 1, 4), {}, ("layers/attention/k/", "2 key/value heads (K)", "mesh.tensor = 4")),
         ((1, 8, 1), {"head": {"rows": (V, 12)}}, ("head/rows", "12 model width (D)", "mesh.fsdp = 8")),
-        (
-            (4, 1, 2),
-            {"head": {"rows": (63, D)}},
-            ("head/rows", "63 vocabulary rows (V)", "mesh.tensor = 2"),
-        ),
     ],
 )
 def test_a_dimension_that_the_axis_does_not_divide_is_refused_by_name(sizes, changes, words):
     with pytest.raises(ValueError, match="does not divide") as refusal:
         meshes.param_shardings(meshes.make_mesh(*sizes), _params(**changes))
     assert all(word in str(refusal.value) for word in words)
+
+
+def test_a_vocabulary_that_the_axis_does_not_divide_is_split_over_width_alone():
+    specs = _specs(meshes.param_shardings(meshes.make_mesh(2, 2, 2), _params(head={"rows": (63, D)})))
+    assert specs["head/rows"] == P(None, "fsdp") and specs["embed/embedding"] == P("tensor", "fsdp")
 
 
 def test_a_leaf_of_another_rank_is_refused():

@@ -13,7 +13,7 @@ from ngrpo_jax.flags import load_config
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.preflight import capacity, memory, programs
 from ngrpo_jax.preflight.memory import Allocation
-from ngrpo_jax.rollout.programs import compile_largest
+from ngrpo_jax.rollout.programs import largest_programs
 from ngrpo_jax.runtime import mesh
 from ngrpo_jax.settings import resolve
 from ngrpo_jax.setup.learner import make_learner
@@ -89,7 +89,8 @@ def test_a_rollouts_share_is_what_its_programs_take(layout):
     settings, devices, sizes = _split(rollout__layout=layout)
     info = TokenizerInfo(None, (), settings.mixing.method(()), eligible_rows(LARGE.vocab_size, 1))
     policy = abstract_policy(LARGE, info, devices, layout)
-    compiled = compile_largest(policy.params, training_request(policy, settings), policy.table_VC)
+    programs_of = largest_programs(policy.params, training_request(policy, settings), policy.table_VC)
+    compiled = {name: programs_of[name]() for name in ("decode_chunk", "prefill")}
     table = LARGE.vocab_size * settings.mixing.k * 4
     taken = compiled["decode_chunk"].memory_analysis().argument_size_in_bytes - table
     assert sizes["rollout copy, float32"] + sizes["KV cache"] == pytest.approx(taken, rel=0.01)
@@ -100,10 +101,11 @@ def test_a_rollouts_share_is_what_its_programs_take(layout):
 @pytest.mark.parametrize("remat", ["full", pytest.param("none", marks=pytest.mark.long)])
 def test_an_updates_share_is_near_xlas_account_of_it(remat):
     deep = dataclasses.replace(LARGE, num_layers=4)
-    settings, devices, sizes = _split(deep, train__remat=remat)
-    program = programs.compile_update(settings, deep, devices)["accumulate"].memory_analysis()
-    names = ("gradients, float32", "activations of a microbatch", "logits chunk")
-    estimated = sum(sizes[name] for name in (*names, "tables gathered from other devices"))
+    settings, devices, _ = _split(deep, train__remat=remat)
+    program = programs.update_programs(settings, deep, devices)["accumulate"]().memory_analysis()
+    parts = memory.training_estimate(settings, deep)
+    elsewhere = ("embedding before the update", "reference model, float32")
+    estimated = sum(one.size for one in parts if one.phase == "update" and one.name not in elsewhere)
     # The sum of gradients is an argument and the output, in one place; the rest is temporary.
     assert 0.85 < estimated / (program.output_size_in_bytes + program.temp_size_in_bytes) < 1.3
 
@@ -117,13 +119,17 @@ def test_an_updates_share_is_near_xlas_account_of_it(remat):
         ({"rollout__max_new_tokens": 2048, "eval__max_new_tokens": 2048}, "KV cache"),
         ({"data__max_prompt_tokens": 2048}, "keys and values of prefilled prompts"),
         ({"rollout__max_new_tokens": 2048}, "activations of a microbatch"),
-        ({"train__logprob_chunk": 512}, "logits chunk"),
-        ({"mesh__tensor": 2}, "logits chunk"),
-        ({"mesh__tensor": 2}, "tables gathered from other devices"),
+        ({"mesh__tensor": 2}, "weights gathered from other devices"),
     ],
 )
 def test_every_remedy_makes_its_allocation_smaller(change, name):
     assert _sizes(**change)[name] <= _sizes()[name] / 1.9
+
+
+def test_of_a_layers_scratch_and_a_chunks_logits_an_accelerator_holds_one_at_a_time():
+    few, many = _sizes(train__logprob_chunk=2048), _sizes(train__logprob_chunk=4096)
+    assert many["logits chunk"] == 2 * few["logits chunk"] > 2 * _sizes()["scratch of a layer"]
+    assert "logits chunk" not in _sizes() and "scratch of a layer" not in few
 
 
 def test_remat_trades_memory():
@@ -136,8 +142,8 @@ def test_remat_trades_memory():
 
 def test_a_chunk_holds_no_more_tokens_than_a_microbatch():
     small = {"rollout__max_new_tokens": 128, "data__max_prompt_tokens": 128}
-    assert _sizes(**small)["logits chunk"] == _sizes()["logits chunk"] // 4
-    assert _sizes(mesh__fsdp=1)["tables gathered from other devices"] == 0
+    assert _sizes(**small)["logits chunk"] == 3 * 4 * 256 * 151936
+    assert _sizes(mesh__fsdp=1)["weights gathered from other devices"] == 0
 
 
 def test_the_table_counts_while_it_is_made_and_its_rows_while_they_change():
@@ -164,7 +170,7 @@ def test_what_waits_in_host_memory_counts_in_the_update_alone():
 
 
 def test_plain_attention_counts_the_scores_of_whole_rows():
-    name = "activations of a microbatch"
+    name = "scratch of a layer"
     assert _sizes(attention="plain")[name] > 2 * _sizes()[name]
 
 

@@ -1,6 +1,6 @@
 """Hidden states to the log-probabilities of given tokens, without the [B, T, V] logits between them.
 
-Owns the chunked projection, its backward pass, the entropy, and that only response tokens are projected.
+Owns the chunks of the projection and that only response tokens are projected.
 Must not know the model below the projection, mixtures, or what is done with a log-probability.
 
 Letters of this file: Z chunks, t tokens of a chunk, X all tokens of a chunk as one dimension.
@@ -14,7 +14,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from ngrpo_jax.algo.sampling import scaled
+from ngrpo_jax.algo.vocabulary import WHOLE, Vocabulary
 
 
 def token_logprobs(
@@ -26,6 +26,7 @@ def token_logprobs(
     chunk: int = 1024,
     response_mask_BT: jax.Array | None = None,
     entropy: bool = True,
+    vocabulary: Vocabulary = WHOLE,
 ) -> tuple[jax.Array, jax.Array]:
     """log softmax(hidden · headᵀ / temperature) at the targets, and the entropy of that distribution in nats.
 
@@ -36,19 +37,21 @@ def token_logprobs(
     the tokens to project are moved to the front of their rows, and chunks in which no row has any are
     skipped. With `entropy` false the second result is 0 and costs nothing.
 
+    With `vocabulary`, `head_VD` is what this device of a mesh has of the head, as its parameters are split.
+
     Products are in the dtype of `hidden_BTD` with float32 sums. The gradient for `head_VD` is summed over
     chunks in the dtype of `head_VD`: pass the float32 master, of which each chunk makes its own cast.
     """
+    head_VD = vocabulary.rows(head_VD)
     _check(hidden_BTD, head_VD, targets_BT)
-    order_BT = None if response_mask_BT is None else _order(response_mask_BT)
-    if order_BT is not None:
-        hidden_BTD, targets_BT = (_take(x, order_BT) for x in (hidden_BTD, targets_BT))
+    if response_mask_BT is not None:
+        order_BT, place_BT = _responses_first(response_mask_BT)
+        hidden_BTD, targets_BT = _permuted(hidden_BTD, order_BT, place_BT), _take(targets_BT, order_BT)
 
     # Saving nothing but its inputs, a chunk is projected anew in the backward pass.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def one_chunk(hidden_BtD: jax.Array, targets_Bt: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits_BtV = scaled(_project(hidden_BtD, head_VD), temperature)
-        return _logprobs_and_entropy(logits_BtV, targets_Bt, entropy=entropy)
+        return vocabulary.logprobs_and_entropy(hidden_BtD, head_VD, targets_Bt, temperature, entropy=entropy)
 
     def of_chunk(_: None, needed: jax.Array, hidden_BtD: jax.Array, targets_Bt: jax.Array):
         if response_mask_BT is None:
@@ -56,11 +59,10 @@ def token_logprobs(
         zeros = jnp.zeros(targets_Bt.shape, jnp.float32)
         return None, jax.lax.cond(needed, one_chunk, lambda *_: (zeros, zeros), hidden_BtD, targets_Bt), ()
 
-    most = targets_BT.shape[1] if response_mask_BT is None else _most(response_mask_BT)
+    most = targets_BT.shape[1] if response_mask_BT is None else _most(response_mask_BT, vocabulary)
     _, results, _ = _over_chunks(of_chunk, None, (hidden_BTD, targets_BT), chunk, most)
-    if order_BT is not None and response_mask_BT is not None:
-        back_BT = jnp.argsort(order_BT, axis=1)
-        results = tuple(jnp.where(response_mask_BT, _take(x, back_BT), 0.0) for x in results)
+    if response_mask_BT is not None:
+        results = tuple(jnp.where(response_mask_BT, _take(x, place_BT), 0.0) for x in results)
     return results
 
 
@@ -68,7 +70,9 @@ def token_logprobs(
 TokenLoss = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 
-def token_loss(loss: TokenLoss, temperature: float, *, chunk: int = 1024) -> Callable[..., Any]:
+def token_loss(
+    loss: TokenLoss, temperature: float, *, vocabulary: Vocabulary = WHOLE, chunk: int = 1024
+) -> Callable[..., Any]:
     """A loss that each token has for itself, as a function of hidden states for which logits exist once.
 
     Where `token_logprobs` must project a second time in the backward pass, here the gradient of a chunk is
@@ -78,7 +82,7 @@ def token_loss(loss: TokenLoss, temperature: float, *, chunk: int = 1024) -> Cal
     Args:
       loss: sums over the tokens of a chunk, which keep their order within a row; tokens outside of the mask
         may not count. Its metrics are a tree of scalars.
-      temperature, chunk: as for `token_logprobs`.
+      temperature, vocabulary, chunk: as for `token_logprobs`.
 
     Returns:
       (hidden_BTD, head_VD, targets_BT, response_mask_BT, loss_inputs) -> (value, metrics): the loss summed
@@ -88,8 +92,8 @@ def token_loss(loss: TokenLoss, temperature: float, *, chunk: int = 1024) -> Cal
     """
 
     def of_chunk(hidden_BtD, head_VD, targets_Bt, mask_Bt, inputs_Bt):
-        logits_BtV = scaled(_project(hidden_BtD, head_VD), temperature)
-        return loss(*_logprobs_and_entropy(logits_BtV, targets_Bt), mask_Bt, inputs_Bt)
+        results = vocabulary.logprobs_and_entropy(hidden_BtD, head_VD, targets_Bt, temperature)
+        return loss(*results, mask_Bt, inputs_Bt)
 
     def of_empty(targets_Bt, mask_Bt, inputs_Bt):
         zeros = jnp.zeros(targets_Bt.shape, jnp.float32)
@@ -106,7 +110,7 @@ def token_loss(loss: TokenLoss, temperature: float, *, chunk: int = 1024) -> Cal
             )
             return total + value, (), metrics
 
-        tokens, most = (hidden_BTD, *given), _most(given[1])
+        tokens, most = (hidden_BTD, *given), _most(given[1], vocabulary)
         total, _, metrics = _over_chunks(step, jnp.float32(0), tokens, chunk, most)
         return total, metrics
 
@@ -124,7 +128,7 @@ def token_loss(loss: TokenLoss, temperature: float, *, chunk: int = 1024) -> Cal
             to_head_VD, value, metrics, to_hidden = jax.lax.cond(needed, full, empty, to_head_VD, *rest)
             return (total + value, to_head_VD), to_hidden, metrics
 
-        tokens, most = (hidden_BTD, *given), _most(given[1])
+        tokens, most = (hidden_BTD, *given), _most(given[1], vocabulary)
         start = jnp.float32(0), jnp.zeros_like(head_VD)
         (total, to_head_VD), to_hidden, metrics = _over_chunks(step, start, tokens, chunk, most)
         return (total, metrics), (to_hidden, to_head_VD)
@@ -136,10 +140,11 @@ def token_loss(loss: TokenLoss, temperature: float, *, chunk: int = 1024) -> Cal
     )
 
     def from_hidden(hidden_BTD, head_VD, targets_BT, response_mask_BT, loss_inputs):
+        head_VD = vocabulary.rows(head_VD)
         _check(hidden_BTD, head_VD, targets_BT)
-        order_BT = _order(response_mask_BT)
+        order_BT, place_BT = _responses_first(response_mask_BT)
         given = jax.tree.map(lambda x: _take(x, order_BT), (targets_BT, response_mask_BT, loss_inputs))
-        return summed(_permuted(hidden_BTD, order_BT), head_VD, given)
+        return summed(_permuted(hidden_BTD, order_BT, place_BT), head_VD, given)
 
     return from_hidden
 
@@ -186,14 +191,23 @@ def _over_chunks(step: Callable, carry: Any, tokens_BT: Any, chunk: int, most: i
     return carry, of_tokens, of_chunk
 
 
-def _order(response_mask_BT: jax.Array) -> jax.Array:
-    """Permutation that moves each row's response tokens to the front and keeps orders: int32 [B, T]."""
-    return jnp.argsort(~response_mask_BT, axis=1, stable=True)
+def _responses_first(response_mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The permutation that moves each row's response tokens to the front and keeps orders, int32 [B, T].
+
+    (which token comes to each place, the place of each token). By counting, without a sort, which takes half
+    a minute to compile for a long row on a TPU.
+    """
+    counts_BT = jnp.cumsum(response_mask_BT, axis=1, dtype=jnp.int32)
+    tokens_BT = jnp.broadcast_to(jnp.arange(counts_BT.shape[1], dtype=jnp.int32)[None], counts_BT.shape)
+    place_BT = jnp.where(response_mask_BT, counts_BT - 1, counts_BT[:, -1:] + tokens_BT - counts_BT)
+    order_BT = jnp.put_along_axis(place_BT, place_BT, tokens_BT, axis=1, inplace=False, mode="drop")
+    return order_BT, place_BT
 
 
-def _most(response_mask_BT: jax.Array) -> jax.Array:
-    """The most response tokens of any row."""
-    return jnp.max(jnp.sum(response_mask_BT, axis=1))
+def _most(response_mask_BT: jax.Array, vocabulary: Vocabulary) -> jax.Array:
+    """The most response tokens of any row, on any device: all of them compute a chunk, or none."""
+    most, names = jnp.max(jnp.sum(response_mask_BT, axis=1)), vocabulary.shards.names
+    return jax.lax.pmax(most, names) if names else most
 
 
 def _take(x_BT: jax.Array, order_BT: jax.Array) -> jax.Array:
@@ -202,54 +216,12 @@ def _take(x_BT: jax.Array, order_BT: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _permuted(x_BTD: jax.Array, order_BT: jax.Array) -> jax.Array:
-    """`_take` by a permutation, whose gradient is another look-up rather than a scatter."""
+def _permuted(x_BTD: jax.Array, order_BT: jax.Array, place_BT: jax.Array) -> jax.Array:
+    """`_take` by a permutation and its inverse, whose gradient is another look-up rather than a scatter."""
     return _take(x_BTD, order_BT)
 
 
 _permuted.defvjp(
-    lambda x_BTD, order_BT: (_take(x_BTD, order_BT), order_BT),
-    lambda order_BT, grad: (_take(grad, jnp.argsort(order_BT, axis=1)), None),
+    lambda x_BTD, order_BT, place_BT: (_take(x_BTD, order_BT), place_BT),
+    lambda place_BT, grad: (_take(grad, place_BT), None, None),
 )
-
-
-def _logprobs_and_entropy(
-    logits_BtV: jax.Array, targets_Bt: jax.Array, *, entropy: bool = True
-) -> tuple[jax.Array, jax.Array]:
-    shifted_BtV = logits_BtV - jax.lax.stop_gradient(jnp.max(logits_BtV, axis=-1, keepdims=True))
-    exp_BtV = jnp.exp(shifted_BtV)
-    total_Bt = jnp.sum(exp_BtV, axis=-1)
-    log_total_Bt = jnp.log(total_Bt)
-    ids_BtV = jax.lax.broadcasted_iota(jnp.int32, shifted_BtV.shape, 2)
-    target_Bt = jnp.sum(jnp.where(ids_BtV == targets_Bt[..., None], shifted_BtV, 0.0), axis=-1)
-    if not entropy:
-        return target_Bt - log_total_Bt, jnp.zeros_like(log_total_Bt)
-    entropy_Bt = log_total_Bt - jnp.sum(exp_BtV * shifted_BtV, axis=-1) / total_Bt
-    return target_Bt - log_total_Bt, entropy_Bt
-
-
-@jax.custom_vjp
-def _project(hidden_BtD: jax.Array, head_VD: jax.Array) -> jax.Array:
-    """float32 logits [B, t, V]. The gradient is written out to keep its two products in hidden's dtype:
-    autodiff would multiply float32 by float32, which takes several times as long on an accelerator."""
-    return jnp.einsum(
-        "btd,vd->btv", hidden_BtD, head_VD.astype(hidden_BtD.dtype), preferred_element_type=jnp.float32
-    )
-
-
-def _project_forward(hidden_BtD: jax.Array, head_VD: jax.Array):
-    return _project(hidden_BtD, head_VD), (hidden_BtD, head_VD)
-
-
-def _project_backward(saved: tuple[jax.Array, jax.Array], grad_BtV: jax.Array) -> tuple[jax.Array, jax.Array]:
-    hidden_BtD, head_VD = saved
-    dtype = hidden_BtD.dtype
-    grad_BtV = grad_BtV.astype(dtype)
-    to_hidden = jnp.einsum("btv,vd->btd", grad_BtV, head_VD.astype(dtype), preferred_element_type=jnp.float32)
-    # As matrices: for a sum over two dimensions XLA's CPU backend transposes the gradient entry by entry.
-    grad_XV, hidden_XD = (x.reshape(-1, x.shape[-1]) for x in (grad_BtV, hidden_BtD))
-    to_head = jnp.einsum("xv,xd->vd", grad_XV, hidden_XD, preferred_element_type=jnp.float32)
-    return to_hidden.astype(dtype), to_head.astype(head_VD.dtype)
-
-
-_project.defvjp(_project_forward, _project_backward)

@@ -45,12 +45,13 @@ class Max(NamedTuple):
 
 Metric = Mean | Sum | Min | Max
 
-# How stacked parts join, and the value that joins with any other without changing it.
-_JOIN: dict[Any, tuple[Callable[..., Any], float]] = {
-    Mean: (jnp.sum, 0.0),
-    Sum: (jnp.sum, 0.0),
-    Min: (jnp.min, math.inf),
-    Max: (jnp.max, -math.inf),
+# How stacked parts join, how those of several devices do, and the value that joins with any other without
+# changing it.
+_JOIN: dict[Any, tuple[Callable[..., Any], Callable[..., Any], float]] = {
+    Mean: (jnp.sum, jax.lax.psum, 0.0),
+    Sum: (jnp.sum, jax.lax.psum, 0.0),
+    Min: (jnp.min, jax.lax.pmin, math.inf),
+    Max: (jnp.max, jax.lax.pmax, -math.inf),
 }
 
 
@@ -73,10 +74,19 @@ def combine(some: Metrics, more: Metrics) -> Metrics:
     return reduce(jax.tree.map(lambda *parts: jnp.stack(parts), some, more))
 
 
+def over_devices(own: Metrics, axes: tuple[str, ...]) -> Metrics:
+    """Metrics of each device along these axes of a mesh -> of all; inside of `jax.shard_map`."""
+    return jax.tree.map(
+        lambda metric: type(metric)(*(_JOIN[type(metric)][1](part, axes) for part in metric)),
+        own,
+        is_leaf=is_metric,
+    )
+
+
 def empty(like: Metrics) -> Metrics:
     """Metrics of no part at all, of the types of `like` (arrays or their shapes)."""
     return jax.tree.map(
-        lambda metric: type(metric)(*(jnp.full((), _JOIN[type(metric)][1], part.dtype) for part in metric)),
+        lambda metric: type(metric)(*(jnp.full((), _JOIN[type(metric)][2], part.dtype) for part in metric)),
         like,
         is_leaf=is_metric,
     )

@@ -14,8 +14,10 @@ from ngrpo_jax.algo import metrics
 from ngrpo_jax.algo.logprobs import token_logprobs, token_loss
 from ngrpo_jax.algo.metrics import Max, Mean, Metrics
 from ngrpo_jax.algo.objectives import ALGORITHMS, LossConfig, LossInputs, loss_and_metrics
+from ngrpo_jax.algo.shards import ALONE, Shards
+from ngrpo_jax.algo.vocabulary import Vocabulary
 from ngrpo_jax.learner.packing import Rows
-from ngrpo_jax.model import attention, decoder
+from ngrpo_jax.model import attention, decoder, layers
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.settings import ObjectiveSettings
 
@@ -29,11 +31,11 @@ class ForwardOptions(NamedTuple):
       config: of the decoder.
       temperature: the rollout's; sampler and learner must divide logits by the same.
       remat: what the backward pass recomputes, as `decoder.hidden_states` takes it.
-      logprob_chunk: tokens whose logits exist at once.
+      logprob_chunk: tokens of a device whose logits exist at once.
       attend: how attention is computed, one of `attention.make`.
       unroll: whether layers are written out rather than scanned, as `decoder.hidden_states` takes it.
-      embed_sharding: of the embedding while token ids are looked up in it. XLA's own choice for an embedding
-        that is split over both dimensions is to gather all of it. None: as the parameters are sharded.
+      rotate: how queries and keys are rotated, as `decoder.hidden_states` takes it.
+      shards: of the mesh on one of whose devices this runs.
     """
 
     config: ModelConfig
@@ -42,7 +44,13 @@ class ForwardOptions(NamedTuple):
     logprob_chunk: int = 1024
     attend: attention.Attend = attention.plain
     unroll: bool = False
-    embed_sharding: jax.sharding.Sharding | None = None
+    rotate: layers.Rotate = layers.rotate
+    shards: Shards = ALONE
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """How the products with the head are split over devices."""
+        return Vocabulary(self.config.vocab_size, self.shards)
 
 
 def row_loss(
@@ -55,6 +63,8 @@ def row_loss(
     options: ForwardOptions,
 ) -> tuple[jax.Array, Metrics]:
     """The loss (13) of some rows: their part of the optimiser step's loss, by their token weights.
+
+    On a device of a mesh: of its own rows. All devices along the tensor axis have the same.
 
     Args:
       old_RT: log-probabilities of the targets before the batch's first update; None where this is the first
@@ -78,9 +88,10 @@ def row_loss(
             options.temperature,
             chunk=options.logprob_chunk,
             response_mask_BT=rows.response_mask_RT,
+            vocabulary=options.vocabulary,
         )
         return loss(logprobs_RT, entropy_RT, rows.response_mask_RT, inputs)
-    fused = token_loss(loss, options.temperature, chunk=options.logprob_chunk)
+    fused = token_loss(loss, options.temperature, vocabulary=options.vocabulary, chunk=options.logprob_chunk)
     value, of_chunks = fused(hidden_RTD, head_VD, rows.targets_RT, rows.response_mask_RT, inputs)
     return value, metrics.reduce(of_chunks)
 
@@ -120,9 +131,6 @@ def _tokens_loss(
 
 def _hidden(params: Params, rows: Rows, options: ForwardOptions) -> jax.Array:
     """Hidden states of the replayed mixtures, [R, T, D]."""
-    if options.embed_sharding is not None:
-        table_VD = jax.lax.with_sharding_constraint(params["embed"]["embedding"], options.embed_sharding)
-        params = {**params, "embed": {"embedding": table_VD}}
     return decoder.hidden_states(
         params,
         options.config,
@@ -131,8 +139,10 @@ def _hidden(params: Params, rows: Rows, options: ForwardOptions) -> jax.Array:
         segment_ids_BT=rows.segment_ids_RT,
         prefix_ids_BT=rows.prefix_ids_RT,
         attend=options.attend,
+        rotate=options.rotate,
         remat=options.remat,
         unroll=options.unroll,
+        shards=options.shards,
     )
 
 
@@ -146,4 +156,5 @@ def row_logprobs(params: Params, rows: Rows, options: ForwardOptions) -> jax.Arr
         chunk=options.logprob_chunk,
         response_mask_BT=rows.response_mask_RT,
         entropy=False,
+        vocabulary=options.vocabulary,
     )[0]

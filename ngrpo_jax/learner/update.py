@@ -22,6 +22,7 @@ import optax
 
 from ngrpo_jax.algo import metrics
 from ngrpo_jax.algo.metrics import Mean, Metrics
+from ngrpo_jax.algo.shards import Axis, Shards
 from ngrpo_jax.learner.loss import ForwardOptions, row_logprobs, row_loss
 from ngrpo_jax.learner.packing import Rows
 from ngrpo_jax.settings import ObjectiveSettings
@@ -121,8 +122,16 @@ def compile_programs(
         model of the KL term) or "both".
     """
     replicated = jax.sharding.NamedSharding(rows_sharding.mesh, jax.sharding.PartitionSpec())
-    sharded = microbatches_sharding(rows_sharding)
-    loss = functools.partial(row_loss, objective=objective, options=options)
+    sharded, of_params = microbatches_sharding(rows_sharding), state_shardings.params
+    of_sums = Sums(of_params, replicated)
+    shards = make_shards(rows_sharding.mesh, of_params)
+    alone = functools.partial(row_loss, objective=objective, options=options)
+    options = options._replace(shards=shards)
+
+    def loss(*given):
+        """This device's part of the loss, of which devices along the tensor axis have a share each."""
+        value, measured = row_loss(*given, objective=objective, options=options)
+        return value / shards.tensor.size, measured
 
     def logprobs(params, microbatches):
         def one(i, logprobs_MRT):
@@ -134,7 +143,7 @@ def compile_programs(
 
     def zeros(params, microbatches):
         rows, _, *given = microbatches
-        _, shapes = jax.eval_shape(loss, params, *_at((rows, *given), 0))
+        _, shapes = jax.eval_shape(alone, params, *_at((rows, *given), 0))
         return Sums(jax.tree.map(jnp.zeros_like, params), metrics.empty(shapes))
 
     def accumulate(sums, params, microbatches):
@@ -146,7 +155,7 @@ def compile_programs(
             total = jax.tree.map(jnp.add, sums.gradient, gradient)
             return Sums(total, metrics.combine(sums.metrics, measured))
 
-        return jax.lax.fori_loop(0, count, one, sums)
+        return _joined(jax.lax.fori_loop(0, count, one, _parted(sums, shards)), shards)
 
     def apply(state, sums):
         updates, opt_state = optimizer.update(sums.gradient, state.opt_state, state.params)
@@ -156,16 +165,83 @@ def compile_programs(
         learner = {**sums.metrics["learner"], **measured}
         return TrainState(params, opt_state), {**sums.metrics, "learner": learner}
 
-    of_params = state_shardings.params
+    on_devices = functools.partial(_on_devices, rows_sharding=sharded)
+    logprobs = on_devices(logprobs, (of_params,), sharded)
+    accumulate = on_devices(accumulate, (of_sums, of_params), of_sums)
     return Programs(
         logprobs=jax.jit(logprobs, out_shardings=sharded),
-        zeros=jax.jit(zeros, out_shardings=Sums(of_params, replicated)),
-        accumulate=jax.jit(accumulate, donate_argnums=0, out_shardings=Sums(of_params, replicated)),
+        zeros=jax.jit(zeros, out_shardings=of_sums),
+        accumulate=jax.jit(accumulate, donate_argnums=0, out_shardings=of_sums),
         apply=jax.jit(apply, donate_argnums=0, out_shardings=(state_shardings, replicated)),
         shard=functools.partial(_shard, sharded=sharded, replicated=replicated),
         optimizer_offload=HostOffload(state_shardings.opt_state, offload in ("optimizer", "both")),
         reference_offload=HostOffload(of_params, offload in ("reference", "both")),
     )
+
+
+def make_shards(mesh: Any, of_params: Any) -> Shards:
+    """What `jax.shard_map` over this mesh sees of it, with the parameters split as their shardings say."""
+    axes = {name: Axis(name, mesh.shape[name]) for name in ("data", "fsdp", "tensor")}
+    return Shards(**axes, specs=jax.tree.map(lambda sharding: sharding.spec, of_params))
+
+
+def _on_devices(
+    program: Callable, given: tuple[Any, ...], result: Any, *, rows_sharding: Sharding
+) -> Callable:
+    """`program` of these arguments and of microbatches as the program of each device, on its own parts.
+
+    What is not written in it no device does, such as a collective in the place that XLA would choose.
+
+    Args:
+      given, result: shardings of the arguments before the microbatches, and of the result.
+      rows_sharding: of microbatches.
+    """
+    mesh = rows_sharding.mesh
+    if mesh.size == 1:
+        return program
+    specs, of_result = jax.tree.map(lambda sharding: sharding.spec, (given, result))
+
+    def on_mesh(*arguments):
+        of_rows = jax.tree.map(
+            lambda leaf: rows_sharding.spec if leaf.ndim else jax.sharding.PartitionSpec(), arguments[-1]
+        )
+        return jax.shard_map(
+            program, mesh=mesh, in_specs=(*specs, of_rows), out_specs=of_result, check_vma=False
+        )(*arguments)
+
+    return on_mesh
+
+
+def _parted(sums: Sums, shards: Shards) -> Sums:
+    """Sums that devices hold alike, on the first of them alone: each adds its own terms to what it has."""
+    if not shards.axes:
+        return sums
+
+    def on_first(x: jax.Array, nothing: jax.Array, names: Sequence[str]) -> jax.Array:
+        places = [jax.lax.axis_index(name) for name in names]
+        return jnp.where(sum(places, jnp.int32(0)) == 0, x, nothing) if places else x
+
+    gradient = jax.tree.map(
+        lambda leaf, spec: on_first(leaf, jnp.zeros_like(leaf), shards.absent(spec)),
+        sums.gradient,
+        shards.specs,
+    )
+    nothing = metrics.empty(sums.metrics)
+    names = shards.of_rows
+    return Sums(gradient, jax.tree.map(lambda x, none: on_first(x, none, names), sums.metrics, nothing))
+
+
+def _joined(sums: Sums, shards: Shards) -> Sums:
+    """The sums of what the devices have: the inverse of `_parted`."""
+    if not shards.axes:
+        return sums
+
+    def total(leaf: jax.Array, spec: Any) -> jax.Array:
+        names = shards.absent(spec)
+        return jax.lax.psum(leaf, names) if names else leaf
+
+    gradient = jax.tree.map(total, sums.gradient, shards.specs)
+    return Sums(gradient, metrics.over_devices(sums.metrics, shards.of_rows))
 
 
 def microbatches_sharding(rows_sharding: Sharding) -> Sharding:

@@ -19,15 +19,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from ngrpo_jax import choices
 from ngrpo_jax.errors import UserError
-from ngrpo_jax.model.blockwise import BLOCK, MASKED, attends, chunked
+from ngrpo_jax.model.blockwise import BANDS, BLOCK, MASKED, attends, chunked
 
 SHORT_ROW = 256  # tokens up to which the whole [T, T] is cheaper than blocks
 _LANES = 128  # the lengths of rows and heads that splash attention takes are multiples of it
+# Queries of a block of splash attention, with as many keys or twice as many: the largest that compile for
+# heads of 128 on every TPU. With its own blocks of 128 a row of 12288 takes 56,000 grid steps a layer.
+_SPLASH_BLOCK = 512
 
 
 class Segments(NamedTuple):
@@ -86,33 +87,22 @@ def choose(name: str, *, platform: str, row_tokens: int, shared_prefixes: bool, 
     return name
 
 
-def make(name: str, mesh: Mesh | None = None, *, block: int = BLOCK, interpret: bool = False) -> Attend:
-    """The implementation of this name.
+def make(name: str, platform: str, *, block: int = BLOCK, interpret: bool = False) -> Attend:
+    """The implementation of this name, for the rows and heads of one device.
 
     Args:
       name: "plain", "chunked", "cudnn" or "splash".
-      mesh: where rows are split over data × fsdp and heads over tensor. "chunked" and "splash" then run on
-        each device for its own rows, so that its loops end with the blocks of those rows. None: one device.
+      platform: of the device, as jax.Device.platform has it.
       block: tokens of a block of "chunked".
       interpret: run the kernel of "splash" without a TPU, for tests.
     """
-    if name in ("plain", "cudnn"):
-        return plain if name == "plain" else cudnn
-    local: Attend = (
-        functools.partial(chunked, block=block)
-        if name == "chunked"
-        else functools.partial(splash, interpret=interpret)
-    )
-    if mesh is None or mesh.size == 1:
-        return local
-    heads, rows = P(("data", "fsdp"), None, "tensor", None), P(("data", "fsdp"), None)
-    return jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(heads, heads, heads, Segments(rows, rows)),
-        out_specs=heads,
-        check_vma=False,  # the loops over blocks differ between devices, and have no collectives
-    )
+    made: dict[str, Attend] = {
+        "plain": plain,
+        "chunked": functools.partial(chunked, block=block, width=BANDS[platform]),
+        "cudnn": cudnn,
+        "splash": functools.partial(splash, interpret=interpret),
+    }
+    return made[name]
 
 
 def attention_mask(segments: Segments) -> jax.Array:
@@ -154,13 +144,25 @@ def splash(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     _, T, N, H = q_BTNH.shape
-    time, width = -T % _LANES, -H % _LANES
+    block = min(_SPLASH_BLOCK, T + -T % _LANES)
+    time, width = -T % block, -H % _LANES
 
     def pad(x_BTNH: jax.Array) -> jax.Array:
         return jnp.pad(x_BTNH, ((0, 0), (0, time), (0, 0), (0, width))).swapaxes(1, 2)
 
     causal = masks.MultiHeadMask([masks.CausalMask((T + time, T + time))] * N)
-    kernel = kernels.make_splash_mha(causal, head_shards=1, q_seq_shards=1, interpret=interpret)
+    keys = 2 * block if (T + time) % (2 * block) == 0 else block
+    blocks = kernels.BlockSizes(
+        block_q=block,
+        block_kv=keys,
+        block_q_dkv=block,
+        block_kv_dkv=keys,
+        block_q_dq=block,
+        block_kv_dq=keys,
+    )
+    kernel = kernels.make_splash_mha(
+        causal, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret
+    )
     ids_BT = jnp.pad(segments.own, ((0, 0), (0, time)))
     out = jax.vmap(kernel)(
         pad(q_BTNH * H**-0.5), pad(k_BTKH), pad(v_BTKH), kernels.SegmentIds(ids_BT, ids_BT)

@@ -7,6 +7,7 @@ Letters of this file: Y blocks of a row, t tokens of a block of keys, J query he
 J·t queries of a block for one key/value head, W blocks of queries of a band.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import chex
@@ -23,14 +24,20 @@ _NO_SEGMENT = -1  # an id that is no token's segment and no token's prefix
 
 
 def chunked(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments: tuple[Any, Any], *, block: int = BLOCK
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segments: tuple[Any, Any],
+    *,
+    block: int = BLOCK,
+    width: int = BANDS["cpu"],
 ) -> jax.Array:
     """Blocks of queries against blocks of keys with a running softmax (arXiv 2205.14135), empty ones skipped.
 
     Arguments as for `attention.Attend`; the arrays are on one device. Blocks of queries, of all rows, are
-    computed in bands (BANDS): each block has a list of the blocks of keys that it may attend to, and a band
-    runs as many iterations as its longest list. Scores exist for one pair of blocks a block of queries,
-    forward and backward.
+    computed in bands of at most `width`: each block has a list of the blocks of keys that it may attend to,
+    and a band runs as many iterations as its longest list. Scores exist for one pair of blocks a block of
+    queries, forward and backward.
     """
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
@@ -45,7 +52,7 @@ def chunked(
         _pad_time(x, pad).reshape(B, count, block, K, H).transpose(0, 1, 3, 2, 4) for x in (k_BTKH, v_BTKH)
     )
     own_BYt, prefix_BYt = (_pad_time(ids, pad).reshape(B, count, block) for ids in segments)
-    out = _blockwise(q_BYKqH, k_BYKtH, v_BYKtH, own_BYt, prefix_BYt)
+    out = _blockwise(q_BYKqH, k_BYKtH, v_BYKtH, own_BYt, prefix_BYt, width)
     out = out.reshape(B, count, K, N // K, block, H).transpose(0, 1, 4, 2, 3, 5)
     return out.reshape(B, T + pad, N, H)[:, :T]
 
@@ -106,10 +113,10 @@ class _Band(NamedTuple):
         return index_W, causal_Wqt & attends(self.own_Wq, self.prefix_Wq, keys_Wt)
 
 
-def _bands(blocks: jax.Array) -> jax.Array:
+def _bands(blocks: jax.Array, band: int) -> jax.Array:
     """[B, Y, ...] -> [bands, W, ...]: consecutive blocks together, the last band padded with zeros."""
     flat = blocks.reshape(-1, *blocks.shape[2:])
-    bands = -(-len(flat) // BANDS[jax.default_backend()])
+    bands = -(-len(flat) // band)
     width = -(-len(flat) // bands)
     padded = jnp.pad(flat, ((0, bands * width - len(flat)), *((0, 0),) * (flat.ndim - 1)))
     return padded.reshape(bands, width, *flat.shape[1:])
@@ -121,24 +128,29 @@ def _unbanded(banded: jax.Array, shape_BY: tuple[int, ...]) -> jax.Array:
     return banded.reshape(-1, *banded.shape[2:])[: B * count].reshape(B, count, *banded.shape[2:])
 
 
-def _layout(own_BYt: jax.Array, prefix_BYt: jax.Array, heads: int) -> _Band:
+def _layout(own_BYt: jax.Array, prefix_BYt: jax.Array, heads: int, band: int) -> _Band:
     """All bands, each leaf with a leading dimension to scan over; ids repeated for each of J heads."""
     B, count, block = own_BYt.shape
     order, needed = _needed_blocks(own_BYt, prefix_BYt)
     row_BY = jnp.broadcast_to(jnp.arange(B)[:, None], (B, count))
     position_BYt = jnp.broadcast_to(jnp.arange(count * block).reshape(1, count, block), own_BYt.shape)
     of_queries = (jnp.tile(x, (1, 1, heads)) for x in (position_BYt, own_BYt, prefix_BYt))
-    return _Band(*map(_bands, (row_BY, *of_queries, order, needed)))
+    return _Band(*(_bands(x, band) for x in (row_BY, *of_queries, order, needed)))
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _blockwise(
-    q_BYKqH: jax.Array, k_BYKtH: jax.Array, v_BYKtH: jax.Array, own_BYt: jax.Array, prefix_BYt: jax.Array
+    q_BYKqH: jax.Array,
+    k_BYKtH: jax.Array,
+    v_BYKtH: jax.Array,
+    own_BYt: jax.Array,
+    prefix_BYt: jax.Array,
+    width: int,
 ) -> jax.Array:
-    return _blockwise_forward(q_BYKqH, k_BYKtH, v_BYKtH, own_BYt, prefix_BYt)[0]
+    return _blockwise_forward(q_BYKqH, k_BYKtH, v_BYKtH, own_BYt, prefix_BYt, width)[0]
 
 
-def _blockwise_forward(q, k, v, own, prefix):
+def _blockwise_forward(q, k, v, own, prefix, width):
     """(output like q, what the backward pass needs); arguments as for `_blockwise`."""
     scale, heads = q.shape[-1] ** -0.5, q.shape[3] // own.shape[2]
 
@@ -163,12 +175,12 @@ def _blockwise_forward(q, k, v, own, prefix):
         total = jnp.where(total > 0, total, 1.0)
         return None, ((out / total[..., None]).astype(q.dtype), high + jnp.log(total))
 
-    _, results = jax.lax.scan(of_band, None, (_layout(own, prefix, heads), _bands(q)))
+    _, results = jax.lax.scan(of_band, None, (_layout(own, prefix, heads, width), _bands(q, width)))
     out, log_total = (_unbanded(x, own.shape[:2]) for x in results)
     return out, (q, k, v, own, prefix, out, log_total)
 
 
-def _blockwise_backward(saved, grad):
+def _blockwise_backward(width, saved, grad):
     """Weights are [t, q] here and the gradient of q is [H, q], so that no product has to transpose a result
     of this loop: on a CPU that takes as long as the product itself. Keys are transposed once, before it."""
     q, k, v, own, prefix, out, log_total = saved
@@ -197,8 +209,10 @@ def _blockwise_backward(saved, grad):
         return tuple(to_keys_values), to_q.swapaxes(-1, -2).astype(q.dtype)
 
     zeros = jnp.zeros(k.shape, jnp.float32)
-    of_queries = tuple(map(_bands, (q, grad, log_total, inner)))
-    (to_k, to_v), to_q = jax.lax.scan(of_band, (zeros, zeros), (_layout(own, prefix, heads), of_queries))
+    of_queries = tuple(_bands(x, width) for x in (q, grad, log_total, inner))
+    (to_k, to_v), to_q = jax.lax.scan(
+        of_band, (zeros, zeros), (_layout(own, prefix, heads, width), of_queries)
+    )
     return _unbanded(to_q, own.shape[:2]), to_k.astype(k.dtype), to_v.astype(v.dtype), None, None
 
 

@@ -8,23 +8,28 @@ layers run under `lax.scan`, so that compile time does not grow with depth. A tu
 Inputs are token ids or Mixtures (algo/mixture/). Must not know how a mixture was made.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from ngrpo_jax.algo.mixture import Mixture, embed, one_hot
+from ngrpo_jax.algo.shards import ALONE, Shards
 from ngrpo_jax.model import attention as attentions
 from ngrpo_jax.model import products
 from ngrpo_jax.model.config import ModelConfig
-from ngrpo_jax.model.layers import Block, RMSNorm, rope_angles
+from ngrpo_jax.model.layers import Block, RMSNorm, Rotate, rope_angles, rotate
 
 Params = dict[str, Any]
 
 _REMAT_POLICIES = {
+    # Saves all but gathered weights: those of every layer would be the whole model.
+    "none": lambda primitive, *_, **__: primitive.name not in ("all_gather", "reshape"),
     "full": jax.checkpoint_policies.nothing_saveable,
     # Saves the outputs of weight products and recomputes attention, whose scores grow with T².
     "dots": jax.checkpoint_policies.save_only_these_names(products.NAME),
@@ -42,9 +47,7 @@ def init(key: jax.Array, config: ModelConfig) -> Params:
     V, D = config.vocab_size, config.hidden_size
 
     def layer(layer_key: jax.Array) -> Params:
-        positions_BT = jnp.zeros((1, 1), jnp.int32)
-        rope = rope_angles(config, positions_BT)
-        return Block(config).init(layer_key, jnp.zeros((1, 1, D)), rope, lambda q, k, v: q)["params"]
+        return Block(config).init(layer_key, jnp.zeros((1, 1, D)), lambda q, k, v: q)["params"]
 
     params = {
         "embed": {"embedding": D**-0.5 * jax.random.normal(embed_key, (V, D))},
@@ -73,8 +76,10 @@ def hidden_states(
     segment_ids_BT: jax.Array | None = None,
     prefix_ids_BT: jax.Array | None = None,
     attend: attentions.Attend = attentions.plain,
+    rotate: Rotate = rotate,
     remat: str = "none",
     unroll: bool = False,
+    shards: Shards = ALONE,
 ) -> jax.Array:
     """Outputs of the last layer after the final norm, [B, T, D] in the compute type.
 
@@ -86,15 +91,17 @@ def hidden_states(
         so that several sequences can share a row. Segment 0 is padding. Missing: each row is one segment.
       prefix_ids_BT: int; a segment that tokens attend to besides their own, 0 for none.
       attend: how attention is computed, one of `attention.make`.
+      rotate: how queries and keys are rotated, `rotate` or `rotate_by_product`.
       remat: what the backward pass recomputes, layer by layer: "none", "full" (everything), or "dots" (all
         but the products with weights).
       unroll: write stacked layers out one after the other rather than scan them. A scan copies what the
         backward pass needs into and out of stacked buffers, but its compile time does not grow with L.
+      shards: of the mesh on one of whose devices this runs; `params` and the rows are those of that device.
 
     Raises:
       ValueError: for an unknown `remat`.
     """
-    x_BTD = _embed(params, config, inputs)
+    x_BTD = _embed(params, config, inputs, shards)
     B, T, _ = x_BTD.shape
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
@@ -104,15 +111,22 @@ def hidden_states(
     chex.assert_shape([own_BT, prefix_BT], (B, T))
     segments = attentions.Segments(own_BT, prefix_BT)
     rope = rope_angles(config, positions_BT)
+
+    def attend_rotated(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attend(rotate(q, rope), rotate(k, rope), v, segments)
+
     layers = params["layers"]
     if unroll and not isinstance(layers, tuple):
         layers = _unstacked(layers)
     stacked = not isinstance(layers, tuple)
 
     def run_layer(x_BTD: jax.Array, layer: Params) -> jax.Array:
-        return _block(config, layer, x_BTD, rope, lambda q, k, v: attend(q, k, v, segments))
+        layer = _gathered(layer, shards, config.dtype)
+        own = _own_part(config, shards.tensor.size)
+        block = Block(own, shards.tensor)
+        return _apply(block, layer, x_BTD, attend_rotated)
 
-    run_layer = _rematerialised(run_layer, remat, in_scan=stacked)
+    run_layer = _rematerialised(run_layer, remat, in_scan=stacked, gathers=shards.fsdp.size > 1)
     if stacked:
         x_BTD, _ = jax.lax.scan(lambda x, layer: (run_layer(x, layer), None), x_BTD, layers)
     else:
@@ -163,29 +177,58 @@ _unstacked.defvjp(
 )
 
 
-def _embed(params: Params, config: ModelConfig, inputs: jax.Array | Mixture) -> jax.Array:
+def _embed(params: Params, config: ModelConfig, inputs: jax.Array | Mixture, shards: Shards) -> jax.Array:
     """[B, T, D] in the compute type, of ids [B, T] or a Mixture [B, T, C]."""
     mixture = inputs if isinstance(inputs, Mixture) else one_hot(inputs, 1)
     chex.assert_rank(mixture.ids, 3)
-    return embed(params["embed"]["embedding"], mixture).astype(config.dtype)
+    embedding_VD = params["embed"]["embedding"]
+    return embed(embedding_VD, mixture, size=config.vocab_size, shards=shards).astype(config.dtype)
 
 
-def _block(config: ModelConfig, layer: Params, *arguments: Any) -> Any:
-    """One layer with the parameters given; Any, because Linen annotates the result of `apply` too widely."""
-    return Block(config).apply({"params": layer}, *arguments)
+def _own_part(config: ModelConfig, parts: int) -> ModelConfig:
+    """The sizes of a layer on a device, one of so many along the tensor axis."""
+    return dataclasses.replace(
+        config,
+        num_heads=config.num_heads // parts,
+        num_kv_heads=config.num_kv_heads // parts,
+        intermediate_size=config.intermediate_size // parts,
+    )
+
+
+def _gathered(layer: Params, shards: Shards, dtype: str) -> Params:
+    """A layer whose matrices are whole along fsdp: sent in the compute dtype, once in a pass over the layer.
+
+    Left to XLA, a product with a split matrix may become a loop of partial sums in bfloat16 (on TPUs), or its
+    float32 parameters may travel.
+    """
+    fsdp = shards.fsdp
+    if fsdp.size == 1:
+        return layer
+
+    def whole(leaf: jax.Array, spec: Any) -> jax.Array:
+        dims = tuple(spec)[len(spec) - leaf.ndim :]  # less that of the layers, where they are stacked
+        return fsdp.gather(leaf, dims.index(fsdp.name), dtype) if fsdp.name in dims else leaf
+
+    specs = shards.specs["layers"]
+    return jax.tree.map(whole, layer, specs[0] if isinstance(specs, tuple) else specs)
+
+
+def _apply(module: nn.Module, params: Params, *arguments: Any) -> Any:
+    """The module with the parameters given; Any, because Linen annotates the result of `apply` too widely."""
+    return module.apply({"params": params}, *arguments)
 
 
 def _final_norm(params: Params, config: ModelConfig, x_BTD: jax.Array) -> Any:
-    return RMSNorm(config.norm_eps, config.dtype).apply({"params": params["final_norm"]}, x_BTD)
+    return _apply(RMSNorm(config.norm_eps, config.dtype), params["final_norm"], x_BTD)
 
 
-def _rematerialised(run_layer: Callable, remat: str, *, in_scan: bool) -> Callable:
+def _rematerialised(run_layer: Callable, remat: str, *, in_scan: bool, gathers: bool) -> Callable:
     """`run_layer` under the named policy. Within a scan, XLA cannot merge the recomputation with the forward
     pass, so that nothing else has to prevent it."""
-    if remat == "none":
+    if remat == "none" and not gathers:
         return run_layer
     if remat not in _REMAT_POLICIES:
-        raise ValueError(f"unknown remat {remat!r}; known: none, {', '.join(_REMAT_POLICIES)}")
+        raise ValueError(f"unknown remat {remat!r}; known: {', '.join(_REMAT_POLICIES)}")
     return jax.checkpoint(run_layer, policy=_REMAT_POLICIES[remat], prevent_cse=not in_scan)
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ngrpo_jax.algo.shards import ALONE, Axis
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.model.products import dense_product, swiglu
 
@@ -19,8 +20,9 @@ from ngrpo_jax.model.products import dense_product, swiglu
 _KERNEL_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 Rope = tuple[jax.Array, jax.Array]  # cosines and sines, each [B, T, H/2]
+Rotate = Callable[[jax.Array, Rope], jax.Array]
 Initializer = nn.initializers.Initializer
-# (q [B, T, N, H], k [B, T, K, H], v [B, T, K, H]) -> [B, T, N, H], for the segments of these rows
+# (q [B, T, N, H], k [B, T, K, H], v [B, T, K, H]) -> [B, T, N, H], for the positions and segments of the rows
 AttendInRows = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
@@ -60,6 +62,25 @@ def rotate(x_BTNH: jax.Array, rope: Rope) -> jax.Array:
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BTNH.dtype)
+
+
+def rotate_by_product(x_BTNH: jax.Array, rope: Rope) -> jax.Array:
+    """`rotate`, bit for bit, with the halves exchanged by a product with a signed permutation.
+
+    For TPUs: slices of half a head leave half of the lanes of a vector idle and have to be copied together.
+    """
+    H = x_BTNH.shape[-1]
+    exchange_HH = np.zeros((H, H), np.float32)
+    exchange_HH[np.arange(H), (np.arange(H) + H // 2) % H] = np.where(np.arange(H) < H // 2, 1, -1)
+    cos, sin = (jnp.concatenate([part, part], axis=-1)[:, :, None, :] for part in rope)
+    # In bfloat16 exact as it is: one term of each sum is not 0. In float32 by the highest precision alone.
+    exchanged = jnp.dot(
+        x_BTNH,
+        jnp.asarray(exchange_HH, x_BTNH.dtype),
+        precision="highest",
+        preferred_element_type=jnp.float32,
+    )
+    return (x_BTNH.astype(jnp.float32) * cos + exchanged * sin).astype(x_BTNH.dtype)
 
 
 def _residual_init(config: ModelConfig) -> Initializer:
@@ -103,12 +124,13 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention, with rotary angles; `attend` decides which tokens attend to which (attention.py)."""
+    """Self-attention; `attend` rotates queries and keys, and decides which tokens attend to which."""
 
     config: ModelConfig
+    tensor: Axis = ALONE.tensor
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, rope: Rope, attend: AttendInRows) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, attend: AttendInRows) -> jax.Array:
         config = self.config
 
         def project(name: str, heads: int) -> jax.Array:
@@ -119,33 +141,40 @@ class Attention(nn.Module):
         if config.qk_norm:
             q = RMSNorm(config.norm_eps, config.dtype, name="q_norm")(q)
             k = RMSNorm(config.norm_eps, config.dtype, name="k_norm")(k)
-        attended_BTNH = attend(rotate(q, rope), rotate(k, rope), v)
+        attended_BTNH = attend(q, k, v)
         init = _residual_init(config)
-        return _dense(config, "o", config.hidden_size, axis=(-2, -1), kernel_init=init)(attended_BTNH)
+        out = _dense(config, "o", config.hidden_size, axis=(-2, -1), kernel_init=init)
+        return self.tensor.sum(out(attended_BTNH))
 
 
 class MLP(nn.Module):
     """down(silu(gate(x)) · up(x)) (SwiGLU, arXiv 2002.05202)."""
 
     config: ModelConfig
+    tensor: Axis = ALONE.tensor
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         config = self.config
         gate, up = (_dense(config, name, config.intermediate_size)(x_BTD) for name in ("gate", "up"))
         down = _dense(config, "down", config.hidden_size, kernel_init=_residual_init(config))
-        return down(swiglu(gate, up))
+        return self.tensor.sum(down(swiglu(gate, up)))
 
 
 class Block(nn.Module):
-    """One pre-norm layer: x + attention(norm(x)), then the same with the MLP."""
+    """One pre-norm layer: x + attention(norm(x)), then the same with the MLP.
+
+    On a device of a mesh `config` has the heads and the feed-forward width of this device, whose results are
+    summed over the axis `tensor`.
+    """
 
     config: ModelConfig
+    tensor: Axis = ALONE.tensor
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, rope: Rope, attend: AttendInRows) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, attend: AttendInRows) -> jax.Array:
         eps, dtype = self.config.norm_eps, self.config.dtype
         normed = RMSNorm(eps, dtype, name="input_norm")(x_BTD)
-        x_BTD = x_BTD + Attention(self.config, name="attention")(normed, rope, attend)
+        x_BTD = x_BTD + Attention(self.config, self.tensor, name="attention")(normed, attend)
         normed = RMSNorm(eps, dtype, name="post_attention_norm")(x_BTD)
-        return x_BTD + MLP(self.config, name="mlp")(normed)
+        return x_BTD + MLP(self.config, self.tensor, name="mlp")(normed)

@@ -10,12 +10,13 @@ import shutil
 import jax
 
 from ngrpo_jax.errors import require
+from ngrpo_jax.runtime import mesh
 from ngrpo_jax.runtime.console import format_bytes
 
 
-def available_memory() -> int | None:
+def available_memory(devices: jax.sharding.Mesh) -> int | None:
     """Bytes that one device of this host may use; None where the system gives no number."""
-    return device_memory(jax.local_devices()[0], sharers=jax.local_device_count())
+    return device_memory(mesh.device_of(devices), sharers=mesh.local_mesh(devices).size)
 
 
 def device_memory(device: jax.Device, sharers: int = 1) -> int | None:

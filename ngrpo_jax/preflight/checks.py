@@ -8,7 +8,6 @@ import dataclasses
 import os
 import pathlib
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -80,8 +79,8 @@ def _workdir(workdir: pathlib.Path, process: distributed.Process) -> Found:
 def _mesh(settings: Settings, _: Any) -> Found:
     grid = settings.mesh
     devices = mesh.make_mesh(grid.data, grid.fsdp, grid.tensor)
-    device = jax.local_devices()[0]
-    return devices, f"data {grid.data} × fsdp {grid.fsdp} × tensor {grid.tensor} on {device.device_kind}"
+    kind = mesh.device_of(devices).device_kind
+    return devices, f"data {grid.data} × fsdp {grid.fsdp} × tensor {grid.tensor} on {kind}"
 
 
 def _model(settings: Settings, workdir: pathlib.Path) -> Found:
@@ -156,12 +155,12 @@ def _checkpoints(settings: Settings, config: ModelConfig, workdir: pathlib.Path)
     return step, f"step {step} would be resumed"
 
 
-def _memory(settings: Settings, _: Any, config: ModelConfig) -> Found:
-    fit.check_offload(settings)
-    allocations = fit.check_memory(settings, config)
+def _memory(settings: Settings, devices: jax.sharding.Mesh, config: ModelConfig) -> Found:
+    fit.check_offload(settings, devices)
+    allocations = fit.check_memory(settings, config, devices)
     needed, phase = memory.peak(allocations)
     largest = next(one for one in allocations if one.phase in ("always", phase))
-    available = capacity.available_memory()
+    available = capacity.available_memory(devices)
     room = "unknown" if available is None else console.format_bytes(available)
     return needed, (
         f"about {console.format_bytes(needed)} of {room} on each device, most in the {phase}: "
@@ -170,18 +169,18 @@ def _memory(settings: Settings, _: Any, config: ModelConfig) -> Found:
 
 
 def _update_programs(settings: Settings, config: ModelConfig, devices: jax.sharding.Mesh, _: Any) -> Found:
-    return _timed(lambda: programs.compile_update(settings, config, devices))
+    return _compiled(programs.update_programs(settings, config, devices))
 
 
 def _rollout_programs(
     settings: Settings, config: ModelConfig, devices: jax.sharding.Mesh, info: TokenizerInfo, _: Any
 ) -> Found:
-    return _timed(lambda: programs.compile_rollout(settings, config, devices, info))
+    return _compiled(programs.rollout_programs(settings, config, devices, info))
 
 
-def _timed(compile_programs: Callable[[], programs.Compiled]) -> Found:
+def _compiled(compile_each: programs.Programs) -> Found:
     begun = time.monotonic()
-    compiled = compile_programs()
+    compiled = {name: compile_one() for name, compile_one in compile_each.items()}
     seconds = console.format_seconds(time.monotonic() - begun)
     return compiled, f"{len(compiled)} compiled in {seconds}: {', '.join(compiled)}"
 

@@ -70,13 +70,13 @@ class RolloutSizes:
 
 
 def training_estimate(
-    settings: Settings, config: ModelConfig, *, attention: str = "chunked", logits_copies: int = 3
+    settings: Settings, config: ModelConfig, *, attention: str = "chunked", platform: str = "gpu"
 ) -> list[Allocation]:
     """What one device holds in a training run, largest first.
 
     Args:
       attention: the learner's attention; "plain" forms the scores of whole rows, the others do not.
-      logits_copies: arrays of the size of a chunk's logits that the update holds at once.
+      platform: of the devices, as jax.Device.platform has it.
     """
     grid, offload = settings.mesh, settings.train.offload
     count, dtype = parameter_count(config), config.dtype
@@ -99,7 +99,7 @@ def training_estimate(
         new_tokens=max(settings.rollout.max_new_tokens, settings.eval.max_new_tokens),
     )
     allocations += rollout_estimate(config, sizes)
-    allocations += _update_allocations(settings, config, attention, logits_copies)
+    allocations += _update_allocations(settings, config, attention, platform)
     return sorted(allocations, key=lambda one: -one.size)
 
 
@@ -187,7 +187,7 @@ def _table_allocations(settings: Settings, config: ModelConfig) -> list[Allocati
 
 
 def _update_allocations(
-    settings: Settings, config: ModelConfig, attention: str, logits_copies: int
+    settings: Settings, config: ModelConfig, attention: str, platform: str
 ) -> list[Allocation]:
     train, tensor = settings.train, settings.mesh.tensor
     D, F, L = config.hidden_size, config.intermediate_size, config.num_layers
@@ -199,18 +199,31 @@ def _update_allocations(
     layer = tokens * (4 * D + (2 * features + 4 * F) // tensor) * compute
     layer += scores * (2 * _F32 + compute) // tensor
     products = tokens * (2 * D + (features + 2 * F) // tensor) * compute
-    stored = {"full": layer, "dots": L * products + layer, "none": L * layer}[train.remat]
-    # The gradients of one layer's inputs, projections, gate/up/product, scores and weights.
-    stored += tokens * (2 * D + (features + 3 * F) // tensor) * compute + 2 * scores * _F32 // tensor
-    logits = logits_copies * min(train.logprob_chunk, tokens) * config.vocab_size * _F32 // tensor
-    # Token look-up and its gradient need whole rows: by XLA's account of a sharded update.
-    gathered = 2 * _F32 * config.vocab_size * D // tensor if settings.mesh.fsdp > 1 else 0
+    stored = {"full": 0, "dots": L * products, "none": (L - 1) * layer}[train.remat]
+    # ... and the gradients of one layer's inputs, projections, gate/up/product, scores and weights.
+    layer += tokens * (2 * D + (features + 3 * F) // tensor) * compute + 2 * scores * _F32 // tensor
+    # On a CPU XLA leaves the arithmetic on logits to a library, which keeps each result: measured.
+    copies = 8 if platform == "cpu" else 3
+    logits = copies * min(train.logprob_chunk, tokens) * config.vocab_size * _F32 // tensor
+    # A layer's weights in the compute dtype, and the gradient of its largest.
+    weights = D * (features + config.num_heads * config.head_dim + 3 * F) * compute + D * F * _F32
+    gathered = weights // tensor if settings.mesh.fsdp > 1 else 0
     shorter = "lower train.rows_per_device" if train.rows_per_device > 1 else "lower rollout.max_new_tokens"
     remedy = shorter if train.remat == "full" else f"{shorter} or set train.remat to full"
-    return [
-        Allocation("activations of a microbatch", L * tokens * D * compute + stored, "update", remedy),
+    scratch = [
+        Allocation("scratch of a layer", layer, "update", remedy),
         Allocation("logits chunk", logits, "update", "lower train.logprob_chunk"),
-        Allocation("tables gathered from other devices", gathered, "update", "raise mesh.tensor"),
+    ]
+    if platform != "cpu":  # there the head's gradient is complete before that of the layers begins
+        scratch = [max(scratch, key=lambda one: one.size)]
+    kept = L * tokens * D * compute  # what each layer reads
+    if platform == "tpu":  # whose compiler keeps it twice, and casts the layers' weights before their loop
+        shards = settings.mesh.fsdp * tensor
+        kept = 2 * kept + compute * (parameter_count(config) - 2 * config.vocab_size * D) // shards
+    return [
+        Allocation("activations of a microbatch", kept + stored, "update", remedy),
+        Allocation("weights gathered from other devices", gathered, "update", "raise mesh.tensor"),
+        *scratch,
     ]
 
 

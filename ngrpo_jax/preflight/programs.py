@@ -5,14 +5,18 @@ The programs and their requests come from the functions that the run itself call
 with a compilation cache the run finds its programs compiled.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from ngrpo_jax.algo.neighbors import refresh
 from ngrpo_jax.learner import packing, update
+from ngrpo_jax.model import decoder
 from ngrpo_jax.model.config import ModelConfig
-from ngrpo_jax.rollout.programs import compile_largest
+from ngrpo_jax.rollout.programs import largest_programs
 from ngrpo_jax.rollout.request import NO_MIXING
 from ngrpo_jax.rollout.trajectory import Trajectories
 from ngrpo_jax.runtime import mesh
@@ -21,11 +25,11 @@ from ngrpo_jax.setup.learner import make_learner, old_logprobs, row_layout
 from ngrpo_jax.setup.policy import abstract_policy, evaluation_request, training_request
 from ngrpo_jax.setup.tokenizer_info import TokenizerInfo
 
-Compiled = dict[str, jax.stages.Compiled]
+Programs = dict[str, Callable[[], jax.stages.Compiled]]  # by name; compiled when called
 
 
-def compile_update(settings: Settings, config: ModelConfig, devices: jax.sharding.Mesh) -> Compiled:
-    """The programs of an update by name; "score" and a dtype: log-probabilities under such parameters."""
+def update_programs(settings: Settings, config: ModelConfig, devices: jax.sharding.Mesh) -> Programs:
+    """The programs of an update; "score" and a dtype: log-probabilities under such parameters."""
     learner = make_learner(settings, config, devices)
     programs, state = learner.programs, mesh.shapes_on(learner.abstract, learner.shardings)
     rows, count = _rows_of_a_call(settings, devices)
@@ -36,36 +40,59 @@ def compile_update(settings: Settings, config: ModelConfig, devices: jax.shardin
         None if source == "update" else rows.sampler_logprobs_RT,
         rows.sampler_logprobs_RT if reference else None,
     )
+    shapes = jax.eval_shape(programs.zeros, state.params, microbatches)
+    whole = jax.tree.map(lambda _: mesh.replicated(devices), shapes.metrics)
+    sums = mesh.shapes_on(shapes, update.Sums(learner.shardings.params, whole))
+
+    def score(dtype: str) -> jax.stages.Compiled:
+        params = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.dtype(dtype)), state.params)
+        return programs.logprobs.lower(params, update.Microbatches(rows, count)).compile()
+
     # The learner's parameters are float32, the reference model's in the dtype that it is kept in.
     dtypes = ["float32"] * (source == "learner") + [config.dtype] * reference
-    compiled = {}
-    for dtype in dict.fromkeys(dtypes):
-        params = jax.tree.map(lambda leaf, dtype=dtype: leaf.update(dtype=jnp.dtype(dtype)), state.params)
-        scored = update.Microbatches(rows, count)
-        compiled[f"score {dtype}"] = programs.logprobs.lower(params, scored).compile()
-    zeros = programs.zeros.lower(state.params, microbatches).compile()
-    sums = mesh.shapes_on(jax.eval_shape(programs.zeros, state.params, microbatches), zeros.output_shardings)
-    return compiled | {
-        "zeros": zeros,
-        "accumulate": programs.accumulate.lower(sums, state.params, microbatches).compile(),
-        "apply": programs.apply.lower(state, sums).compile(),
+    return {
+        "accumulate": lambda: programs.accumulate.lower(sums, state.params, microbatches).compile(),
+        **{f"score {dtype}": functools.partial(score, dtype) for dtype in dict.fromkeys(dtypes)},
+        "zeros": lambda: programs.zeros.lower(state.params, microbatches).compile(),
+        "apply": lambda: programs.apply.lower(state, sums).compile(),
     }
 
 
-def compile_rollout(
+def rollout_programs(
     settings: Settings, config: ModelConfig, devices: jax.sharding.Mesh, tokenizer_info: TokenizerInfo
-) -> Compiled:
-    """The largest programs of the rollouts of training and of evaluation by name, on this host's devices."""
+) -> Programs:
+    """The largest programs of the rollouts of training and of evaluation, on this host's devices."""
     policy = abstract_policy(config, tokenizer_info, devices, settings.rollout.layout)
     requests = {
         "training": training_request(policy, settings),
         "evaluation": evaluation_request(policy, settings),
     }
     return {
-        f"{purpose} {name}": compiled
+        f"{purpose} {name}": compile_one
         for purpose, request in requests.items()
-        for name, compiled in compile_largest(policy.params, request, policy.table_VC).items()
+        for name, compile_one in largest_programs(policy.params, request, policy.table_VC).items()
     }
+
+
+def table_programs(
+    settings: Settings, config: ModelConfig, devices: jax.sharding.Mesh, tokenizer_info: TokenizerInfo
+) -> Programs:
+    """The neighbour table: built whole or brought up to date, in one program; none where no table is used."""
+    mixing = tokenizer_info.mixing
+    if not (settings.mixing.active and mixing.uses_table):
+        return {}
+    table = refresh.TableConfig(mixing.k, mixing.metric, devices)
+    shapes = decoder.parameter_shapes(config)
+    params = mesh.shapes_on(shapes, mesh.param_shardings(devices, shapes))
+    rows_VD = decoder.table_rows(params, config, mixing.table)
+
+    def compile_refresh() -> jax.stages.Compiled:
+        state = jax.eval_shape(lambda: refresh.empty_state(config.vocab_size, table))
+        state = mesh.shapes_on(state, jax.tree.map(lambda _: mesh.replicated(devices), state))
+        work = jax.jit(functools.partial(refresh.refresh, config=table))
+        return work.lower(state, rows_VD, tokenizer_info.eligible).compile()
+
+    return {"table": compile_refresh}
 
 
 def _rows_of_a_call(settings: Settings, devices: jax.sharding.Mesh) -> tuple[packing.Rows, Any]:

@@ -6,7 +6,6 @@ several hosts become one. Must not know the order of a step, nor decide anything
 
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from ngrpo_jax.evaluation.cosines import COSINE_SAMPLE, cosines_at, mixtures_at
@@ -14,7 +13,7 @@ from ngrpo_jax.evaluation.statistics import estimates
 from ngrpo_jax.model.flops import forward_flops
 from ngrpo_jax.rollout.trajectory import Trajectories
 from ngrpo_jax.run.state import Run
-from ngrpo_jax.runtime import distributed, hardware
+from ngrpo_jax.runtime import distributed, hardware, mesh
 from ngrpo_jax.setup.learner import old_logprobs
 from ngrpo_jax.setup.policy import Policy, sequence_numbers
 from ngrpo_jax.setup.problems import ProblemSet
@@ -142,7 +141,7 @@ def device_metrics(run: Run, rollout: Rollout, seconds: dict[str, float]) -> dic
     hosts' first devices.
     """
     settings, config = run.settings, run.model_spec.config
-    device, group = jax.local_devices()[0], settings.rollout.group
+    device, group = mesh.device_of(run.mesh), settings.rollout.group
     prompts_B = [len(prompt) for prompt in rollout.batch.prompts for _ in range(group)]
     lengths = list(zip(prompts_B, rollout.trajectories.lengths_B.tolist(), strict=True))
     forward = sum(forward_flops(config, *length) for length in lengths)

@@ -40,10 +40,10 @@ def compose(settings: Settings, workdir: pathlib.Path, devices: jax.sharding.Mes
     config = dataclasses.replace(config, dtype=settings.model.dtype)
     tokenizer_info = make_tokenizer_info(tokenizer, config, settings)
     mesh.param_shardings(devices, decoder.parameter_shapes(config))  # refuses axes that do not divide it
-    attention_name(settings)
-    check_offload(settings)
+    attention_name(settings, devices)
+    check_offload(settings, devices)
     check_positions(settings, config)
-    check_memory(settings, config)
+    check_memory(settings, config, devices)
     begun = (workdir / "checkpoints").exists()  # then the disk already holds what it has to
     capacity.check_workdir(workdir, 0 if begun else memory.checkpoint_bytes(config, kept=2))
     training = load_set(settings, tokenizer, "train")

@@ -7,14 +7,13 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from ngrpo_jax import files
 from ngrpo_jax.model import decoder
 from ngrpo_jax.preflight import fit, memory
 from ngrpo_jax.run.state import Run, RunState
-from ngrpo_jax.runtime import console, distributed, metrics
+from ngrpo_jax.runtime import console, distributed, mesh, metrics
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.settings import Settings
 from ngrpo_jax.setup.model_spec import save_model
@@ -47,10 +46,10 @@ def announce(run: Run, state: RunState) -> None:
     print(
         f"each step  {settings.rollout.prompts} prompts × {settings.rollout.group} responses, "
         f"{settings.rollout.prompts // settings.train.mini_batch_prompts} optimiser steps, "
-        f"on {run.mesh.size} {jax.devices()[0].platform} device(s)"
+        f"on {run.mesh.size} {mesh.device_of(run.mesh).platform} device(s)"
         + (f" of {process.count} processes" if process.several else "")
     )
-    needed, phase = memory.peak(fit.training_memory(settings, model_spec.config))
+    needed, phase = memory.peak(fit.training_memory(settings, model_spec.config, run.mesh))
     print(
         f"memory     about {console.format_bytes(needed)} on each device, by estimate (most in the {phase})"
     )

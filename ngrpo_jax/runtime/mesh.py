@@ -119,6 +119,16 @@ def local_mesh(mesh: Mesh) -> Mesh:
     return Mesh(np.array(rows).reshape(len(rows), 1, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def hosts(mesh: Mesh) -> int:
+    """How many processes have devices of the mesh."""
+    return len({device.process_index for device in mesh.devices.flat})
+
+
+def device_of(mesh: Mesh) -> jax.Device:
+    """A device of this process; the others of the mesh are of the same kind."""
+    return local_mesh(mesh).devices.flat[0]
+
+
 def put(leaf: np.ndarray, sharding: NamedSharding) -> jax.Array:
     """A NumPy array that every process has, as an array on the devices."""
     if sharding.is_fully_addressable:
@@ -216,11 +226,6 @@ def slots_sharding(mesh: Mesh, layout: str) -> NamedSharding:
     return NamedSharding(mesh, P(AXES if layout == "replicated" else ("data", "fsdp")))
 
 
-def lookup_sharding(mesh: Mesh) -> NamedSharding:
-    """The embedding while tokens are looked up in it: split over the vocabulary, each row whole."""
-    return NamedSharding(mesh, P("tensor", None))
-
-
 def replicated(mesh: Mesh) -> NamedSharding:
     """A whole copy on every device."""
     return NamedSharding(mesh, P())
@@ -242,6 +247,8 @@ def _param_spec(mesh: Mesh, name: str, shape: tuple[int, ...], layout: str) -> P
     for size, letter in zip(shape, letters, strict=True):
         noun, axis = DIMENSIONS[letter]
         axis = axis if axis in axes and not whole else None
+        # Fine-tuned models have vocabularies of any size: one that the axis does not divide is not split.
+        axis = None if letter == "V" and size % mesh.shape["tensor"] else axis
         require(
             axis is None or size % mesh.shape[axis] == 0,
             f"{name} has {size} {noun} ({letter}), which mesh.{axis} = {mesh.shape.get(axis)} does not "

@@ -11,7 +11,7 @@ from ngrpo_jax.learner import update
 from ngrpo_jax.learner.loss import ForwardOptions
 from ngrpo_jax.learner.optimizer import make_optimizer
 from ngrpo_jax.learner.packing import RowLayout
-from ngrpo_jax.model import attention, decoder
+from ngrpo_jax.model import attention, decoder, layers
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.runtime import mesh
 from ngrpo_jax.settings import Settings
@@ -45,15 +45,15 @@ def make_learner(settings: Settings, config: ModelConfig, devices: jax.sharding.
 
 def forward_options(settings: Settings, config: ModelConfig, devices: jax.sharding.Mesh) -> ForwardOptions:
     """How the learner computes log-probabilities in this run."""
-    train = settings.train
+    train, platform = settings.train, mesh.device_of(devices).platform
     return ForwardOptions(
         config,
         settings.rollout.temperature,
         remat=train.remat,
-        logprob_chunk=train.logprob_chunk * settings.mesh.data * settings.mesh.fsdp,
-        attend=attention.make(attention_name(settings), devices),
+        logprob_chunk=train.logprob_chunk,
+        attend=attention.make(attention_name(settings, devices), platform),
         unroll=train.unroll,
-        embed_sharding=mesh.lookup_sharding(devices),
+        rotate=layers.rotate_by_product if platform == "tpu" else layers.rotate,
     )
 
 
@@ -73,11 +73,11 @@ def old_logprobs(settings: Settings) -> str:
     return "update" if settings.mini_batches == 1 else "learner"
 
 
-def attention_name(settings: Settings) -> str:
+def attention_name(settings: Settings, devices: jax.sharding.Mesh) -> str:
     """The learner's attention, "auto" resolved; UserError where these devices cannot run it."""
     return attention.choose(
         settings.train.attention,
-        platform=jax.local_devices()[0].platform,
+        platform=mesh.device_of(devices).platform,
         row_tokens=settings.row_tokens,
         shared_prefixes=settings.train.share_prompts,
         dtype=settings.model.dtype,

@@ -35,6 +35,7 @@ class Policy:
       params: in the inference layout and the compute dtype; jax.ShapeDtypeStruct in an abstract policy.
       table_VC: neighbour table; None where no request mixes by one.
       sharding: of the slots.
+      hosts: how many hosts generate, each its share of the responses.
       longest_prompt: tokens of the longest prompt that is to be answered, for which caches have room; None:
         `data.max_prompt_tokens`.
     """
@@ -44,6 +45,7 @@ class Policy:
     tokenizer_info: TokenizerInfo
     table_VC: Any | None
     sharding: jax.sharding.NamedSharding
+    hosts: int
     longest_prompt: int | None = None
 
 
@@ -64,7 +66,8 @@ def make_policy(
     if table_VC is not None:
         table_VC = mesh.on_this_host(table_VC, mesh.replicated(devices))
     slots = mesh.slots_sharding(mesh.local_mesh(devices), layout)
-    return Policy(copy, model_spec.config, model_spec.tokenizer_info, table_VC, slots, longest_prompt)
+    info, hosts = model_spec.tokenizer_info, mesh.hosts(devices)
+    return Policy(copy, model_spec.config, info, table_VC, slots, hosts, longest_prompt)
 
 
 def abstract_policy(
@@ -77,7 +80,8 @@ def abstract_policy(
     )
     params = mesh.shapes_on(shapes, mesh.param_shardings(local, shapes, layout=layout))
     table_VC = jax.ShapeDtypeStruct((config.vocab_size, mixing.k), jnp.int32, sharding=mesh.replicated(local))
-    return Policy(params, config, tokenizer_info, table_VC, mesh.slots_sharding(local, layout))
+    slots = mesh.slots_sharding(local, layout)
+    return Policy(params, config, tokenizer_info, table_VC, slots, mesh.hosts(devices))
 
 
 def training_request(policy: Policy, settings: Settings) -> RolloutRequest:
@@ -108,7 +112,7 @@ def _request(
         SamplingParams(**sampling, stop_ids=tuple(info.stop_ids)),
         samples=samples,
         max_new_tokens=max_new_tokens,
-        slots=-(-settings.rollout.slots // distributed.process().count),
+        slots=-(-settings.rollout.slots // policy.hosts),
         chunk=settings.rollout.chunk,
         max_prompt_tokens=policy.longest_prompt or settings.data.max_prompt_tokens,
         sharding=policy.sharding,

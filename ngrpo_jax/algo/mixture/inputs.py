@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ngrpo_jax.algo.shards import ALONE, Shards
+
 
 class Noise(NamedTuple):
     """What Gaussian noise on an embedding is recomputed from: storing the noise itself would take [..., D].
@@ -53,16 +55,31 @@ def one_hot(ids: jax.Array | np.ndarray, size: int) -> Mixture:
     return Mixture(jnp.broadcast_to(jnp.asarray(ids, jnp.int32)[..., None], shape), weights)
 
 
-def embed(embedding_VD: jax.Array, mixture: Mixture) -> jax.Array:
+def embed(
+    embedding_VD: jax.Array, mixture: Mixture, *, size: int | None = None, shards: Shards = ALONE
+) -> jax.Array:
     """(10): Σ_c weights[..., c] · E[ids[..., c]] plus any noise: [..., D] in the embedding's dtype.
 
     In the gradient the weights are constants and E is not: each candidate's row gets its share (§3.3). Sums
     are in float32, and an ordinary token embeds to exactly its row. Candidates are added one at a time, so
     that [..., C, D] is never formed.
+
+    On a device of a mesh `embedding_VD` is its part of `size` rows, split over tensor, and of D, over fsdp.
+    Each device looks up, in the columns that it has, the tokens of all devices along fsdp, which then get
+    the columns of their own tokens: neither rows nor their gradient travel.
     """
     chex.assert_rank(embedding_VD, 2)
     chex.assert_equal_shape([mixture.ids, mixture.weights])
-    total = _weighted_rows(embedding_VD, mixture.ids, mixture.weights.astype(jnp.float32))
+    fsdp, tensor = shards.fsdp, shards.tensor
+    ids, weights = (fsdp.gather(x, 0) for x in (mixture.ids, mixture.weights.astype(jnp.float32)))
+    split = tensor.size > 1 and len(embedding_VD) != size
+    if split:
+        ids = ids - tensor.place() * len(embedding_VD)
+        weights = jnp.where((ids >= 0) & (ids < len(embedding_VD)), weights, 0.0)
+    total = _weighted_rows(embedding_VD, ids, weights)
+    if split:
+        total = tensor.sum(total)
+    total = fsdp.exchange(total, cut=0, join=total.ndim - 1)
     if mixture.noise is not None:
         total = total + _noise(mixture.noise, total)
     return total.astype(embedding_VD.dtype)

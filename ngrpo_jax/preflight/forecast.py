@@ -1,0 +1,262 @@
+"""`train --preflight --target`: every program of a run, compiled for devices that need not be here.
+
+Owns which programs there are, what a device holds beside each, and their rows. Reads config.json of the
+model, no weights; nothing is run. Where the model's folder has no tokenizer, all rows of the vocabulary are
+taken as usable, and lengths are the settings' limits.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from ngrpo_jax import files
+from ngrpo_jax.algo.neighbors.eligibility import eligible_rows
+from ngrpo_jax.choices import WARM_START
+from ngrpo_jax.errors import require
+from ngrpo_jax.model import hf
+from ngrpo_jax.model.config import ModelConfig
+from ngrpo_jax.preflight import fit, memory, program_text, programs, targets
+from ngrpo_jax.runtime import console, hardware, mesh
+from ngrpo_jax.settings import Settings, resolve
+from ngrpo_jax.setup.learner import attention_name
+from ngrpo_jax.setup.tokenizer_info import TokenizerInfo, make_tokenizer_info
+from ngrpo_jax.setup.warm_start import warm_start_config
+from ngrpo_jax.tasks import arithmetic, prompts
+
+GIB = 2**30
+_QUIET_S = 10.0  # a program that takes longer to compile says so at such intervals
+_REMEDIES = {
+    "update": "lower train.rows_per_device, set train.remat to full, or raise mesh.fsdp",
+    "rollout": "lower rollout.slots, or raise mesh.fsdp",
+    "table": "raise mesh.fsdp",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A program on a device of the target; sizes in GiB, `collective_gb` in 1e9 bytes.
+
+    Attributes:
+      compiled: whether the compiler took it.
+      waiting_gib: what else the device holds while the program runs.
+      total_gib: arguments, results that are no argument's place, temporaries, and what waits.
+      device_gib: of a device of the target.
+      collective_gb: bytes that collectives give back on a device.
+      milliseconds: the compiler's estimate, without collectives and Pallas kernels; None where it has none.
+      problem: why the run cannot be, and the setting to change; None where all is well.
+    """
+
+    program: str
+    compiled: bool
+    seconds: float
+    argument_gib: float | None = None
+    temporary_gib: float | None = None
+    waiting_gib: float | None = None
+    total_gib: float | None = None
+    device_gib: float | None = None
+    collective_gb: float | None = None
+    milliseconds: float | None = None
+    attention: str | None = None
+    problem: str | None = None
+
+
+def run(config: Any, target: str, json_file: str | None) -> int:
+    """Compiles, prints a row as each program ends; the exit status: 0 if all compile and fit, else 2."""
+    settings, grid = resolve(config), config.mesh
+    devices = mesh.make_mesh(grid.data, grid.fsdp, grid.tensor, targets.devices(target))
+    model, info = _model(settings)
+    hosts, device = mesh.hosts(devices), mesh.device_of(devices)
+    fit.check_hosts(settings, hosts)
+    fit.check_positions(settings, model)
+    name = attention_name(settings, devices)
+    print(
+        f"{target}: {devices.size} × {device.device_kind} on {hosts} host(s), data {grid.data} × fsdp "
+        f"{grid.fsdp} × tensor {grid.tensor}; {console.format_count(memory.parameter_count(model))} "
+        f"parameters; attention {name}",
+        flush=True,
+    )
+    rows = []
+    for phase, compile_each in _phases(settings, model, devices, info).items():
+        for program, compile_one in compile_each().items():
+            waiting = _waiting(program, settings, model)
+            row = _row(program, phase, compile_one, device, waiting, name if phase == "update" else None)
+            rows.append(row)
+            print(_line(row), flush=True)
+    if json_file is not None:
+        files.write_json(pathlib.Path(json_file), [dataclasses.asdict(row) for row in rows])
+    failed = [row for row in rows if row.problem]
+    print(f"{len(failed)} of {len(rows)} programs fail." if failed else "Every program compiles and fits.")
+    for sentence in _proposals(settings, model, devices, rows):
+        print(sentence)
+    return 2 if failed else 0
+
+
+def _model(settings: Settings) -> tuple[ModelConfig, TokenizerInfo]:
+    """The sizes of the model, and its tokenizer's ids and masks or what stands in for them."""
+    if settings.model.path == WARM_START:
+        tokenizer = prompts.load_tokenizer(arithmetic.TOKENIZER)
+        config = warm_start_config(settings.warm_start, tokenizer)
+    else:
+        directory = hf.locate(settings.model.path, settings.model.revision, weights=False)
+        config, tokenizer = hf.read_config(directory), None
+        if (directory / "tokenizer.json").is_file():
+            tokenizer = prompts.load_tokenizer(directory)
+    config = dataclasses.replace(config, dtype=settings.model.dtype)
+    if tokenizer is not None:
+        return config, make_tokenizer_info(tokenizer, config, settings)
+    print(f"{settings.model.path} has no tokenizer: all rows are taken as usable, lengths as the limits are.")
+    eligible = eligible_rows(config.vocab_size, settings.mixing.k if settings.mixing.active else 1)
+    return config, TokenizerInfo(None, config.eos_token_ids, settings.mixing.method(()), eligible)
+
+
+def _phases(
+    settings: Settings, model: ModelConfig, devices: jax.sharding.Mesh, info: TokenizerInfo
+) -> dict[str, Callable[[], programs.Programs]]:
+    return {
+        "update": functools.partial(programs.update_programs, settings, model, devices),
+        "rollout": functools.partial(programs.rollout_programs, settings, model, devices, info),
+        "table": functools.partial(programs.table_programs, settings, model, devices, info),
+    }
+
+
+def _row(
+    program: str,
+    phase: str,
+    compile_one: Callable[[], jax.stages.Compiled],
+    device: jax.Device,
+    waiting: int,
+    attention: str | None,
+) -> Row:
+    chip, begun = hardware.chip(device), time.monotonic()
+    require(
+        chip is not None and chip.memory_gib is not None, f"the memory of {device.device_kind} is unknown"
+    )
+    assert chip is not None and chip.memory_gib is not None
+    remedy = _REMEDIES[phase]
+    try:
+        with _told(program):
+            compiled = compile_one()
+    except Exception as error:  # of any kind: what the compiler raises is the answer
+        said = " ".join(str(error).split())[:300]
+        seconds = time.monotonic() - begun
+        problem = f"does not compile ({said}); {remedy}"
+        return Row(program, False, seconds, device_gib=chip.memory_gib, attention=attention, problem=problem)
+    sizes: Any = compiled.memory_analysis()
+    needed = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    total = (needed + sizes.temp_size_in_bytes + waiting) / GIB
+    cost = program_text.cost(compiled.as_text() or "")
+    excess = f"needs {total:.1f} GiB; {remedy}" if total > chip.memory_gib else None
+    return Row(
+        program,
+        True,
+        time.monotonic() - begun,
+        sizes.argument_size_in_bytes / GIB,
+        sizes.temp_size_in_bytes / GIB,
+        waiting / GIB,
+        total,
+        chip.memory_gib,
+        sum(cost.collective_bytes.values()) / 1e9,
+        cost.cycles / chip.clock / 1e6 if chip.clock else None,
+        attention,
+        excess,
+    )
+
+
+@contextlib.contextmanager
+def _told(program: str) -> Iterator[None]:
+    """Prints at intervals that a program is still being compiled."""
+    ended, begun = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not ended.wait(_QUIET_S):
+            print(f"  {program}: compiling for {time.monotonic() - begun:.0f} s", flush=True)
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _waiting(program: str, settings: Settings, model: ModelConfig) -> int:
+    """Bytes that a device holds while a program runs that does not take them as arguments."""
+    held = {one.name: one for one in memory.training_estimate(settings, model)}
+    reads = {"accumulate": ("master",), "score float32": ("master",), "apply": ("master", "Adam")}
+    own = reads.get(program, ("reference",) if program.startswith("score") else ())
+    waiting = sum(
+        one.size for name, one in held.items() if one.phase == "always" and name.partition(" ")[0] not in own
+    )
+    kind = program.partition(" ")[2]
+    if kind in ("empty", "insert"):
+        waiting += sum(one.size for name, one in held.items() if name.startswith("rollout copy"))
+    if kind == "prefill":  # which does not read the head of its copy of the parameters
+        head = 0 if model.tie_embeddings else model.vocab_size * model.hidden_size
+        copy = next(one.size for name, one in held.items() if name.startswith("rollout copy"))
+        waiting += held["KV cache"].size + copy * head // memory.parameter_count(model)
+    return waiting
+
+
+def _line(row: Row) -> str:
+    if not row.compiled:
+        return f"{row.program:24s} {row.seconds:5.0f} s  FAILED: {row.problem}"
+    time_ms = "" if row.milliseconds is None else f"  {row.milliseconds:7.1f} ms"
+    return (
+        f"{row.program:24s} {row.seconds:5.0f} s  arguments {row.argument_gib:6.2f}  temporary "
+        f"{row.temporary_gib:6.2f}  waiting {row.waiting_gib:6.2f}  in all {row.total_gib:6.2f} of "
+        f"{row.device_gib:.2f} GiB  collectives {row.collective_gb:6.2f} GB{time_ms}  "
+        f"{'ok' if row.problem is None else 'FAILED: ' + row.problem}"
+    )
+
+
+def _proposals(
+    settings: Settings, model: ModelConfig, devices: jax.sharding.Mesh, rows: list[Row]
+) -> Iterator[str]:
+    """The largest settings that fit, by the estimate of memory, corrected by the compiled programs."""
+    measured = [row for row in rows if row.total_gib is not None]
+    if not measured:
+        return
+    room = GIB * (measured[0].device_gib or 0)
+
+    def phase(changed: Settings, name: memory.Phase) -> int:
+        allocations = fit.training_memory(changed, model, devices)
+        return memory.held(allocations, "always") + memory.held(allocations, name)
+
+    def most(name: str) -> float:
+        return GIB * max(
+            (row.total_gib or 0 for row in measured if _phase_of(row.program) == name), default=0
+        )
+
+    def fits(changed: Settings, name: memory.Phase) -> bool:
+        return phase(changed, name) * most(name) / phase(settings, name) <= room
+
+    def train(**change: Any) -> Settings:
+        return dataclasses.replace(settings, train=dataclasses.replace(settings.train, **change))
+
+    def slots(count: int) -> Settings:
+        return dataclasses.replace(settings, rollout=dataclasses.replace(settings.rollout, slots=count))
+
+    of_rows = [count for count in range(1, 65) if fits(train(rows_per_device=count), "update")]
+    of_slots = [n for n in (2**i * 8 for i in range(13)) if fits(slots(n), "rollout")]
+    remats = [name for name in ("none", "dots", "full") if fits(train(remat=name), "update")]
+    found = {
+        "train.rows_per_device": max(of_rows, default=None),
+        "rollout.slots": max(of_slots, default=None),
+        "train.remat": next(iter(remats), None),
+    }
+    told = ", ".join(f"{name} {'–' if value is None else value}" for name, value in found.items())
+    yield f"The most that fits, each changed alone: {told} (slots in powers of two; – nothing fits)."
+
+
+def _phase_of(program: str) -> str:
+    if program == "table":
+        return "table"
+    return "rollout" if program.startswith(("training", "evaluation")) else "update"
