@@ -1,18 +1,20 @@
 """Grading: verdicts a second, with nothing remembered from before.
 
-    python benchmarks/grading.py [--data=math500.jsonl] [--workers=2] [--numbers=20000]
+    python benchmarks/grading.py [--data=math500.jsonl] [--workers=2] [--numbers=20000] [--earlier=DIR]
 
 Plain numbers, half of them wrong, each in a response of some hundred words; and MATH answers, each held
-against the answer of another problem: on MATH-500, four in ten take algebra. `--data` is any JSONL with a
-field `answer`; without it a small set of such answers is made. Starting the workers is not counted.
+against the answer of another problem, and against itself. `--data` is any JSONL with a field `answer`;
+without it a small set of such answers is made. Starting the workers is not counted. `--earlier` names a
+checkout of an earlier version of this project: both grade the answers against themselves in turns, each in
+a process of its own, and the ratio of their times is printed.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
 import pathlib
 import platform
+import statistics
+import subprocess
 import sys
 import time
 
@@ -21,6 +23,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from ngrpo_jax.runtime import console
 from ngrpo_jax.tasks.rewards import Grader
 
+HERE = pathlib.Path(__file__).parent.parent
 FORMS = (
     "{}",
     "\\frac{{{}}}{{7}}",
@@ -30,6 +33,21 @@ FORMS = (
     "[{}, \\infty)",
     "\\text{{term }}{}",
 )
+ROUNDS = 7  # of both versions in turns
+# Seconds of the answers of a file against themselves; earlier versions have other names of the method.
+DRIVER = """
+import json, sys, time
+sys.path.insert(0, sys.argv[1])
+from ngrpo_jax.tasks.rewards import Grader
+answers = json.load(sys.stdin)
+with Grader(workers=int(sys.argv[2])) as grader:
+    grade = getattr(grader, "grade", None) or grader.score
+    grade(["\\\\boxed{q+1}", "\\\\boxed{q+2}"] * 4, ["1+q", "2+q"] * 4, "math")
+    time.sleep(1.0)
+    started = time.perf_counter()
+    grade([f"\\\\boxed{{{answer}}}" for answer in answers], answers, "math")
+    print(time.perf_counter() - started)
+"""
 WORDS = "so the next step follows from the one before it and " * 25
 
 
@@ -39,6 +57,7 @@ def main() -> None:
     parser.add_argument("--data", type=pathlib.Path)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--numbers", type=int, default=20_000)
+    parser.add_argument("--earlier", type=pathlib.Path)
     given = parser.parse_args()
     answers = _answers(given.data)
     numbers = [str(7 * i) for i in range(given.numbers)]
@@ -49,9 +68,33 @@ def main() -> None:
             "MATH answers against another problem's",
             *_measure(answers, answers[1:] + answers[:1], given.workers),
         ),
+        ("MATH answers against themselves", *_measure(answers, answers, given.workers)),
+        (
+            "the same in one more pair of braces",
+            *_measure([f"{{{answer}}}" for answer in answers], answers, given.workers),
+        ),
     ]
     print(f"{given.workers} workers, {platform.machine()}, Python {platform.python_version()}")
     print(console.table(rows, ("", "verdicts/s", "verdicts", "by reading alone", "timed out")))
+    if given.earlier is not None:
+        _compare(answers, given.earlier, given.workers)
+
+
+def _compare(answers: list[str], earlier: pathlib.Path, workers: int) -> None:
+    """Prints how long both versions take for the answers against themselves, in turns."""
+    seconds: dict[pathlib.Path, list[float]] = {HERE: [], earlier: []}
+    for _ in range(ROUNDS):
+        for checkout, times in seconds.items():
+            command = [sys.executable, "-c", DRIVER, str(checkout), str(workers)]
+            run = subprocess.run(
+                command, input=json.dumps(answers), cwd=checkout, capture_output=True, text=True, check=True
+            )
+            times.append(float(run.stdout))
+    ours, theirs = (statistics.median(times) for times in seconds.values())
+    print(
+        f"MATH answers against themselves: {1000 * ours:.1f} ms, the earlier version {1000 * theirs:.1f} ms, "
+        f"ratio {ours / theirs:.2f} (medians of {ROUNDS})"
+    )
 
 
 def _answers(path: pathlib.Path | None) -> list[str]:
@@ -71,7 +114,7 @@ def _measure(answers: list[str], golds: list[str], workers: int) -> tuple[float,
         before = grader.snapshot()
         grader.grade([f"{WORDS}\\boxed{{{answer}}}." for answer in answers], golds, "math")
         batch = grader.counts.since(before)
-    return batch.per_second, batch.graded, batch.by_rule, batch.timeouts
+    return batch.per_second, batch.graded, batch.plain, batch.timeouts
 
 
 if __name__ == "__main__":

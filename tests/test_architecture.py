@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "run": PARTS | {"setup", "evaluation", "preflight"},
     "analysis": {"evaluation.statistics"},
 }
-COMMANDS = {"train", "evaluate", "export", "report", "flags", "__init__"}
+COMMANDS = {"train", "evaluate", "export", "grade", "report", "flags", "__init__"}
 FLAX_MODULES = ("flax.linen", "flax.nnx")
 
 

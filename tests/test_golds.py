@@ -1,12 +1,16 @@
-"""What is wrong with a set: repeated and shared problems, and gold answers that nobody can read."""
+"""Faults of a data set: repeated and shared problems, and gold answers that cannot be read."""
+
+import json
+import subprocess
 
 import pytest
 
 from configs import tiny
+from ngrpo_jax.errors import UserError
 from ngrpo_jax.settings import resolve
-from ngrpo_jax.setup.problems import report_unreadable, training_problems
+from ngrpo_jax.setup.problems import check_golds, training_problems
 from ngrpo_jax.tasks import cleaning, golds
-from ngrpo_jax.tasks.datasets import load_training
+from ngrpo_jax.tasks.datasets import Problem, load_training
 from ngrpo_jax.tasks.rewards import Grader
 
 # Repeated and shared problems
@@ -33,7 +37,7 @@ def test_shared_names_both_places():
     assert cleaning.shared(["a", "b?", "c"], ["x", "B", "b", "A."]) == [(0, 3), (1, 1)]
 
 
-def test_repeated_minds_everything_but_white_space():
+def test_only_white_space_may_differ_between_repeated_problems():
     assert cleaning.repeated(["a b", "A b", "a\n b ", "a b", "ab"]) == [2, 3]
 
 
@@ -69,7 +73,7 @@ def settings(tmp_path, **data):
 def test_overlap_with_evaluation_sets_is_told(tmp_path, capsys):
     assert [p.problem for p in training_problems(settings(tmp_path))] == ["p", "q", "r"]
     told = capsys.readouterr().out
-    assert "1 problems are in" in told and "eval.csv too, and are trained on" in told
+    assert "1 problems are in csv:" in told and "eval.csv too, and are trained on" in told
     assert "row-1 (row-2 there)" in told and "row-3 (row-1 there)" in told
 
 
@@ -86,7 +90,7 @@ def test_overlap_is_left_out_when_asked(tmp_path, capsys):
 # Gold answers
 
 
-UNREADABLE = {1: "??? 5", 3: "\\begin{tabular}{c}x\\end{tabular}", 5: "x + = 3 (", 6: "9" * 5000}
+UNREADABLE = {1: "??? 5", 3: "\\frac{1}{2} \\heartsuit 3", 5: "x + = 3 (", 6: "9" * 5000}
 
 
 def mixed_golds():
@@ -105,10 +109,10 @@ def test_unreadable_golds_are_found_and_readable_ones_remembered(tmp_path, monke
         assert asked == [UNREADABLE[i] for i in (1, 3, 5)]
 
 
-def test_plain_golds_start_no_worker(tmp_path):
+def test_plain_golds_start_no_process(monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", None)
     grader = Grader(workers=1, memory_mb=128)
     assert golds.unreadable(["5", "1/2", "7,425,000", "odd", "\\text{Evelyn}"], grader) == []
-    assert grader._workers[0]._process is None
     grader.close()
 
 
@@ -118,18 +122,49 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path):
         assert golds.unreadable(["x^2+1"], grader, tmp_path / "file" / "cache.txt") == []
 
 
-def test_a_gold_that_hangs_the_parser_counts_as_unreadable():
+def test_a_gold_that_is_nested_too_deeply_counts_as_unreadable():
     with Grader(workers=1, deadline_s=0.5) as grader:
         assert golds.unreadable(["\\frac{1}{" * 400 + "x" + "}" * 400, "x^2+2"], grader) == [0]
 
 
-def test_unreadable_golds_are_told_by_id(tmp_path, capsys, monkeypatch):
+def numbered(answers):
+    return [Problem(f"row-{i}", f"p {i}", answer) for i, answer in enumerate(answers, 1)]
+
+
+def test_few_unreadable_golds_are_printed_by_id(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     given = settings(tmp_path)
-    loaded = load_training(given.data.train, seed=0).problems
-    report_unreadable(given, "csv:a", loaded)
+    check_golds(given, "csv:a", numbered(["5"] * 20))
     assert not capsys.readouterr().out
-    broken = [*loaded, type(loaded[0])("odd-one", "p", "??? 5")]
-    report_unreadable(given, "csv:a", broken)
-    assert "csv:a: math-verify cannot read 1 answers" in (told := capsys.readouterr().out)
-    assert told.endswith("matches: odd-one.\n") and not golds.default_cache().exists()
+    check_golds(given, "csv:a", numbered(["5"] * 19 + ["??? 5"]))
+    printed = capsys.readouterr().out
+    assert printed.startswith("csv:a: 1 gold answers cannot be read") and printed.endswith(": row-20.\n")
+    assert not golds.default_cache().exists()
+
+
+SOLUTION = "She has 48/2 = <<48/2=24>>24 clips in May.\nTogether 48+24 = 72.\n#### 72"
+
+
+@pytest.mark.parametrize(
+    ("bad", "sentence"),
+    [
+        (["??? 5", "x + = 3 ("], "2 of 12 gold answers of csv:a cannot be read as an answer; correct them"),
+        ([SOLUTION] * 2, "2 of 12 gold answers of csv:a are whole solutions.*add answer_after=#### after"),
+        (
+            ["so it is and " * 10] * 2,
+            "are whole solutions, with which no response agrees; give the result alone",
+        ),
+    ],
+)
+def test_a_set_with_many_unreadable_golds_is_refused(bad, sentence, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(UserError, match=f"(?s){sentence}.*: row-11, row-12.$"):
+        check_golds(settings(tmp_path), "csv:a", numbered(["5"] * 10 + bad))
+
+
+def test_the_answer_after_a_marker_is_taken(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"question": "p", "answer": SOLUTION}) + "\n")
+    source = f"jsonl:{tmp_path / 'a.jsonl'}?problem=question&answer_after=####"
+    assert [p.answer for p in load_training(source, seed=0).problems] == ["72"]
+    with pytest.raises(UserError, match=r"a.jsonl, row 1: no answer after '@@'"):
+        load_training(source.replace("####", "@@"), seed=0)

@@ -51,10 +51,11 @@ def test_hosts_share_the_problems_that_one_process_takes(monkeypatch):
 
 
 def test_metrics_of_rewards_and_their_grading():
-    graded = Counts(graded=8, timeouts=1, failures=1, seconds=2.0)
+    graded = Counts(graded=8, plain=4, no_box=1, timeouts=1, failures=1, seconds=2.0)
     found = metrics.reward_metrics(np.array([[1.0, 0.0], [1.0, 1.0]], np.float32), graded)
     assert found["reward/mean"] == 0.75 and found["groups/zero_variance"] == 0.5
     assert found["speed/verdicts"] == 4.0 and found["reward/no_verdict"] == 0.25
+    assert found["reward/plain"] == 0.5 and found["reward/no_box"] == 0.125
 
 
 def test_metrics_of_devices_count_a_prompt_once_for_each_response(monkeypatch):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ngrpo_jax.evaluation.statistics.estimates import GradedResponses
-from ngrpo_jax.tasks import grading
+from ngrpo_jax.tasks.grading import extraction, plain
 
 
 def final_answer(response: str, kind: str) -> str | None:
@@ -18,21 +18,21 @@ def final_answer(response: str, kind: str) -> str | None:
     "math": the last closed `\boxed{}` after the thinking; "choice": the letter of the last `Answer: X`. What
     a user's own reward reads is not known: for it, the box where there is one, else the last number.
     """
-    text = grading.after_thinking(response)
+    text = extraction.after_thinking(response)
     if kind == "choice":
-        return grading.choice_letter(text)
-    boxed = grading.last_boxed(text)
-    return boxed if kind == "math" or boxed is not None else grading.last_number(text)
+        return extraction.choice_letter(text)
+    boxed = extraction.last_boxed(text)
+    return boxed if kind == "math" or boxed is not None else extraction.last_number(text)
 
 
 def vote(answer: str | None) -> Hashable | None:
     """A key that equal answers share: their number where they are numbers, else their canonical spelling."""
     if answer is None or not answer.strip():
         return None
-    if len(answer) > grading.MAX_ANSWER:
+    if len(answer) > plain.MAX_ANSWER:
         return answer.strip()
-    spelling = grading.canonical(answer)
-    number = grading.plain_number(spelling)
+    spelling = plain.canonical(answer)
+    number = plain.plain_number(spelling)
     return spelling if number is None else number[0]
 
 

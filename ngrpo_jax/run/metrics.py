@@ -73,7 +73,7 @@ def step_row(
 
 
 def reward_metrics(rewards_PG: np.ndarray, grading: Counts) -> dict[str, float]:
-    """Mean and deviation of the rewards, the share of groups with equal rewards, and how grading went.
+    """Mean and deviation of the rewards, the share of groups with equal rewards, the ways of verdicts.
 
     Every process has to call this.
 
@@ -81,12 +81,13 @@ def reward_metrics(rewards_PG: np.ndarray, grading: Counts) -> dict[str, float]:
       rewards_PG: of all hosts.
       grading: of this host's grader.
     """
-    own = [grading.graded, grading.seconds, grading.timeouts + grading.failures]
-    verdicts, took, without = zip(*distributed.allgather("grading", own), strict=True)
+    own = [grading.graded, grading.seconds, *grading.by_way.values()]
+    verdicts, took, *ways = zip(*distributed.allgather("grading", own), strict=True)
+    shares = [sum(counts) / sum(verdicts) for counts in ways]
     return {
         "reward/mean": float(rewards_PG.mean()),
         "reward/std": float(rewards_PG.std()),
-        "reward/no_verdict": sum(without) / sum(verdicts),
+        **{f"reward/{way}": share for way, share in zip(grading.by_way, shares, strict=True)},
         "speed/verdicts": sum(verdicts) / max(took),
         "groups/zero_variance": float((rewards_PG.max(axis=1) == rewards_PG.min(axis=1)).mean()),
     }

@@ -97,8 +97,9 @@ def grade(run: Run, grader: Grader, batch: ProblemSet, trajectories: Trajectorie
     group = run.settings.rollout.group
     texts = response_texts(run.model_spec.tokenizer_info, trajectories)
     golds = [problem.answer for problem in batch.problems for _ in range(group)]
+    ids = [f"{problem.id}/{sample}" for problem in batch.problems for sample in range(1, group + 1)]
     before = grader.snapshot()
-    rewards_B = np.asarray(grader.grade(texts, golds, run.settings.reward.kind), np.float32)
+    rewards_B = np.asarray(grader.grade(texts, golds, run.settings.reward.kind, ids), np.float32)
     return Rollout(batch, trajectories, rewards_B.reshape(-1, group), grader.snapshot().since(before))
 
 

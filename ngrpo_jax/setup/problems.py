@@ -49,7 +49,7 @@ def load_set(settings: Settings, tokenizer: Any, split: str) -> ProblemSet:
         problems = training_problems(settings)
     else:
         problems = load_problems(source, split=split, seed=settings.seed, size=settings.eval.problems)
-    report_unreadable(settings, source, problems)
+    check_golds(settings, source, problems)
     kept, encoded, dropped = prompts.encode_problems(
         tokenizer, problems, data.prompt, data.chat_template, data.max_prompt_tokens
     )
@@ -98,8 +98,8 @@ def training_problems(settings: Settings) -> list[Problem]:
     return problems
 
 
-def report_unreadable(settings: Settings, source: str, problems: Sequence[Problem]) -> None:
-    """With reward.kind "math", prints the gold answers that math-verify cannot read.
+def check_golds(settings: Settings, source: str, problems: Sequence[Problem]) -> None:
+    """With reward.kind "math", prints which gold answers cannot be read; UserError where they are too many.
 
     A response to such a problem is right only if its answer has the same spelling.
     """
@@ -107,9 +107,13 @@ def report_unreadable(settings: Settings, source: str, problems: Sequence[Proble
     if reward.kind != "math":
         return
     with contextlib.closing(Grader(reward.workers, reward.deadline_s, reward.memory_mb)) as grader:
-        bad = golds.unreadable([p.answer for p in problems], grader, golds.default_cache())
+        answers = [problem.answer for problem in problems]
+        bad = golds.unreadable(answers, grader, golds.default_cache())
+    refusal = golds.refusal(source, answers, bad)
+    if refusal is not None:
+        raise UserError(f"{refusal}: {rows.some((problems[i].id for i in bad), 3)}.")
     if bad:
         print(
-            f"{source}: math-verify cannot read {len(bad)} answers, which only the same spelling matches: "
+            f"{source}: {len(bad)} gold answers cannot be read, and only the same spelling matches them: "
             f"{rows.some(problems[i].id for i in bad)}."
         )

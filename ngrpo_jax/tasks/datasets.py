@@ -80,8 +80,17 @@ def _problems(
     number = 0
     for number, row in rows.numbered:
         texts = reader.read(number, row)
+        if texts and rows.answer_after:
+            texts["answer"] = _after(f"{rows.origin}, row {number}", texts["answer"], rows.answer_after)
         yield Problem(**texts) if texts else None
     require(number > 0, f"data source {source!r} (split {split!r}) is empty; give one with at least one row")
+
+
+def _after(place: str, answer: str, marker: str) -> str:
+    """What follows the last `marker` of an answer."""
+    result = answer.rpartition(marker)[2].strip() if marker in answer else ""
+    require(bool(result), f"{place}: no answer after {marker!r}; correct the row, or leave answer_after out")
+    return result
 
 
 def problem_order(count: int, *, seed: int, step: int, batch: int) -> np.ndarray:

@@ -10,8 +10,9 @@ of this project, `datasets` the fields that a problem needs.
     tfds:NAME[/CONFIG][:VERSION][?...]        any other TFDS set; it must be prepared as array_record
     package.module:function                   called with split= and seed=; gives dicts
 
-After "?", `problem=`, `answer=` and `id=` name the fields of the file where they have other names. A file is
-read whole whatever the split.
+After "?", `problem=`, `answer=` and `id=` name the fields of the file where they have other names, and
+`answer_after=TEXT` takes of each answer what follows the last TEXT, such as ####. A file is read whole
+whatever the split.
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ from .importing import import_function
 from .rows import Row
 
 FIELDS = ("problem", "answer", "id")
+_ANSWER_AFTER = "answer_after"
 _KINDS = ("arithmetic", *files.READERS, "tfds")
 
 
@@ -39,11 +41,13 @@ class Rows:
     origin: the file or set, for the sentence of an error.
     numbered: (number, row), numbers from 1; can be read once.
     names: the one name in this source of each of `FIELDS`.
+    answer_after: the text before the answer within its field; empty where the field is the answer.
     """
 
     origin: str
     numbered: Iterator[tuple[int, Row]]
     names: dict[str, tuple[str]]
+    answer_after: str = ""
 
 
 def read_rows(source: str, *, split: str, seed: int, size: int | None) -> Rows:
@@ -57,13 +61,15 @@ def read_rows(source: str, *, split: str, seed: int, size: int | None) -> Rows:
         made = arithmetic.generate(arithmetic.parse_spec(rest), split=split, seed=seed, size=size)
         return Rows(kind, enumerate(made, 1), _field_names(source, "")[0])
     if kind in files.READERS and body:
-        names, _ = _field_names(source, query)
+        names, options = _field_names(source, query, (_ANSWER_AFTER,))
         path = pathlib.Path(body).expanduser()
-        return Rows(str(path), files.read(path, kind), names)
+        return Rows(str(path), files.read(path, kind), names, **options)
     if kind == "tfds" and body:
         own = body.partition("/")[0].partition(":")[0] in builders.NAMES
-        names, options = _field_names(source, query, ("data_dir", *(["manual_dir"] if own else [])))
-        return Rows(f"{kind}:{body} {split}", _tfds_rows(body, split, own, **options), names)
+        extra = (_ANSWER_AFTER, "data_dir", *(["manual_dir"] if own else []))
+        names, options = _field_names(source, query, extra)
+        after = options.pop(_ANSWER_AFTER, "")
+        return Rows(f"{kind}:{body} {split}", _tfds_rows(body, split, own, **options), names, after)
     if rest and not body.startswith("//"):
         near = difflib.get_close_matches(kind, _KINDS, n=1)
         if near and "." not in kind and importlib.util.find_spec(kind) is None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from ngrpo_jax.errors import require
 
 from .. import cleaning, files, rows
-from ..grading import gold_letter, last_boxed
+from ..grading.extraction import gold_letter, last_boxed
 from .catalogue import CHOICE, OPTIONS, DataSet
 from .choices import balanced_letters, lay_out
 
