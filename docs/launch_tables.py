@@ -18,7 +18,7 @@ from ngrpo_jax import flags
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.model.flops import forward_flops
 from ngrpo_jax.preflight import memory
-from ngrpo_jax.runtime.hardware import PEAK_FLOPS
+from ngrpo_jax.runtime.hardware import CHIPS
 from ngrpo_jax.settings import MeshSettings, Settings, resolve
 
 DOCUMENT = pathlib.Path(__file__).parent / "launch.md"
@@ -34,7 +34,7 @@ EVALUATED = 30 * 32  # responses of one evaluation on AIME24
 
 
 class Slice(NamedTuple):
-    """Devices of one kind: GiB of memory of each, bytes a second of it, and its name in PEAK_FLOPS."""
+    """Devices of one kind: GiB of memory of each, bytes a second of it, and its name in CHIPS."""
 
     name: str
     devices: int
@@ -119,7 +119,7 @@ def hours(settings: Settings, model: ModelConfig, where: Slice) -> tuple[float, 
     rollout = sequences * RESPONSE / run.slots * of_step
     # Forward passes: old and reference log-probabilities, two with full remat, two as much as gradients.
     work = (1 + 1 + 2 + 2) * sequences * forward_flops(model, PROMPT, RESPONSE)
-    update = work / (where.devices * FLOPS_SHARE * PEAK_FLOPS[where.kind])
+    update = work / (where.devices * FLOPS_SHARE * CHIPS[where.kind].flops)
     assert settings.eval.every is not None
     evaluations = 2 + settings.train.steps // settings.eval.every
     evaluation = EVALUATED * RESPONSE / run.slots * of_step

@@ -268,7 +268,7 @@ REFUSALS = {
     "mesh axis": (
         [],
         {"mesh__data": 1, "mesh__tensor": 8},
-        "embed/embedding has 109 vocabulary rows (V), which mesh.tensor = 8 does not divide",
+        "2 key/value heads (K), which mesh.tensor = 8 does not divide",
     ),
     "row length": (
         [],

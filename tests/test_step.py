@@ -2,6 +2,7 @@
 
 import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ from ngrpo_jax.tasks.datasets import Problem
 from ngrpo_jax.tasks.rewards import Counts
 
 CONFIG = ModelConfig("qwen2", 32, 16, 32, 2, 4, 2, 4)
+DEVICES = np.array(jax.devices()[:4])
 PROBLEMS = ProblemSet(
     [Problem(str(i), f"{i}?", str(i)) for i in range(10)], [[i] * (i + 1) for i in range(10)]
 )
@@ -25,7 +27,12 @@ def _run(**changes):
     """As much of a run as these functions read."""
     own = types.SimpleNamespace
     settings = own(seed=3, rollout=own(prompts=6, group=2), objective=own(old_logprobs="sampler"))
-    parts = {"settings": settings, "training": PROBLEMS, "reference": None, "mesh": own(size=4)}
+    parts = {
+        "settings": settings,
+        "training": PROBLEMS,
+        "reference": None,
+        "mesh": own(size=4, devices=DEVICES),
+    }
     return own(**(parts | {"model_spec": own(config=CONFIG)} | changes))
 
 

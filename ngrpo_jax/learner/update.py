@@ -201,6 +201,7 @@ def _on_devices(
         return program
     specs, of_result = jax.tree.map(lambda sharding: sharding.spec, (given, result))
 
+    @functools.wraps(program)  # a profile, or a log of compilations, has the program's own name
     def on_mesh(*arguments):
         of_rows = jax.tree.map(
             lambda leaf: rows_sharding.spec if leaf.ndim else jax.sharding.PartitionSpec(), arguments[-1]
