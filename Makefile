@@ -8,7 +8,9 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 VENV := .venv
 BIN := $(VENV)/bin
 WORKDIR := runs/tiny
-GOLDEN_TESTS := tests/test_decoder.py tests/test_inference.py tests/test_learner_oracle.py
+ORACLE := tests/test_learner_oracle.py
+GOLDEN_TESTS := tests/test_decoder.py tests/test_inference.py $(ORACLE)::test_gspo_on_a_mesh_of_all_axes \
+	"$(ORACLE)::test_the_compiled_step_is_the_objective[as the paper has it]"
 
 .DEFAULT_GOAL := help
 .PHONY: help run test test-long test-targets lint
@@ -29,7 +31,7 @@ run: $(VENV)/.requirements
 
 test: $(VENV)/.requirements-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-	@echo "The model's goldens and the learner's oracle once more, compiled as in use:"
+	@echo "The model's goldens and, for the paper's objective and GSPO, the learner's oracle, compiled as in use:"
 	NGRPO_TEST_OPTIMIZED=1 $(BIN)/python -m pytest -n 2 --dist load $(GOLDEN_TESTS)
 
 test-long: $(VENV)/.requirements-dev
