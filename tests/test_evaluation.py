@@ -291,6 +291,13 @@ def test_what_cannot_be_evaluated_is_one_sentence(changes, given, words, whole, 
     assert whole[1].read_bytes() == before
 
 
+def test_a_reward_that_ends_the_process_is_one_sentence_with_the_responses_id(model, tmp_path, capsys):
+    sentence = _refused(capsys, _run, model, tmp_path / "run", reward__kind="own_reward:leave")
+    assert re.search(
+        r"the reward 'own_reward:leave' of response arithmetic:\S+/1 failed \(SystemExit: 0\)", sentence
+    )
+
+
 def test_an_evaluation_that_does_not_fit_is_refused(model, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(capacity, "device_memory", lambda *_, **__: 1000)

@@ -80,8 +80,9 @@ def sample_and_grade(
     if sentence:
         print(f"warning: {eval_set.name}: {sentence}; they are graded all the same", flush=True)
     texts = response_texts(policy.tokenizer_info, trajectories)
-    golds = [problems.problems[index].answer for index in indices for _ in range(samples)]
-    rewards = np.asarray(grader.grade(texts, golds, settings.reward.kind), np.float32)
+    sampled = [(problems.problems[index], sample) for index in indices for sample in range(1, samples + 1)]
+    golds, ids = [one.answer for one, _ in sampled], [f"{one.id}/{sample}" for one, sample in sampled]
+    rewards = np.asarray(grader.grade(texts, golds, settings.reward.kind, ids), np.float32)
     return Responses(trajectories, texts, rewards.reshape(len(indices), samples))
 
 
