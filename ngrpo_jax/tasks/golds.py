@@ -35,7 +35,7 @@ def unreadable(golds: Sequence[str], grader: Grader, cache: pathlib.Path | None 
     """
     open_golds = list(dict.fromkeys(gold for gold in golds if not _is_plain(gold)))
     known = _known(cache)
-    # Long golds are compared by spelling alone, and nobody spells a whole solution.
+    # Long golds are compared by spelling alone, and no response repeats a whole solution.
     verdicts = {gold: False for gold in open_golds if len(gold) > MAX_ANSWER or is_solution(gold)}
     questions = [gold for gold in open_golds if gold not in verdicts and _digest(gold) not in known]
     verdicts |= zip(questions, grader.readable(questions), strict=True)
