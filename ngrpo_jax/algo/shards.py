@@ -1,4 +1,4 @@
-"""What a device of a mesh asks of the others, inside of `jax.shard_map`: sums, gathers, exchanges.
+"""Collectives between the devices of a mesh, inside of `jax.shard_map`: sums, gathers, exchanges.
 
 Owns the collectives and their gradients. Must not know what is split, nor how a mesh is made.
 
@@ -68,7 +68,7 @@ def _gather(x: jax.Array, name: str, dim: int, dtype: Any) -> jax.Array:
 
 
 class Shards(NamedTuple):
-    """The axes of a mesh, as the program of one of its devices sees them.
+    """The axes of a mesh, for the program of one of its devices.
 
     Attributes:
       data, fsdp: rows of a batch are split over both; parameters over fsdp.

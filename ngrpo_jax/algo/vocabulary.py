@@ -3,7 +3,7 @@
 Owns how the vocabulary is split over devices, where it is. Must not know chunks (logprobs.py), nor the model
 below the projection.
 
-On a mesh each device has its own part of the vocabulary and sees the hidden states of all devices along the
+On a mesh each device has its own part of the vocabulary and gets the hidden states of all devices along the
 fsdp axis: a chunk's hidden states are a hundredth of the head, which otherwise every chunk would gather, and
 whose gradient every chunk would sum.
 

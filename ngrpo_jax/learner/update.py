@@ -180,7 +180,7 @@ def compile_programs(
 
 
 def make_shards(mesh: Any, of_params: Any) -> Shards:
-    """What `jax.shard_map` over this mesh sees of it, with the parameters split as their shardings say."""
+    """The axes of this mesh for a program under `jax.shard_map`, with the specs that split the parameters."""
     axes = {name: Axis(name, mesh.shape[name]) for name in ("data", "fsdp", "tensor")}
     return Shards(**axes, specs=jax.tree.map(lambda sharding: sharding.spec, of_params))
 
@@ -190,7 +190,7 @@ def _on_devices(
 ) -> Callable:
     """`program` of these arguments and of microbatches as the program of each device, on its own parts.
 
-    What is not written in it no device does, such as a collective in the place that XLA would choose.
+    Collectives are only those that the program contains: XLA chooses none.
 
     Args:
       given, result: shardings of the arguments before the microbatches, and of the result.

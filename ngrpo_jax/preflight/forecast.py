@@ -99,7 +99,7 @@ def run(config: Any, target: str, json_file: str | None) -> int:
 
 
 def _model(settings: Settings) -> tuple[ModelConfig, TokenizerInfo]:
-    """The sizes of the model, and its tokenizer's ids and masks or what stands in for them."""
+    """The sizes of the model, and its tokenizer's ids and masks; without a tokenizer, all rows as usable."""
     if settings.model.path == WARM_START:
         tokenizer = prompts.load_tokenizer(arithmetic.TOKENIZER)
         config = warm_start_config(settings.warm_start, tokenizer)
@@ -171,7 +171,7 @@ def _row(
 
 @contextlib.contextmanager
 def _told(program: str) -> Iterator[None]:
-    """Prints at intervals that a program is still being compiled."""
+    """Prints every `_QUIET_S` seconds that a program is still being compiled."""
     ended, begun = threading.Event(), time.monotonic()
 
     def tell() -> None:

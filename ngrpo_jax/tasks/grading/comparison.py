@@ -38,7 +38,7 @@ _PARTS: dict[Any, Node] = {  # what one per cent and one degree are
 
 
 class Verdict(NamedTuple):
-    """Whether an answer is the gold, and the rule that said so."""
+    """Whether an answer is the gold, and the rule that decided it."""
 
     equal: bool
     rule: str
