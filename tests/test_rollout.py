@@ -353,10 +353,10 @@ def test_nothing_compiles_after_compile_ahead():
     mixing = Mixing(rate=0.3, k=3, until_ids=UNTIL)
     table_VC = neighbor_table(params["embed"]["embedding"], 3)
     options = dict(samples=2, max_new_tokens=150, temperature=0.9, mixing=mixing, table_VC=table_VC)
-    options |= dict(stop_ids=STOP, slots=8, chunk=8, max_prompt_tokens=120)
+    options |= dict(stop_ids=(), slots=8, chunk=8, max_prompt_tokens=120)
     request = RolloutRequest(
         BASE,
-        SamplingParams(0.9, mixing=mixing, stop_ids=STOP),
+        SamplingParams(0.9, mixing=mixing, stop_ids=()),
         samples=2,
         max_new_tokens=150,
         slots=8,
@@ -374,6 +374,11 @@ def test_nothing_compiles_after_compile_ahead():
         engine.generate(params, BASE, prompts, keys_B=keys, lengths_B=bounds, **options)
         sizes.add(max(lengths))
     assert len(sizes) == 3
+    # Half of the sequences end early, so that the cache of the other half grows in halved slots.
+    prompts = [[5, 6], [7], [8, 9, 10], [11]]
+    bounds, stats = np.array([20, 150] * 4), engine.RolloutStats()
+    engine.generate(params, BASE, prompts, keys_B=keys, lengths_B=bounds, stats=stats, **options)
+    assert stats.rows < stats.steps * 8
     assert not compiled
     jax.jit(lambda x: x + 3)(jnp.ones(3))
     assert compiled, "the listener heard nothing: the test would prove nothing"
