@@ -18,6 +18,10 @@ os.environ["XLA_FLAGS"] += " --xla_cpu_collective_call_terminate_timeout_seconds
 # XLA's older emitters compile a program of the learner in a fourth of the time; later versions have none.
 if importlib.metadata.version("jaxlib").startswith("0.10.") and os.environ.get("NGRPO_TEST_OPTIMIZED") != "1":
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+# Nearly all of the suite's time is XLA compiling small programs. LLVM's passes, half of that, are left out, also in
+# commands that tests start. make test repeats goldens and oracle with them all, .ci/run every command.
+if os.environ.get("NGRPO_TEST_OPTIMIZED") != "1":
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["JAX_PLATFORMS"] = os.environ.get("NGRPO_TEST_PLATFORM", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -27,9 +31,6 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "float32")
-# Nearly all of the suite's time is XLA compiling small programs. LLVM's passes, half of that, are left out in
-# this process. Commands that tests start have them all, and make test repeats goldens and oracle with them.
-jax.config.update("jax_disable_most_optimizations", os.environ.get("NGRPO_TEST_OPTIMIZED") != "1")
 
 # Two workers take whole files in this order: the longest first, lest one of them end the run alone.
 LONGEST = ("update", "rollout", "hosts", "commands", "inference", "refresh", "benchmarks", "learner_oracle")

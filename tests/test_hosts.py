@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -46,11 +47,14 @@ def _environment(**extra):
     """Of a training process: one CPU device, and nothing that another launcher left behind."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "JAX_", "NGRPO_", "XLA_"))}
     cache = {k: v for k, v in os.environ.items() if "CACHE" in k or "CACHING" in k}
+    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
     return (
         kept
         | cache
         | {
             "JAX_PLATFORMS": "cpu",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "0"),
+            "XLA_FLAGS": flags,
             "NGRPO_PYTHON": sys.executable,
             "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
             "PYTHONUNBUFFERED": "1",
