@@ -1,6 +1,6 @@
 """The two sides of a rollout race, on the same weights, prompts and response lengths.
 
-Ours is `engine.generate`; theirs is Hugging Face generate in a peer (peers/hf_generate.py).
+Ours is `engine.generate`; theirs is a peer that takes the requests of peers/hf_generate.py.
 """
 
 from __future__ import annotations
@@ -61,11 +61,12 @@ class Ours:
 
 
 class Theirs:
-    """A run of the peer; keeps the decode steps that it took."""
+    """A run of the peer; keeps the decode steps that it took, where it tells them."""
 
     def __init__(self, peer: Peer, work: Work, batch: int) -> None:
         self._peer, self._work, self._batch = peer, work, batch
-        self._seed, self.steps = 0, 0
+        self._seed = 0
+        self.steps: int | None = None
 
     def __call__(self) -> float:
         self._seed += 1

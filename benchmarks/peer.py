@@ -28,7 +28,7 @@ class Peer:
         """
         if shutil.which(python) is None:
             raise ValueError(
-                f"--peer-python {python} is no program; name the python of the peer's environment"
+                f"{python} is no program; name the python of the peer's environment"
             )
         self._name = pathlib.Path(script).stem
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115

@@ -1,10 +1,12 @@
-"""Rollouts against Hugging Face `generate`, against the machine's bounds, and against themselves unmixed.
+"""Rollouts against vLLM and Hugging Face, against the machine's bounds, and against themselves unmixed.
 
-    python benchmarks/rollout.py [--equal] [--tail] [--mixing] [--memory] [--model=DIR] [--peer-python=PATH]
+    python benchmarks/rollout.py [--equal] [--tail] [--mixing] [--memory] [--model=DIR]
+                                 [--vllm-python=PATH] [--peer-python=PATH]
 
 Without a choice of cases: equal lengths, long tail and mixing. Without --model: random weights in the shape
-of a small Qwen2. Without --peer-python: no Hugging Face. Prints Markdown tables: medians of alternating runs.
-benchmarks/README.md says how to make the peer's environment and what the figures mean.
+of a small Qwen2. Without --vllm-python no vLLM, without --peer-python no Hugging Face `generate`. Prints
+Markdown tables: medians of alternating runs. benchmarks/README.md says how to make the peers' environments
+and what the figures mean.
 """
 
 from __future__ import annotations
@@ -33,10 +35,11 @@ PROMPT = 64
 EQUAL_PROMPTS, EQUAL_NEW = 8, 128
 TAIL_PROMPTS, TAIL_MEDIAN, TAIL_95TH, TAIL_CAP = 64, 60, 400, 512
 BOUND_STEPS = 64
-OURS, DECODING, PEER, PRODUCTS, READING, MATRICES = (
+OURS, DECODING, HUGGING_FACE, VLLM, PRODUCTS, READING, MATRICES = (
     "this engine",
     "this engine, decoding alone",
     "Hugging Face generate",
+    "vLLM",
     "the step's weight products alone",
     "one reading of keys and values",
     "the step's matrix products alone",
@@ -51,11 +54,11 @@ def main() -> None:
         model = _model(given, stack.enter_context(tempfile.TemporaryDirectory()))
         report = measure.Report(f"Rollout: {model.name}, {model.config.dtype}")
         if given.equal or given.tail:
-            peer = _start_peer(stack, model, given) if given.peer_python else None
+            peers = _start_peers(stack, model, given)
             if given.equal:
-                equal_lengths(report, model, peer, given)
+                equal_lengths(report, model, peers, given)
             if given.tail:
-                long_tail(report, model, peer, given)
+                long_tail(report, model, peers, given)
         if given.mixing:
             sizes = dict(slots=given.slots, context=given.context, steps=given.steps, pairs=given.pairs)
             mixing.report_mixing(report, model.params, model.config, **sizes)
@@ -64,7 +67,9 @@ def main() -> None:
         report.save(given.json)
 
 
-def equal_lengths(report: measure.Report, model: Model, peer: Peer | None, given: argparse.Namespace) -> None:
+def equal_lengths(
+    report: measure.Report, model: Model, peers: dict[str, Peer], given: argparse.Namespace
+) -> None:
     """All responses equally long, all slots busy: nothing to schedule, the speed of a step."""
     count = EQUAL_PROMPTS * SAMPLES
     work = Work(_prompts(model.config, EQUAL_PROMPTS), np.full(count, EQUAL_NEW, np.int32))
@@ -73,19 +78,17 @@ def equal_lengths(report: measure.Report, model: Model, peer: Peer | None, given
     # A step reads the prompt and, in the mean of the run, half of the response.
     reading = bounds.cache_reading(model.config, count, PROMPT + EQUAL_NEW // 2, BOUND_STEPS)
     sides = {OURS: ours, PRODUCTS: products.run, READING: reading}
-    agreed = []
-    if peer is not None:
-        sides[PEER] = Theirs(peer, work, count)
-        agreed.append(agreement(model, peer, work))
-    timings = measure.alternate(sides, given.rounds, rest_s=_REST_S, pids=[peer.pid] if peer else [])
+    sides |= {name: Theirs(peer, work, count) for name, peer in peers.items()}
+    agreed = [f"{name}: {agreement(model, peer, work)}" for name, peer in peers.items()]
+    pids = [peer.pid for peer in peers.values()]
+    timings = measure.alternate(sides, given.rounds, rest_s=_REST_S, pids=pids)
     rate = {
         OURS: work.tokens / timings.seconds[OURS],
         DECODING: work.tokens / np.array(ours.decode_s[-given.rounds :])[list(timings.kept)],
         MATRICES: count / (timings.seconds[PRODUCTS] + timings.seconds[READING]),
         PRODUCTS: count / timings.seconds[PRODUCTS],
     }
-    if peer is not None:
-        rate[PEER] = work.tokens / timings.seconds[PEER]
+    rate |= {name: work.tokens / timings.seconds[name] for name in peers}
     step_s = timings.each(PRODUCTS).median
     report.table(
         f"Equal lengths: {EQUAL_PROMPTS} prompts × {SAMPLES}, prompt {PROMPT}, {EQUAL_NEW} new tokens",
@@ -99,26 +102,28 @@ def equal_lengths(report: measure.Report, model: Model, peer: Peer | None, given
         *agreed,
         f"Matrix products: those of the weights, and attention's two over the cache, which count as one "
         f"reading of its keys and values ({1e3 * timings.each(READING).median:.3g} ms).",
-        "Goals: at least 1.7 × Hugging Face (small shape: 2.0 ×), at least 0.70 of the matrix products.",
+        "Goals: at least 1.0 × vLLM (small shape: 1.4 ×), at least 0.70 of the matrix products.",
     )
 
 
-def long_tail(report: measure.Report, model: Model, peer: Peer | None, given: argparse.Namespace) -> None:
+def long_tail(
+    report: measure.Report, model: Model, peers: dict[str, Peer], given: argparse.Namespace
+) -> None:
     """Response lengths with a long tail, forced on every engine: the speed of the scheduler."""
     count = TAIL_PROMPTS * SAMPLES
     work = Work(_prompts(model.config, TAIL_PROMPTS), tail_lengths(count))
     ours = Ours(model, work, given.slots, given.chunk)
-    sides = {OURS: ours}
-    if peer is not None:
-        sides[PEER] = Theirs(peer, work, given.slots)
+    sides = {OURS: ours} | {name: Theirs(peer, work, given.slots) for name, peer in peers.items()}
+    pids = [peer.pid for peer in peers.values()]
     timings = measure.alternate(
-        sides, given.tail_rounds, warmups=given.tail_warmups, rest_s=_REST_S, pids=[peer.pid] if peer else []
+        sides, given.tail_rounds, warmups=given.tail_warmups, rest_s=_REST_S, pids=pids
     )
     stats, perfect = ours.stats, perfect_steps(work.lengths_B, given.slots)
     rows = [_tail_row(OURS, work, timings, stats.occupancy, stats.steps)]
-    if peer is not None:
-        steps = sides[PEER].steps
-        rows.append(_tail_row(PEER, work, timings, work.tokens / (steps * given.slots), steps))
+    for name in peers:
+        steps = sides[name].steps
+        occupancy = None if steps is None else work.tokens / (steps * given.slots)
+        rows.append(_tail_row(name, work, timings, occupancy, steps))
     rows.append(("a perfect scheduler", None, None, work.tokens / (perfect * given.slots), perfect))
     share = perfect * given.slots / stats.rows
     report.table(
@@ -129,7 +134,7 @@ def long_tail(report: measure.Report, model: Model, peer: Peer | None, given: ar
         f"95th percentile {np.quantile(work.lengths_B, 0.95):.0f}, cap {TAIL_CAP}. {timings.note()}.",
         f"Occupancy while sequences wait: {stats.queued_occupancy:.3f} (goal 0.88). Rows of a perfect "
         f"scheduler that never halves its slots (chunk 1, same order), over ours: {share:.3f} (goal 0.95). "
-        "Hugging Face: goal 4.0.",
+        "vLLM: goal 1.0 (small shape: 1.2).",
     )
 
 
@@ -148,7 +153,9 @@ def perfect_steps(lengths: Sequence[int] | np.ndarray, slots: int) -> int:
     return max(free_at)
 
 
-def _tail_row(name: str, work: Work, timings: measure.Timings, occupancy: float, steps: int) -> tuple:
+def _tail_row(
+    name: str, work: Work, timings: measure.Timings, occupancy: float | None, steps: int | None
+) -> tuple:
     rate = measure.interval(work.tokens / timings.seconds[name])
     return name, rate, timings.ratio(name, OURS), occupancy, steps
 
@@ -172,11 +179,22 @@ def _model(given: argparse.Namespace, scratch: str) -> Model:
     )
 
 
-def _start_peer(stack: contextlib.ExitStack, model: Model, given: argparse.Namespace) -> Peer:
-    peer = stack.enter_context(Peer(given.peer_python, "hf_generate.py"))
-    loaded = peer.ask("load", model=os.path.abspath(model.directory), threads=given.peer_threads)
-    measure.say("peer: " + ", ".join(f"{name} {value}" for name, value in loaded.items()))
-    return peer
+def _start_peers(stack: contextlib.ExitStack, model: Model, given: argparse.Namespace) -> dict[str, Peer]:
+    """The peers whose interpreters were named, with the model loaded."""
+    of_vllm = {"slots": max(given.slots, EQUAL_PROMPTS * SAMPLES), "tokens": PROMPT + TAIL_CAP}
+    chosen = {
+        VLLM: (given.vllm_python, "vllm_generate.py", of_vllm),
+        HUGGING_FACE: (given.peer_python, "hf_generate.py", {}),
+    }
+    peers = {}
+    for name, (python, script, sizes) in chosen.items():
+        if python is None:
+            continue
+        peers[name] = stack.enter_context(Peer(python, script))
+        directory = os.path.abspath(model.directory)
+        loaded = peers[name].ask("load", model=directory, threads=given.peer_threads, **sizes)
+        measure.say(f"{name}: " + ", ".join(f"{key} {value}" for key, value in loaded.items()))
+    return peers
 
 
 def _arguments() -> argparse.Namespace:
@@ -189,6 +207,7 @@ def _arguments() -> argparse.Namespace:
     ):
         parser.add_argument(f"--{case}", action="store_true", help=what)
     parser.add_argument("--model", metavar="DIR", help="a Hugging Face directory")
+    parser.add_argument("--vllm-python", metavar="PATH", help="the python that has vLLM for CPU")
     parser.add_argument("--peer-python", metavar="PATH", help="the python that has torch and transformers")
     parser.add_argument("--peer-threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", metavar="FILE", help="where the figures go as well")
@@ -196,7 +215,7 @@ def _arguments() -> argparse.Namespace:
         ("rounds", 3, "of --equal: runs of each side"),
         ("tail-rounds", 2, "of --tail: runs of each side"),
         ("tail-warmups", 1, "of --tail: runs of each side that do not count"),
-        ("slots", 32, "sequences side by side, of --tail and --mixing; the batch of the peer"),
+        ("slots", 32, "sequences side by side, of --tail and --mixing; the batch of the peers"),
         ("chunk", 16, "decode steps between two refills"),
         ("pairs", 200, "of --mixing: chunks of each side"),
         ("steps", 4, "of --mixing: decode steps of a chunk"),

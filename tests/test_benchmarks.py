@@ -257,6 +257,6 @@ def test_a_peer_answers_fails_and_ends_in_so_many_words(tmp_path):
             peer.ask("die")
 
 
-def test_a_peer_python_that_is_none_is_refused():
-    with pytest.raises(ValueError, match="--peer-python /nowhere/python is no program"):
+def test_a_python_of_a_peer_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="/nowhere/python is no program"):
         Peer("/nowhere/python", "hf_generate.py")

@@ -10,14 +10,12 @@ Runs in an environment of its own (pip install torch transformers), started by b
 the longest has, which is how generate treats sequences that have ended.
 """
 
-import json
-import os
 import resource
-import sys
 import time
 
 import torch
 import transformers
+from answering import answer_requests
 
 
 class OwnLengths(transformers.StoppingCriteria):
@@ -94,20 +92,6 @@ class HuggingFace:
         return written[:, longest:]
 
 
-def main() -> None:
-    """Answers until stdin ends. What libraries print goes to stderr: stdout is for answers alone."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    peer = HuggingFace()
-    operations = {"load": peer.load, "generate": peer.generate}
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            answer = operations[request.pop("op")](**request)
-        except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), file=answers, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    peer = HuggingFace()
+    answer_requests({"load": peer.load, "generate": peer.generate})
