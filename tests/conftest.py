@@ -18,8 +18,8 @@ os.environ["XLA_FLAGS"] += " --xla_cpu_collective_call_terminate_timeout_seconds
 # XLA's older emitters compile a program of the learner in a fourth of the time; later versions have none.
 if importlib.metadata.version("jaxlib").startswith("0.10.") and os.environ.get("NGRPO_TEST_OPTIMIZED") != "1":
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
-# Nearly all of the suite's time is XLA compiling small programs. LLVM's passes, half of that, are left out, also in
-# commands that tests start. make test repeats goldens and oracle with them all, .ci/run every command.
+# Nearly all of the suite's time is XLA compiling small programs. LLVM's passes, half of that, are left out,
+# also in commands that tests start. make test repeats goldens and oracle with all, .ci/run every command.
 if os.environ.get("NGRPO_TEST_OPTIMIZED") != "1":
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["JAX_PLATFORMS"] = os.environ.get("NGRPO_TEST_PLATFORM", "cpu")
