@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import pytest
 
+from ngrpo_jax.errors import UserError
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.model.flops import forward_flops
 from ngrpo_jax.runtime import hardware
@@ -56,3 +57,41 @@ def test_forward_flops_count_products_head_at_responses_and_causal_attention():
     attention = sum(2 * 2 * 4 * 8 * (t + 1) for t in range(tokens)) * 3
     expected = 2 * tokens * (3 * layer + norms) + attention + 2 * 16 * 100 * 7
     assert forward_flops(model, 5, 7) == expected
+
+
+SAID = {
+    "cuda": (AssertionError(), r"pip install -e '\.\[cuda12\]'"),
+    "cuda,cpu": (None, r"pip install -e '\.\[cuda12\]'"),  # jax goes on with the CPU
+    "tpu,cpu": (RuntimeError("No TPU device found"), r"\(No TPU device found\); pip install -e '\.\[tpu\]'"),
+    "tpu": (
+        RuntimeError("The TPU is already in use by process with pid 7"),
+        "pid 7.*end the process that holds",
+    ),
+}
+
+
+@pytest.mark.parametrize("platforms", SAID)
+def test_an_accelerator_that_is_asked_for_and_not_there_is_one_sentence(monkeypatch, platforms):
+    error, sentence = SAID[platforms]
+
+    def devices():
+        if error is not None:
+            raise error
+        return [Device("cpu", "cpu")]
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setattr(type(jax.config), "jax_platforms", platforms)
+    with pytest.raises(
+        UserError, match=f"JAX_PLATFORMS asks for {platforms.partition(',')[0]}, .*{sentence}"
+    ):
+        hardware.visible()
+
+
+@pytest.mark.parametrize(
+    ("platforms", "platform"), [("cuda,cpu", "gpu"), ("tpu", "tpu"), ("cpu", "cpu"), ("", "cpu")]
+)
+def test_the_devices_of_the_platform_asked_for_are_the_runs(monkeypatch, platforms, platform):
+    found = [Device("one", platform)]
+    monkeypatch.setattr(jax, "devices", lambda: found)
+    monkeypatch.setattr(type(jax.config), "jax_platforms", platforms)
+    assert hardware.visible() is found

@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from ngrpo_jax.errors import UserError
 from ngrpo_jax.model import decoder, inference
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.runtime import mesh as meshes
@@ -152,3 +153,12 @@ def test_rows_are_split_over_data_and_fsdp():
     rows = jax.device_put(np.arange(24.0).reshape(8, 3), meshes.rows_sharding(mesh))
     assert {shard.data.shape for shard in rows.addressable_shards} == {(2, 3)}
     assert meshes.replicated(mesh).is_fully_replicated
+
+
+def test_a_mesh_that_a_slice_cannot_have_is_refused_with_its_sizes(monkeypatch):
+    def refuse(*_, **__):
+        raise NotImplementedError("failed to find an assignment")
+
+    monkeypatch.setattr(meshes.mesh_utils, "create_device_mesh", refuse)
+    with pytest.raises(UserError, match=r"cannot have mesh.data 2 × mesh.fsdp 2 × mesh.tensor 2 \(failed"):
+        meshes.make_mesh(2, 2, 2)

@@ -13,7 +13,7 @@ from ngrpo_jax.flags import load_config
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.preflight import capacity, memory, programs
 from ngrpo_jax.preflight.memory import Allocation
-from ngrpo_jax.rollout.programs import largest_programs
+from ngrpo_jax.rollout.shapes import largest_programs
 from ngrpo_jax.runtime import mesh
 from ngrpo_jax.settings import resolve
 from ngrpo_jax.setup.learner import make_learner
@@ -90,11 +90,11 @@ def test_a_rollouts_share_is_what_its_programs_take(layout):
     info = TokenizerInfo(None, (), settings.mixing.method(()), eligible_rows(LARGE.vocab_size, 1))
     policy = abstract_policy(LARGE, info, devices, layout)
     programs_of = largest_programs(policy.params, training_request(policy, settings), policy.table_VC)
-    compiled = {name: programs_of[name]() for name in ("decode_chunk", "prefill")}
+    compiled = {name: programs_of[name]() for name in ("decode_chunk", "insert")}
     table = LARGE.vocab_size * settings.mixing.k * 4
     taken = compiled["decode_chunk"].memory_analysis().argument_size_in_bytes - table
     assert sizes["rollout copy, float32"] + sizes["KV cache"] == pytest.approx(taken, rel=0.01)
-    prefilled = compiled["prefill"].memory_analysis().output_size_in_bytes
+    prefilled = compiled["insert"].memory_analysis().argument_size_in_bytes - sizes["KV cache"]
     assert sizes["keys and values of prefilled prompts"] == pytest.approx(prefilled, rel=0.01)
 
 

@@ -19,8 +19,8 @@ or rows times tokens of prompts).
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -38,6 +38,20 @@ Params = dict[str, Any]
 # (q [U, K, Q, H], k and v [U, K, H]) -> (attention [U, K, Q, H], the layer's keys and values)
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, KeysValues]]
 Rope = tuple[jax.Array, jax.Array]  # cosines and sines, float32 [H/2] of U tokens
+
+
+class Prompts(NamedTuple):
+    """Prompts [B, T] between two layers.
+
+    Attributes:
+      states: [D] of U = B · T tokens.
+      rope: of their positions.
+      real_BT: bool, tokens that are no padding.
+    """
+
+    states: jax.Array
+    rope: Rope
+    real_BT: jax.Array
 
 
 def is_inference_layout(params: Params) -> bool:
@@ -110,8 +124,8 @@ class InferenceModel:
         """The axis of a token's entries, or of one head's: the last that is not `token_axis`."""
         return -2 if self.platform == "cpu" else -1
 
-    def prefill(self, params: Params, ids_BT: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, KVCache]:
-        """Reads right-padded prompts: (hidden_BD after each row's last token, a cache of T columns).
+    def prompts(self, params: Params, ids_BT: jax.Array, lengths_B: jax.Array) -> Prompts:
+        """Right-padded prompts before the first layer.
 
         Padding has no influence; a row of length 0 gives a hidden state without meaning.
         """
@@ -121,12 +135,19 @@ class InferenceModel:
         positions_BT = jnp.arange(T, dtype=jnp.int32)[None] - (T - lengths_B)[:, None]
         ids_BT = jnp.take_along_axis(ids_BT, jnp.maximum(positions_BT, 0), axis=1)
         x = self._embed(params, one_hot(ids_BT.reshape(B * T), 1))
-        rope = self._rope(jnp.maximum(positions_BT, 0).reshape(B * T))
-        attend = functools.partial(attend_to_prompts, real_BT=positions_BT >= 0)
-        x, keys, values = self._layers(params, x, rope, [attend] * self.config.num_layers)
-        last = jax.lax.slice_in_dim(x, T - 1, B * T, stride=T, axis=self.token_axis)
-        cache = KVCache(keys, values, lengths_B.astype(jnp.int32), jnp.zeros((), jnp.int32))
-        return self._hidden(params, last), cache
+        return Prompts(x, self._rope(jnp.maximum(positions_BT, 0).reshape(B * T)), positions_BT >= 0)
+
+    def prompt_layer(self, layer: Params, prompts: Prompts) -> tuple[Prompts, KeysValues]:
+        """Prompts after one more layer, and that layer's part of a cache of T columns."""
+        attend = functools.partial(attend_to_prompts, real_BT=prompts.real_BT)
+        x, keys_values = self._layer(layer, prompts.states, prompts.rope, attend)
+        return prompts._replace(states=x), keys_values
+
+    def last_hidden(self, params: Params, prompts: Prompts) -> jax.Array:
+        """hidden_BD after each prompt's last token, of prompts after the last layer."""
+        T = prompts.real_BT.shape[1]
+        last = jax.lax.slice_in_dim(prompts.states, T - 1, None, stride=T, axis=self.token_axis)
+        return self._hidden(params, last)
 
     def rope_table(self, columns: int) -> Rope:
         """Rotary cosines and sines of all positions that a cache of so many columns can hold."""
@@ -153,26 +174,17 @@ class InferenceModel:
         attend = functools.partial(
             attend_to_cache, cursor=cache.cursor, valid_BS=valid_BS, platform=self.platform
         )
-        of_layers = zip(cache.keys, cache.values, strict=True)
-        attends = [functools.partial(attend, cached=keys_values) for keys_values in of_layers]
-        x, keys, values = self._layers(params, x, (cos, sin), attends)
+        caches = []
+        for layer, *cached in zip(params["layers"], cache.keys, cache.values, strict=True):
+            x, keys_values = self._layer(layer, x, (cos, sin), functools.partial(attend, cached=cached))
+            caches.append(keys_values)
+        keys, values = zip(*caches, strict=True)
         return self._hidden(params, x), kv.advanced(cache._replace(keys=keys, values=values))
 
     def logits(self, params: Params, hidden_BD: jax.Array) -> jax.Array:
         """float32 [B, V]."""
         head_VD = head(params, self.config)
         return jnp.einsum("bd,vd->bv", hidden_BD, head_VD, preferred_element_type=jnp.float32)
-
-    def _layers(
-        self, params: Params, x: jax.Array, rope: Rope, attends: Sequence[Attend]
-    ) -> tuple[jax.Array, tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-        """All layers: states of U tokens, and the keys and values of every layer."""
-        caches = []
-        for layer, attend in zip(params["layers"], attends, strict=True):
-            x, keys_values = self._layer(layer, x, rope, attend)
-            caches.append(keys_values)
-        keys, values = zip(*caches, strict=True)
-        return x, keys, values
 
     def _layer(self, layer: Params, x: jax.Array, rope: Rope, attend: Attend) -> tuple[jax.Array, KeysValues]:
         """Normalised attention and normalised MLP, each added to its input; and the layer's cache."""

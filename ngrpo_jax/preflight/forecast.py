@@ -5,13 +5,13 @@ model, no weights; nothing is run. Where the model's folder has no tokenizer, al
 taken as usable, and lengths are the settings' limits.
 """
 
-import contextlib
+import concurrent.futures
 import dataclasses
 import functools
+import os
 import pathlib
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -31,7 +31,7 @@ from ngrpo_jax.setup.warm_start import warm_start_config
 from ngrpo_jax.tasks import arithmetic, prompts
 
 GIB = 2**30
-_QUIET_S = 10.0  # a program that takes longer to compile says so at such intervals
+_QUIET_S = 10.0  # after so long without a line, what is being compiled is told
 _REMEDIES = {
     "update": "lower train.rows_per_device, set train.remat to full, or raise mesh.fsdp",
     "rollout": "lower rollout.slots, or raise mesh.fsdp",
@@ -82,13 +82,20 @@ def run(config: Any, target: str, json_file: str | None) -> int:
         f"parameters; attention {name}",
         flush=True,
     )
-    rows = []
-    for phase, compile_each in _phases(settings, model, devices, info).items():
-        for program, compile_one in compile_each().items():
-            waiting = _waiting(program, settings, model)
-            row = _row(program, phase, compile_one, device, waiting, name if phase == "update" else None)
-            rows.append(row)
-            print(_line(row), flush=True)
+    work = {
+        program: functools.partial(
+            _row,
+            program,
+            phase,
+            compile_one,
+            device,
+            _waiting(program, settings, model),
+            name if phase == "update" else None,
+        )
+        for phase, compile_each in _phases(settings, model, devices, info).items()
+        for program, compile_one in compile_each.items()
+    }
+    rows = _compiled(work)
     if json_file is not None:
         files.write_json(pathlib.Path(json_file), [dataclasses.asdict(row) for row in rows])
     failed = [row for row in rows if row.problem]
@@ -118,12 +125,39 @@ def _model(settings: Settings) -> tuple[ModelConfig, TokenizerInfo]:
 
 def _phases(
     settings: Settings, model: ModelConfig, devices: jax.sharding.Mesh, info: TokenizerInfo
-) -> dict[str, Callable[[], programs.Programs]]:
+) -> dict[str, programs.Programs]:
     return {
-        "update": functools.partial(programs.update_programs, settings, model, devices),
-        "rollout": functools.partial(programs.rollout_programs, settings, model, devices, info),
-        "table": functools.partial(programs.table_programs, settings, model, devices, info),
+        "update": programs.update_programs(settings, model, devices),
+        "table": programs.table_programs(settings, model, devices, info),
+        "rollout": programs.rollout_programs(settings, model, devices, info),
     }
+
+
+def _compiled(work: Mapping[str, Callable[[], Row]]) -> list[Row]:
+    """The rows, by as many threads as there are cores, at most four: compilers hold gigabytes each.
+
+    Prints a row as its program ends, and at least every `_QUIET_S` seconds which are being compiled.
+    """
+    begun, started, rows = time.monotonic(), {}, {}
+
+    def one(program: str) -> Row:
+        started[program] = time.monotonic()
+        return work[program]()
+
+    with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        pending = {pool.submit(one, program) for program in work}
+        while pending:
+            ended, pending = concurrent.futures.wait(
+                pending, _QUIET_S, return_when=concurrent.futures.FIRST_COMPLETED
+            )
+            for future in ended:
+                row = future.result()
+                rows[row.program] = row
+                print(_line(row), flush=True)
+            if not ended:
+                running = ", ".join(program for program in started if program not in rows)
+                print(f"  {time.monotonic() - begun:.0f} s: compiling {running}", flush=True)
+    return [rows[program] for program in work]
 
 
 def _row(
@@ -141,8 +175,7 @@ def _row(
     assert chip is not None and chip.memory_gib is not None
     remedy = _REMEDIES[phase]
     try:
-        with _told(program):
-            compiled = compile_one()
+        compiled = compile_one()
     except Exception as error:  # of any kind: what the compiler raises is the answer
         said = " ".join(str(error).split())[:300]
         seconds = time.monotonic() - begun
@@ -169,40 +202,33 @@ def _row(
     )
 
 
-@contextlib.contextmanager
-def _told(program: str) -> Iterator[None]:
-    """Prints every `_QUIET_S` seconds that a program is still being compiled."""
-    ended, begun = threading.Event(), time.monotonic()
-
-    def tell() -> None:
-        while not ended.wait(_QUIET_S):
-            print(f"  {program}: compiling for {time.monotonic() - begun:.0f} s", flush=True)
-
-    thread = threading.Thread(target=tell, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
 def _waiting(program: str, settings: Settings, model: ModelConfig) -> int:
     """Bytes that a device holds while a program runs that does not take them as arguments."""
-    held = {one.name: one for one in memory.training_estimate(settings, model)}
+    held = {one.name.partition(",")[0]: one for one in memory.training_estimate(settings, model)}
     reads = {"accumulate": ("master",), "score float32": ("master",), "apply": ("master", "Adam")}
     own = reads.get(program, ("reference",) if program.startswith("score") else ())
     waiting = sum(
         one.size for name, one in held.items() if one.phase == "always" and name.partition(" ")[0] not in own
     )
-    kind = program.partition(" ")[2]
-    if kind in ("empty", "insert"):
-        waiting += sum(one.size for name, one in held.items() if name.startswith("rollout copy"))
-    if kind == "prefill":  # which does not read the head of its copy of the parameters
-        head = 0 if model.tie_embeddings else model.vocab_size * model.hidden_size
-        copy = next(one.size for name, one in held.items() if name.startswith("rollout copy"))
-        waiting += held["KV cache"].size + copy * head // memory.parameter_count(model)
+    if program.startswith(("training", "evaluation")):
+        shares = _waiting_in_rollout(program.partition(" ")[2], model)
+        names = ("rollout copy", "KV cache", "keys and values of prefilled prompts")
+        waiting += sum(int(share * held[name].size) for share, name in zip(shares, names, strict=True))
     return waiting
+
+
+def _waiting_in_rollout(kind: str, model: ModelConfig) -> tuple[float, float, float]:
+    """Shares of the copy of the parameters, of the cache, and of the prompts' keys and values."""
+    whole, rows = memory.parameter_count(model), model.vocab_size * model.hidden_size
+    layer = (whole - (1 if model.tie_embeddings else 2) * rows) / model.num_layers
+    return {
+        "prefill_begin": (1 - rows / whole, 1.0, 0.0),
+        "prefill_layer": (1 - layer / whole, 1.0, 1 - 1 / model.num_layers),
+        "prefill_end": (1.0, 1.0, 1.0),
+        "empty": (1.0, 0.0, 0.0),
+        "insert": (1.0, 0.0, 0.0),
+        "decode_chunk": (0.0, 0.0, 1.0),
+    }[kind]
 
 
 def _line(row: Row) -> str:

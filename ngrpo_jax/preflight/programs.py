@@ -16,8 +16,8 @@ from ngrpo_jax.algo.neighbors import refresh
 from ngrpo_jax.learner import packing, update
 from ngrpo_jax.model import decoder
 from ngrpo_jax.model.config import ModelConfig
-from ngrpo_jax.rollout.programs import largest_programs
 from ngrpo_jax.rollout.request import NO_MIXING
+from ngrpo_jax.rollout.shapes import largest_programs
 from ngrpo_jax.rollout.trajectory import Trajectories
 from ngrpo_jax.runtime import mesh
 from ngrpo_jax.settings import Settings

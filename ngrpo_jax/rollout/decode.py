@@ -13,7 +13,9 @@ import jax.numpy as jnp
 
 from ngrpo_jax.algo import mixture as mix
 from ngrpo_jax.algo.sampling import greedy, log_total, sample, scaled, truncate
-from ngrpo_jax.model.inference import InferenceModel
+from ngrpo_jax.model.cache import KVCache
+from ngrpo_jax.model.cached_attention import KeysValues
+from ngrpo_jax.model.inference import InferenceModel, Prompts
 from ngrpo_jax.rollout.request import SamplingParams
 from ngrpo_jax.rollout.sharding import ONE_DEVICE, SlotSharding
 from ngrpo_jax.rollout.slots import Prefix, Slots, constrained
@@ -41,11 +43,10 @@ class ChunkOutput(NamedTuple):
     valid_TB: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sharding"))
 def prefill(
     params: Any,
-    ids_BT: jax.Array,
-    lengths_B: jax.Array,
+    ids_BT: Any,
+    lengths_B: Any,
     *,
     model: InferenceModel,
     sharding: SlotSharding = ONE_DEVICE,
@@ -53,11 +54,51 @@ def prefill(
     """Right-padded prompts -> hidden state of each last token, and a cache of T columns.
 
     On a mesh the prompts are divided over the shards of the slots (which must divide B), and every shard then
-    holds all of the result, since any of its slots may continue any prompt.
+    holds all of the result, since any of its slots may continue any prompt. All layers share a program, which
+    compiles in seconds where one program of all layers takes minutes.
     """
+    prompts = prefill_begin(params, ids_BT, lengths_B, model=model, sharding=sharding)
+    caches = []
+    for layer in params["layers"]:
+        prompts, keys_values = prefill_layer(layer, prompts, model=model, sharding=sharding)
+        caches.append(keys_values)
+    keys, values = zip(*caches, strict=True)
+    hidden_BD, *rest = prefill_end(params, prompts, lengths_B, model=model, sharding=sharding)
+    return Prefix(hidden_BD, KVCache(keys, values, *rest))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sharding"))
+def prefill_begin(
+    params: Any, ids_BT: jax.Array, lengths_B: jax.Array, *, model: InferenceModel, sharding: SlotSharding
+) -> Prompts:
+    """The prompts before the first layer."""
     ids_BT, lengths_B = sharding.constrain((ids_BT, lengths_B), sharding.rows)
-    hidden_BD, cache = model.prefill(params, ids_BT, lengths_B)
-    return Prefix(sharding.constrain(hidden_BD), sharding.constrain_cache(cache, None))
+    return _divided(model.prompts(params, ids_BT, lengths_B), model, sharding)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sharding"), donate_argnames="prompts")
+def prefill_layer(
+    layer: Any, prompts: Prompts, *, model: InferenceModel, sharding: SlotSharding
+) -> tuple[Prompts, KeysValues]:
+    """The prompts after one more layer, and that layer's keys and values."""
+    prompts, keys_values = model.prompt_layer(layer, prompts)
+    return _divided(prompts, model, sharding), sharding.constrain(keys_values, None, sharding.heads)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sharding"))
+def prefill_end(
+    params: Any, prompts: Prompts, lengths_B: jax.Array, *, model: InferenceModel, sharding: SlotSharding
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Hidden states after the last layer, and what a cache has besides keys and values."""
+    rest = lengths_B.astype(jnp.int32), jnp.zeros((), jnp.int32)
+    return sharding.constrain((model.last_hidden(params, prompts), *rest))
+
+
+def _divided(prompts: Prompts, model: InferenceModel, sharding: SlotSharding) -> Prompts:
+    """The prompts over the shards of the slots."""
+    axes = (sharding.rows,) if model.token_axis == 0 else (None, sharding.rows)
+    states, rope = sharding.constrain((prompts.states, prompts.rope), *axes)
+    return Prompts(states, rope, sharding.constrain(prompts.real_BT, sharding.rows))
 
 
 @functools.partial(

@@ -1,19 +1,17 @@
 """The compiled programs of a rollout: their few shapes, and all of them compiled before the first prompt.
 
-Owns what follows from a request for the programs, and is the only caller of decode.py and slots.py: a
-rollout, `compile_ahead` and `largest_programs` take their programs from the same `Programs`, so that nothing
-is left to compile once a rollout begins. Must not know which sequence is in which slot.
+Owns what follows from a request for the programs, and with shapes.py is the only caller of decode.py and
+slots.py: a rollout, `compile_ahead` and shapes.py take their programs from the same `Programs`, so that
+nothing is left to compile once a rollout begins. Must not know which sequence is in which slot.
 """
 
 import dataclasses
-import functools
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ngrpo_jax.algo.mixture import tail_length
@@ -172,7 +170,7 @@ class Programs:
         return dict(config=self.request.config, count=self.slots, tail=tail, sharding=self.sharding)
 
     def of_prefill(self) -> dict[str, Any]:
-        """Static arguments of `decode.prefill`."""
+        """Static arguments of `decode.prefill` and of its parts."""
         return dict(model=self.model, sharding=self.sharding)
 
     def of_decode(self) -> dict[str, Any]:
@@ -215,56 +213,6 @@ def compile_ahead(params: Any, request: RolloutRequest, table_VC: Any | None = N
         slots = programs.resize(programs.resize(slots, 1), programs.shapes[half][-1])
     jax.block_until_ready(slots)
     return time.perf_counter() - begun
-
-
-def largest_programs(
-    params: Any, request: RolloutRequest, table_VC: Any | None = None
-) -> dict[str, Callable[[], jax.stages.Compiled]]:
-    """The largest programs of such a rollout by name, compiled when called, from shapes: nothing is run.
-
-    Args: as of `compile_ahead`; `params` and `table_VC` jax.ShapeDtypeStruct with a sharding.
-    """
-    programs = Programs.of(request, params)
-    if not request.sampling.mixing.uses_table:
-        table_VC = None
-
-    @functools.cache
-    def prefill() -> tuple[jax.stages.Compiled, Any]:
-        ids_BT = jax.ShapeDtypeStruct((programs.prefill_rows, programs.prompt_lengths[-1]), jnp.int32)
-        lengths_B = jax.ShapeDtypeStruct((programs.prefill_rows,), jnp.int32)
-        return _with_results(decode.prefill.lower(params, ids_BT, lengths_B, **programs.of_prefill()))
-
-    @functools.cache
-    def empty() -> tuple[jax.stages.Compiled, Any]:
-        return _with_results(slot_state.empty.lower(programs.cache_sizes[-1], **programs.of_empty()))
-
-    def insert() -> jax.stages.Compiled:
-        nothing, (slots, prefix) = (
-            Insertions.none(programs.slots, programs.shards),
-            (empty()[1], prefill()[1]),
-        )
-        return slot_state.insert.lower(slots, prefix, nothing, sharding=programs.sharding).compile()
-
-    def decode_chunk() -> jax.stages.Compiled:
-        return decode.decode_chunk.lower(params, table_VC, empty()[1], **programs.of_decode()).compile()
-
-    return {
-        "prefill": lambda: prefill()[0],
-        "empty": lambda: empty()[0],
-        "insert": insert,
-        "decode_chunk": decode_chunk,
-    }
-
-
-def _with_results(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, Any]:
-    """A program, and the shapes of its results, with the shardings that the compiler gave them."""
-    compiled = lowered.compile()
-    results = jax.tree.map(
-        lambda info, sharding: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding),
-        lowered.out_info,
-        compiled.output_shardings,
-    )
-    return compiled, results
 
 
 def _round_up(value: int, multiple: int) -> int:

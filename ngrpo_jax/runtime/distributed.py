@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ngrpo_jax.errors import UserError, require
-from ngrpo_jax.runtime import ending
+from ngrpo_jax.runtime import ending, hardware
 
 Json = Any
 
@@ -69,7 +69,8 @@ def initialize() -> Process:
     within `ending.HEARTBEAT_S`.
 
     Raises:
-        UserError: variables that are missing or contradict each other, each named.
+        UserError: variables that are missing or contradict each other, each named; no accelerator where
+            JAX_PLATFORMS asks for one.
         ConnectionError: the other processes cannot be reached.
     """
     if jax.distributed.is_initialized():
@@ -89,8 +90,13 @@ def initialize() -> Process:
     elif tasks := slurm_tasks(os.environ):
         _join(f"task {os.environ['SLURM_PROCID']} of the {tasks} of SLURM job {os.environ['SLURM_JOB_ID']}")
     elif _on_tpu(os.environ):
-        _join("this worker of the TPU")
+        try:
+            _join("this worker of the TPU")
+        except ConnectionError:
+            hardware.visible()  # where there is no TPU, that is the reason
+            raise
     else:
+        hardware.visible()
         return process()
     this, started = process(), _started(os.environ)
     ending.joined(several=this.several, primary=this.primary)

@@ -1,10 +1,19 @@
-"""Properties of a device: rates and memory by its kind, and the most memory that it has held.
+"""The devices of a run: those that jax finds, what their kind has, and the most memory that one has held.
 
 Owns the table of kinds. Must not know what is computed.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import jax
+
+from ngrpo_jax.errors import UserError
+
+# What JAX_PLATFORMS calls an accelerator -> jax.Device.platform, and the extra of pyproject.toml for it.
+_ACCELERATORS = {"tpu": ("tpu", "tpu"), "cuda": ("gpu", "cuda12"), "gpu": ("gpu", "cuda12")}
+_HELD = ("in use", "lockfile")  # what libtpu says where another process has the TPU
 
 
 class Chip(NamedTuple):
@@ -51,6 +60,33 @@ CHIPS = {
     "NVIDIA L40S": Chip(362e12, 44.4, 864e9, 32e9),
     "NVIDIA B200": Chip(2250e12, 178.4, 8000e9, 1800e9),
 }
+
+
+def visible() -> Sequence[jax.Device]:
+    """All devices of the run, on the platform that JAX_PLATFORMS names first; without it, jax chooses.
+
+    Raises:
+      UserError: JAX_PLATFORMS names an accelerator first that is not here, or that another process holds.
+    """
+    platforms: str | None = jax.config.jax_platforms  # type: ignore[attr-defined]
+    wanted = (platforms or "").partition(",")[0]
+    reason = "it has no plugin for it, or sees no such device"
+    try:
+        devices = jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter, without a word, for "cuda"
+        devices, reason = [], " ".join(str(error).split())[:200] or reason
+        if wanted not in _ACCELERATORS:
+            raise
+    platform, extra = _ACCELERATORS.get(wanted, ("", ""))
+    if wanted not in _ACCELERATORS or (devices and devices[0].platform == platform):
+        return devices
+    held = any(word in reason for word in _HELD)
+    remedy = (
+        "end the process that holds it (launch/tpu/stop.sh)"
+        if held
+        else f"pip install -e '.[{extra}]' on a machine that has one, or set JAX_PLATFORMS=cpu"
+    )
+    raise UserError(f"JAX_PLATFORMS asks for {wanted}, which jax cannot use here ({reason}); {remedy}.")
 
 
 def chip(device: Any) -> Chip | None:

@@ -19,10 +19,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ngrpo_jax.errors import require
+from ngrpo_jax.errors import explained, require
+from ngrpo_jax.runtime import hardware
 
 AXES = ("data", "fsdp", "tensor")
 # Dimension letter -> what it counts, and the axis that splits it. L is never split, because a scan over
@@ -83,7 +85,7 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] |
         UserError: a size below 1, sizes whose product is not the number of devices, or a tensor axis that
             does not divide the devices of a host.
     """
-    devices = list(jax.devices() if devices is None else devices)
+    devices = list(hardware.visible() if devices is None else devices)
     sizes = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
     for name, size in sizes.items():
         require(size >= 1, f"{name} is {size}; a mesh axis has at least one device")
@@ -94,7 +96,9 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] |
         f"choose mesh.data, mesh.fsdp and mesh.tensor whose product is {len(devices)}",
     )
     auto = (AxisType.Auto,) * len(AXES)
-    mesh = jax.make_mesh((data, fsdp, tensor), AXES, axis_types=auto, devices=devices)
+    with explained(NotImplementedError, f"this slice cannot have {product}", "choose other sizes"):
+        grid = mesh_utils.create_device_mesh((data, fsdp, tensor), devices, allow_split_physical_axes=True)
+    mesh = Mesh(grid, AXES, axis_types=auto)
     counts = collections.Counter(device.process_index for device in devices)
     listed = ", ".join(f"process {index} has {count}" for index, count in sorted(counts.items()))
     require(
