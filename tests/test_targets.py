@@ -7,10 +7,14 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
+from jax.experimental import topologies
 
-from ngrpo_jax.preflight import program_text, targets
+from ngrpo_jax.errors import UserError
+from ngrpo_jax.preflight import forecast, program_text, targets
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = {
@@ -34,6 +38,7 @@ SMALL = {
     "train.logprob_chunk": 256,
 }
 HERE = {"gpu": ("jax_cuda12_plugin", "nvidia"), "tpu": ("libtpu",)}
+MESHES = ("8.1.1", "1.8.1", "2.4.1", "1.4.2")  # data, fsdp, tensor
 ASKS_THE_MACHINE = {"default_backend", "local_devices", "devices", "local_device_count", "device_count"}
 
 TEXT = """
@@ -88,44 +93,111 @@ def test_a_missing_compiler_is_one_sentence_with_the_extra(monkeypatch):
         targets.devices("h100:8")
 
 
+@pytest.mark.parametrize(
+    ("said", "sentence"),
+    [
+        ("Internal error when accessing libtpu multi-process lockfile", "another process holds .*end that"),
+        ("Unsupported topology: 3x3", "v5e:3x3 is unknown; use one of .*Unsupported topology"),
+    ],
+)
+def test_what_libtpu_refuses_is_one_sentence(monkeypatch, said, sentence):
+    def refuse(**_):
+        raise ValueError(said)
+
+    monkeypatch.setattr(targets, "_found", lambda module: True)
+    monkeypatch.setattr(topologies, "get_topology_desc", refuse)
+    with pytest.raises(UserError, match=sentence):
+        targets.devices("v5e:3x3")
+
+
+def test_programs_compile_side_by_side_and_what_takes_long_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(forecast, "_QUIET_S", 0.01)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    quick_ended, said = threading.Event(), []
+
+    def slow():
+        assert quick_ended.wait(60)
+        while "compiling slow" not in "".join(said) and len(said) < 6000:
+            time.sleep(0.01)
+            said.append(capsys.readouterr().out)
+        return forecast.Row("slow", False, 0.0, problem="no")
+
+    def quick():
+        quick_ended.set()
+        return forecast.Row("quick", False, 0.0, problem="no")
+
+    rows = forecast.compiled({"slow": slow, "quick": quick})
+    assert [row.program for row in rows] == ["slow", "quick"]
+    text = "".join(said) + capsys.readouterr().out
+    assert text.index("quick ") < text.index("compiling slow") < text.index("slow     ")
+
+
 def _installed(kind):
     return all(importlib.util.find_spec(name) for name in HERE[kind])
 
 
-def _forecast(tmp_path, target, mesh, **more):
-    (tmp_path / "model").mkdir(exist_ok=True)
-    (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG))
-    given = {"model.path": tmp_path / "model", **SMALL, **more}
-    given |= dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh, strict=True))
-    words = [f"--config.{name}={value}" for name, value in given.items()]
-    out = tmp_path / "rows.json"
-    command = [sys.executable, "-m", "ngrpo_jax.train", "--preflight", f"--target={target}", f"--json={out}"]
-    done = subprocess.run(
-        [*command, f"--config={ROOT}/configs/base.py", *words],
-        cwd=ROOT,
-        env={name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")},
-        capture_output=True,
-        text=True,
+def _settings(tmp_path, **more):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return {"model.path": str(folder), **SMALL, **more}
+
+
+def _python(*words):
+    """(exit status, standard output) of a Python without the flags of these tests."""
+    env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=env, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr * bool(done.returncode)
+
+
+def _forecast(tmp_path, target, **more):
+    """(exit status, rows by program, what was said) of train --preflight --target."""
+    words = [f"--config.{name}={value}" for name, value in _settings(tmp_path, **more).items()]
+    words += [f"--target={target}", f"--json={tmp_path}/rows.json", f"--config={ROOT}/configs/base.py"]
+    status, said = _python("-m", "ngrpo_jax.train", "--preflight", *words)
+    rows = tmp_path / "rows.json"
+    return (
+        status,
+        {row["program"]: row for row in json.loads(rows.read_text())} if rows.exists() else {},
+        said,
     )
-    rows = {row["program"]: row for row in json.loads(out.read_text())} if out.exists() else {}
-    return done.returncode, rows, done.stdout + done.stderr
 
 
 @pytest.mark.skipif(not _installed("gpu"), reason="needs the extra aot-cuda12")
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 4, 1), (1, 4, 2)])
-def test_every_program_compiles_for_eight_gpus(tmp_path, mesh):
-    status, rows, said = _forecast(tmp_path, "h100:8", mesh)
+def test_update_and_decoding_compile_for_eight_gpus_on_every_kind_of_mesh(tmp_path):
+    given = json.dumps(_settings(tmp_path))
+    names = "accumulate,score float32,training decode_chunk"
+    status, said = _python("tests/target_programs.py", "h100:8", given, names, *MESHES)
     assert status == 0, said
-    assert {"accumulate", "score float32", "training prefill", "training decode_chunk", "table"} <= set(rows)
-    assert rows["accumulate"]["attention"] == "cudnn"
-    assert all(row["compiled"] and 0 < row["total_gib"] < row["device_gib"] for row in rows.values())
-    assert mesh[2] > 1 or rows["training decode_chunk"]["collective_gb"] == 0
+    for grid, rows in json.loads(said.rstrip().rpartition("\n")[2]).items():
+        assert {row["problem"] for row in rows.values()} == {None}, (grid, rows)
+        assert rows["accumulate"]["attention"] == "cudnn"
+        assert all(0 < row["total_gib"] < row["device_gib"] for row in rows.values())
+        assert grid == "1.4.2" or rows["training decode_chunk"]["collective_gb"] == 0
 
 
 @pytest.mark.long
-@pytest.mark.skipif(not _installed("tpu"), reason="needs the extra aot-tpu")
-def test_every_program_compiles_for_a_tpu_slice(tmp_path):
-    status, rows, said = _forecast(tmp_path, "v5e:2x4", (1, 8, 1))
+@pytest.mark.parametrize(("kind", "target"), [("gpu", "h100:8"), ("tpu", "v5e:2x4")])
+def test_every_program_compiles_for_a_machine_that_is_not_here(tmp_path, kind, target):
+    if not _installed(kind):
+        pytest.skip("needs the extra aot-cuda12 or aot-tpu")
+    status, rows, said = _forecast(tmp_path, target, **{"mesh.fsdp": 8})
     assert status == 0, said
-    assert rows["accumulate"]["attention"] == "splash" and rows["accumulate"]["milliseconds"] > 0
+    assert {"accumulate", "score float32", "training prefill_layer", "training decode_chunk", "table"} <= set(
+        rows
+    )
+    assert all(row["compiled"] and 0 < row["total_gib"] < row["device_gib"] for row in rows.values())
+    assert rows["accumulate"]["attention"] == {"gpu": "cudnn", "tpu": "splash"}[kind]
+    assert (rows["accumulate"]["milliseconds"] is None) == (kind == "gpu")
     assert rows["training decode_chunk"]["collective_gb"] == 0
+
+
+@pytest.mark.skipif(not _installed("gpu"), reason="needs the extra aot-cuda12")
+def test_rows_and_slots_beyond_memory_are_failing_rows_with_the_setting_to_change(tmp_path):
+    given = json.dumps(_settings(tmp_path, **{"rollout.slots": 2**20, "train.rows_per_device": 2**14}))
+    names = "score float32,training decode_chunk"
+    status, said = _python("tests/target_programs.py", "h100:8", given, names, "1.8.1")
+    assert status == 0, said
+    score, decode = json.loads(said.rstrip().rpartition("\n")[2])["1.8.1"].values()
+    assert "GiB; lower train.rows_per_device" in score["problem"]
+    assert "GiB; lower rollout.slots" in decode["problem"]

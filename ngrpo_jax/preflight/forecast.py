@@ -71,31 +71,17 @@ def run(config: Any, target: str, json_file: str | None) -> int:
     """Compiles, prints a row as each program ends; the exit status: 0 if all compile and fit, else 2."""
     settings, grid = resolve(config), config.mesh
     devices = mesh.make_mesh(grid.data, grid.fsdp, grid.tensor, targets.devices(target))
-    model, info = _model(settings)
-    hosts, device = mesh.hosts(devices), mesh.device_of(devices)
+    model, info = read_model(settings)
+    hosts, kind = mesh.hosts(devices), mesh.device_of(devices).device_kind
     fit.check_hosts(settings, hosts)
     fit.check_positions(settings, model)
-    name = attention_name(settings, devices)
     print(
-        f"{target}: {devices.size} × {device.device_kind} on {hosts} host(s), data {grid.data} × fsdp "
+        f"{target}: {devices.size} × {kind} on {hosts} host(s), data {grid.data} × fsdp "
         f"{grid.fsdp} × tensor {grid.tensor}; {console.format_count(memory.parameter_count(model))} "
-        f"parameters; attention {name}",
+        f"parameters; attention {attention_name(settings, devices)}",
         flush=True,
     )
-    work = {
-        program: functools.partial(
-            _row,
-            program,
-            phase,
-            compile_one,
-            device,
-            _waiting(program, settings, model),
-            name if phase == "update" else None,
-        )
-        for phase, compile_each in _phases(settings, model, devices, info).items()
-        for program, compile_one in compile_each.items()
-    }
-    rows = _compiled(work)
+    rows = compiled(work(settings, model, devices, info))
     if json_file is not None:
         files.write_json(pathlib.Path(json_file), [dataclasses.asdict(row) for row in rows])
     failed = [row for row in rows if row.problem]
@@ -105,7 +91,7 @@ def run(config: Any, target: str, json_file: str | None) -> int:
     return 2 if failed else 0
 
 
-def _model(settings: Settings) -> tuple[ModelConfig, TokenizerInfo]:
+def read_model(settings: Settings) -> tuple[ModelConfig, TokenizerInfo]:
     """The sizes of the model, and its tokenizer's ids and masks; without a tokenizer, all rows as usable."""
     if settings.model.path == WARM_START:
         tokenizer = prompts.load_tokenizer(arithmetic.TOKENIZER)
@@ -123,17 +109,32 @@ def _model(settings: Settings) -> tuple[ModelConfig, TokenizerInfo]:
     return config, TokenizerInfo(None, config.eos_token_ids, settings.mixing.method(()), eligible)
 
 
-def _phases(
+def work(
     settings: Settings, model: ModelConfig, devices: jax.sharding.Mesh, info: TokenizerInfo
-) -> dict[str, programs.Programs]:
-    return {
+) -> dict[str, Callable[[], Row]]:
+    """The programs of a run by name; what is called compiles one, and says what a device then holds."""
+    device, name = mesh.device_of(devices), attention_name(settings, devices)
+    phases = {
         "update": programs.update_programs(settings, model, devices),
         "table": programs.table_programs(settings, model, devices, info),
         "rollout": programs.rollout_programs(settings, model, devices, info),
     }
+    return {
+        program: functools.partial(
+            _row,
+            program,
+            phase,
+            compile_one,
+            device,
+            _waiting(program, settings, model),
+            name if phase == "update" else None,
+        )
+        for phase, compile_each in phases.items()
+        for program, compile_one in compile_each.items()
+    }
 
 
-def _compiled(work: Mapping[str, Callable[[], Row]]) -> list[Row]:
+def compiled(work: Mapping[str, Callable[[], Row]]) -> list[Row]:
     """The rows, by as many threads as there are cores, at most four: compilers hold gigabytes each.
 
     Prints a row as its program ends, and at least every `_QUIET_S` seconds which are being compiled.

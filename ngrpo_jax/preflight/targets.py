@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from ngrpo_jax.errors import UserError, require
+from ngrpo_jax.runtime import hardware
 
 TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 # Chips of the one host that such a slice has; left to itself libtpu describes two hosts of four chips.
@@ -95,7 +96,9 @@ def _tpus(target: str, known: str) -> Sequence[jax.Device]:
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=target, **options).devices
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        raise UserError(f"{known} (libtpu: {' '.join(str(error).split())[:160]})") from error
+        said = " ".join(str(error).split())[:160]
+        held = f"--target={target} needs libtpu, which another process holds ({said}); end that process"
+        raise UserError(held if hardware.is_held(said) else f"{known} (libtpu: {said})") from error
 
 
 def _gpus(chip: str, count: int) -> Sequence[jax.Device]:

@@ -80,13 +80,17 @@ def visible() -> Sequence[jax.Device]:
     platform, extra = _ACCELERATORS.get(wanted, ("", ""))
     if wanted not in _ACCELERATORS or (devices and devices[0].platform == platform):
         return devices
-    held = any(word in reason for word in _HELD)
     remedy = (
         "end the process that holds it (launch/tpu/stop.sh)"
-        if held
+        if is_held(reason)
         else f"pip install -e '.[{extra}]' on a machine that has one, or set JAX_PLATFORMS=cpu"
     )
     raise UserError(f"JAX_PLATFORMS asks for {wanted}, which jax cannot use here ({reason}); {remedy}.")
+
+
+def is_held(reason: str) -> bool:
+    """Whether libtpu's words say that another process has the TPU."""
+    return any(word in reason for word in _HELD)
 
 
 def chip(device: Any) -> Chip | None:
