@@ -76,10 +76,8 @@ def initialize() -> Process:
     if jax.distributed.is_initialized():
         return process()
     given = explicit(os.environ)
-    if given is not None:
+    if given is not None and given[1].several:
         coordinator, this = given
-        if not this.several:
-            return process()
         _join(
             f"process {this.index} of {this.count}, whose coordinator is {coordinator}",
             coordinator_address=coordinator,
@@ -87,18 +85,18 @@ def initialize() -> Process:
             process_id=this.index,
             cluster_detection_method=None if os.environ.get("JAX_LOCAL_DEVICE_IDS") else "deactivate",
         )
-    elif tasks := slurm_tasks(os.environ):
+    elif given is None and (tasks := slurm_tasks(os.environ)):
         _join(f"task {os.environ['SLURM_PROCID']} of the {tasks} of SLURM job {os.environ['SLURM_JOB_ID']}")
-    elif _on_tpu(os.environ):
+    elif given is None and _on_tpu(os.environ):
         try:
             _join("this worker of the TPU")
         except ConnectionError:
             hardware.visible()  # where there is no TPU, that is the reason
             raise
-    else:
-        hardware.visible()
-        return process()
+    hardware.visible()
     this, started = process(), _started(os.environ)
+    if not jax.distributed.is_initialized():
+        return this
     ending.joined(several=this.several, primary=this.primary)
     require(
         started in (0, this.count),

@@ -74,7 +74,7 @@ def visible() -> Sequence[jax.Device]:
     try:
         devices = jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter, without a word, for "cuda"
-        devices, reason = [], " ".join(str(error).split())[:200] or reason
+        devices, reason = [], " ".join(str(error).partition(" (set ")[0].split()) or reason
         if wanted not in _ACCELERATORS:
             raise
     platform, extra = _ACCELERATORS.get(wanted, ("", ""))
