@@ -251,9 +251,13 @@ class MeshSettings(Section, prefix="mesh.", may_change=True):
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointSettings(Section, prefix="checkpoint.", may_change=True):
-    """How often a checkpoint is made, and which metric of an evaluation makes one the best."""
+    """How often a checkpoint is made, which of them stay, and what a signal leaves time for."""
 
     every: Count = 20  # steps between two checkpoints; the last step always has one
+    keep: Count = 3  # of the newest ones; the best one stays besides
+    keep_every: Count | None = None  # checkpoints of steps that this divides stay for good; None: no others
+    # Seconds after SIGTERM or Ctrl-C within which the step under way may still be finished.
+    grace_s: NonNegative = 25.0
     best_metric: Annotated[str, one_of(choices.BEST_METRICS)] = "mean_at_n"
 
 

@@ -55,7 +55,14 @@ def main(argv: Sequence[str]) -> None:
         run = compose(settings, workdir, devices)
         params = load_params(run.model_spec, devices)
         identity = model_identity(run.model_spec, params)
-        with Checkpoints(workdir / "checkpoints", model=identity, best=best_key(settings)) as checkpoints:
+        own = settings.checkpoint
+        with Checkpoints(
+            workdir / "checkpoints",
+            model=identity,
+            best=best_key(settings),
+            keep=own.keep,
+            keep_every=own.keep_every,
+        ) as checkpoints:
             run, state = begin(run, params, checkpoints)
             del params  # donated
             workdir.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """Checkpoints: what comes back, what stays on disk, what is refused, and what a killed process leaves."""
 
+import json
 import logging
 import os
 import pathlib
@@ -19,6 +20,7 @@ import pytest
 from ngrpo_jax.errors import StorageError, UserError
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.runtime.mesh import make_mesh, replicated, state_shardings
+from ngrpo_jax.runtime.steps import ReplacedError
 
 MODEL = {"num_layers": 2, "hidden_size": 8, "eos_token_ids": (1, 2)}
 ROOT = pathlib.Path(__file__).parent.parent
@@ -202,7 +204,9 @@ def _cut_off(path):
 def test_a_damaged_checkpoint_is_one_sentence_that_names_its_folder(tmp_path, damage):
     damage(_saved(tmp_path) / "1")
     with Checkpoints(tmp_path, model=MODEL) as checkpoints:
-        with pytest.raises(UserError, match=r"is damaged .*remove the folder") as refusal:
+        with pytest.raises(
+            UserError, match=r"checkpoint 1 is damaged: \S+ \((missing|checksum)\)"
+        ) as refusal:
             checkpoints.restore(1, _state())
         assert f"{tmp_path}/1" in str(refusal.value)
         assert "\n" not in str(refusal.value)
@@ -272,3 +276,137 @@ def test_orbax_is_quiet_and_other_loggers_are_not(tmp_path, caplog):
         logger.warning("mine")
         logger.setLevel(before)
     assert [record.message for record in caplog.records if record.name == "absl"] == ["mine"]
+
+
+# Damage
+
+
+def _flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(bytes(content))
+
+
+DAMAGES = {
+    "a bit": _flip_a_bit,
+    "half": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "empty": lambda path: os.truncate(path, 0),
+    "gone": pathlib.Path.unlink,
+    "garbled": lambda path: path.write_bytes(b"{}" + os.urandom(8)),
+}
+# As Orbax and checksums.py name them, and the folder of the two files with names of their own in each.
+FILES = (
+    "_CHECKPOINT_METADATA",
+    "checksums.json",
+    "commit_success.txt",
+    "host/metadata",
+    "metrics/metrics",
+    "state/_METADATA",
+    "state/_sharding",
+    "state/array_metadatas/process_0",
+    "state/d/*",
+    "state/manifest.ocdbt",
+    "state/ocdbt.process_0/d/*",
+    "state/ocdbt.process_0/manifest.ocdbt",
+)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """Checkpoints 1, 2 and 3; the best is 1."""
+    directory = tmp_path_factory.mktemp("three")
+    with Checkpoints(directory, model=MODEL, best="score", keep=3) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, _state(step), {"position": step}, {"score": 1.0 / step})
+    return directory
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("pattern", FILES)
+def test_any_damaged_file_is_named_and_the_checkpoint_before_is_used(three, tmp_path, pattern, damage):
+    directory, warnings = tmp_path / "checkpoints", []
+    shutil.copytree(three, directory)
+    (file, *_) = sorted((directory / "3").glob(pattern))
+    DAMAGES[damage](file)
+    with Checkpoints(directory, model=MODEL, best="score", keep=3) as checkpoints:
+        assert checkpoints.newest_good(warnings.append) == 2
+        (warning,) = warnings
+        name = file.relative_to(directory / "3")
+        assert warning == f"checkpoint 3 is damaged: {name} ({'missing' if damage == 'gone' else 'checksum'})"
+        _assert_equal(checkpoints.restore(2, _state())[0], _state(2))
+        checkpoints.go_on_from(2)
+        checkpoints.save(3, _state(3), {"position": 3}, {"score": 0.2})
+        assert checkpoints.best_step() == 1
+    assert sorted(os.listdir(directory)) == ["1", "2", "3", "damaged-3"]
+    with Checkpoints(directory, model=MODEL) as checkpoints:
+        assert checkpoints.newest_good(warnings.append) == 3 and len(warnings) == 1
+
+
+def test_damaged_scores_are_named_and_do_not_keep_a_run_from_going_on(three, tmp_path):
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(three, directory)
+    (directory / "1" / "metrics" / "metrics").write_bytes(b"{'score")
+    with Checkpoints(directory, model=MODEL, best="score", keep=3) as checkpoints:
+        with pytest.raises(UserError, match=r"checkpoint 1 is damaged: metrics/metrics \(checksum\)"):
+            checkpoints.best_step()
+        assert checkpoints.newest_good(print) == 3
+        checkpoints.go_on_from(3)
+        checkpoints.save(4, _state(4), {})
+        assert checkpoints.best_step() == 2
+
+
+def test_where_all_are_damaged_nothing_is_begun_anew(three, tmp_path):
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(three, directory)
+    for step in "123":
+        (directory / step / "state" / "_METADATA").unlink()
+    with (
+        Checkpoints(directory, model=MODEL) as checkpoints,
+        pytest.raises(
+            UserError, match=r"no checkpoint .* 3 is damaged: state/_METADATA \(missing\); .* 1 is"
+        ),
+    ):
+        checkpoints.newest_good(lambda _: None)
+
+
+def test_a_checkpoint_of_a_version_without_checksums_is_read(three, tmp_path):
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(three, directory)
+    document = json.loads((directory / "3" / "host" / "metadata").read_text())
+    del document["checksums"]
+    (directory / "3" / "host" / "metadata").write_text(json.dumps(document))
+    (directory / "3" / "checksums.json").unlink()
+    with Checkpoints(directory, model=MODEL, best="score") as checkpoints:
+        assert checkpoints.newest_good(print) == 3 and checkpoints.best_step() == 1
+        _assert_equal(checkpoints.restore(3, _state())[0], _state(3))
+
+
+def test_the_newest_the_best_and_those_for_good_stay(tmp_path):
+    with Checkpoints(tmp_path, model=MODEL, best="score", keep=2, keep_every=4) as checkpoints:
+        for step in range(1, 10):
+            checkpoints.save(step, _state(step), {}, {"score": -abs(step - 2.0)})
+    assert sorted(os.listdir(tmp_path)) == ["2", "4", "8", "9"]
+
+
+def test_a_reader_sees_new_steps_and_is_told_when_its_own_was_replaced(tmp_path):
+    with (
+        Checkpoints(tmp_path, model=MODEL) as training,
+        Checkpoints(tmp_path, model=None) as reader,
+    ):
+        training.save(1, _state(1), {})
+        training.wait()
+        assert reader.latest_step() == 1
+        restore = ocp.CheckpointManager.restore
+
+        def replaced(manager, step, **arguments):
+            if manager is reader._manager and "state" in arguments["args"].keys():  # noqa: SIM118
+                training.save(2, _state(2), {})
+                training.wait()
+            return restore(manager, step, **arguments)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ocp.CheckpointManager, "restore", replaced)
+            with pytest.raises(ReplacedError, match=r"has replaced .*/1 meanwhile"):
+                reader.restore(1, _state())
+        assert reader.latest_step() == 2
+        _assert_equal(reader.restore(2, _state())[0], _state(2))

@@ -145,7 +145,10 @@ def _sharding(devices: jax.sharding.Mesh, config: ModelConfig) -> Found:
 
 
 def _checkpoints(settings: Settings, config: ModelConfig, workdir: pathlib.Path) -> Found:
-    directory, needed = workdir / "checkpoints", memory.checkpoint_bytes(config, kept=2)
+    directory, needed = (
+        workdir / "checkpoints",
+        memory.checkpoint_bytes(config, kept=settings.checkpoint.keep + 1),
+    )
     capacity.check_workdir(workdir, 0 if directory.exists() else needed)
     with Checkpoints(directory, model=None, best=best_key(settings)) as checkpoints:
         step = checkpoints.latest_step()

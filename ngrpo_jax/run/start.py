@@ -45,7 +45,9 @@ def compose(settings: Settings, workdir: pathlib.Path, devices: jax.sharding.Mes
     check_positions(settings, config)
     check_memory(settings, config, devices)
     begun = (workdir / "checkpoints").exists()  # then the disk already holds what it has to
-    capacity.check_workdir(workdir, 0 if begun else memory.checkpoint_bytes(config, kept=2))
+    capacity.check_workdir(
+        workdir, 0 if begun else memory.checkpoint_bytes(config, kept=settings.checkpoint.keep + 1)
+    )
     training = load_set(settings, tokenizer, "train")
     held_out = load_set(settings, tokenizer, "test")
     if made:
@@ -75,10 +77,19 @@ def begin(run: Run, params: Any, checkpoints: Checkpoints) -> tuple[Run, RunStat
         dtype = run.model_spec.config.dtype
         copy = jax.tree.map(lambda leaf: jnp.array(leaf, dtype, copy=True), params)
         run = dataclasses.replace(run, reference=run.learner.programs.reference_offload.to_host(copy))
-    step = checkpoints.latest_step()
-    state = _first_state(run, params) if step is None else restore(run, checkpoints, step)
+    step = checkpoints.newest_good(_warn)
+    if step is not None:
+        state = restore(run, checkpoints, step)
+        checkpoints.go_on_from(step)
+    else:
+        state = _first_state(run, params)
     opt_state = run.learner.programs.optimizer_offload.to_host(state.train_state.opt_state)
     return run, dataclasses.replace(state, train_state=state.train_state._replace(opt_state=opt_state))
+
+
+def _warn(sentence: str) -> None:
+    if distributed.process().primary:
+        print(f"warning: {sentence}; an older one is used instead.", flush=True)
 
 
 def _first_state(run: Run, params: Any) -> RunState:

@@ -1,19 +1,20 @@
-"""Checkpoints of a run on disk, through Orbax: the latest, to resume from, and the best.
+"""Checkpoints of a run on disk, through Orbax: the latest ones, to resume from, the best, and some for good.
 
 Owns the layout of a checkpoint directory and which checkpoints stay in it. Must not know what a training
 state or a model consists of: a state is a tree of arrays, a model's identity a flat mapping.
 
 One checkpoint is one folder DIRECTORY/STEP with two items: `state` (arrays) and `host` (JSON: the model's
-identity, the shape of every array, and what the caller adds). Orbax writes into a temporary folder and
-renames it at the end, so that a process that dies while it saves leaves no step behind.
+identity, the shape of every array, and what the caller adds), and the checksums of all files. Orbax writes
+into a temporary folder and renames it at the end, so that a process that dies while it saves leaves no step.
 """
 
 import contextlib
 import logging
 import math
 import os
+import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import jax
@@ -22,6 +23,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from ngrpo_jax.errors import StorageError, UserError, is_storage_failure, require
 from ngrpo_jax.files import as_json
+from ngrpo_jax.runtime import distributed, steps
 from ngrpo_jax.runtime.mesh import path_name
 
 Json = Any
@@ -39,7 +41,9 @@ class Checkpoints:
         model: the model's identity, such as its layer count and widths (flat, JSON-able). A checkpoint of a
             model with another identity is refused. None reads any checkpoint, and cannot save.
         best: name of the metric, larger is better, whose best checkpoint stays besides the latest; None: only
-            the latest stays.
+            the latest stay.
+        keep: how many of the latest stay.
+        keep_every: steps that are multiples of this number stay for good; None: no others.
     """
 
     def __init__(
@@ -48,12 +52,15 @@ class Checkpoints:
         *,
         model: Mapping[str, Json] | None,
         best: str | None = None,
+        keep: int = 1,
+        keep_every: int | None = None,
     ) -> None:
         logging.getLogger("absl").addFilter(_is_shown)  # the same filter twice counts once
         name = os.fspath(directory)
         self.directory = name if "://" in name else os.path.abspath(name)
         self._model = None if model is None else as_json(model)
-        self._best = best
+        self._path = pathlib.Path(self.directory)
+        self._best, self._keep, self._keep_every = best, keep, keep_every
         self._writes = False
         self._manager = self._open(writes=False)
 
@@ -64,8 +71,8 @@ class Checkpoints:
         self.close()
 
     def steps(self) -> list[int]:
-        """Steps on disk, oldest first."""
-        return sorted(self._manager.all_steps())
+        """Steps on disk, oldest first, also those that another process has written meanwhile."""
+        return sorted(self._manager.all_steps()) if self._writes else steps.on_disk(self._path)
 
     def latest_step(self) -> int | None:
         """The newest step, None without one."""
@@ -73,12 +80,34 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The step with the largest `best` metric, the newest of equals; None where none has it."""
-        step = self._manager.best_step() if self._best is not None else None
+        if self._best is None:
+            return None
+        if not self._writes:
+            scores = [(steps.score(self._path / str(step), self._best), step) for step in self.steps()]
+            return max(((value, step) for value, step in scores if value is not None), default=(0, None))[1]
+        step = self._manager.best_step()
         if step is None:
             return None
         # Orbax names a step even where all steps on disk have other metrics. None: it is being written.
         metrics = self._manager.metrics(step)
         return step if metrics is None or self._best in metrics else None
+
+    def newest_good(self, warn: Callable[[str], None]) -> int | None:
+        """The newest step whose files are all as they were written, None without a checkpoint.
+
+        Args:
+            warn: gets a sentence for each newer step, which names the damaged file.
+
+        Raises:
+            UserError: there are checkpoints, and all are damaged.
+        """
+        return steps.newest_good(self._path, self.steps(), warn)
+
+    def go_on_from(self, step: int) -> None:
+        """Makes room for the steps after `step`: newer ones, which are damaged, are renamed damaged-STEP."""
+        if distributed.process().primary:
+            steps.set_aside(self._path, step)
+        distributed.allgather("damaged checkpoints are set aside", None)
 
     def save(
         self, step: int, state: Any, host: Mapping[str, Json], metrics: Mapping[str, float] | None = None
@@ -110,7 +139,12 @@ class Checkpoints:
             self._manager.close()
             self._manager = self._open(writes=True)
             self._writes = True
-        document = {"model": self._model, "shapes": _describe(state), "host": as_json(host)}
+        document = {
+            "model": self._model,
+            "shapes": _describe(state),
+            "host": as_json(host),
+            "checksums": True,
+        }
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), host=ocp.args.JsonSave(document))
         with self._written():
             saved = self._manager.save(step, args=items, metrics=self._ranked(metrics))
@@ -139,11 +173,16 @@ class Checkpoints:
 
         Raises:
             UserError: there is no such step; it is of another model, has other leaves or shapes (the first is
-                named), or is damaged. All but the last is found before any array is read.
+                named), or is damaged (`DamagedError`, which names the file). All is found before any array is
+                restored.
+            ReplacedError: another process has deleted it meanwhile.
             StorageError: it cannot be read.
         """
         document = self._document(step)
         self._compare(step, document["shapes"], _describe(abstract), partial)
+        fault = steps.fault(self._path / str(step))
+        if fault is not None:
+            raise self._damaged(step, fault)
         arguments = ocp.args.PyTreeRestore(
             item=abstract,
             restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
@@ -167,7 +206,9 @@ class Checkpoints:
 
     def _open(self, *, writes: bool) -> ocp.CheckpointManager:
         # Latest and best are two policies: `best_fn` with `max_to_keep` would delete the latest one.
-        keep: list[policies.PreservationPolicy] = [policies.LatestN(1)]
+        keep: list[policies.PreservationPolicy] = [policies.LatestN(self._keep)]
+        if self._keep_every is not None:
+            keep.append(policies.EveryNSteps(self._keep_every))
         if self._best is not None:
             keep.append(policies.BestN(get_metric_fn=self._rank, n=1, keep_checkpoints_without_metrics=False))
         options = ocp.CheckpointManagerOptions(
@@ -175,6 +216,8 @@ class Checkpoints:
             cleanup_tmp_directories=writes,
             preservation_policy=policies.AnyPreservationPolicy(keep),
             best_fn=self._rank if self._best is not None else None,  # None: Orbax writes no metrics
+            temporary_path_class=steps.Summed,
+            lightweight_initialize=not writes,  # a reader lists the steps itself
         )
         return ocp.CheckpointManager(self.directory, options=options)
 
@@ -196,6 +239,7 @@ class Checkpoints:
     def _document(self, step: int) -> dict[str, Json]:
         have = ", ".join(map(str, self.steps())) or "none"
         require(step in self.steps(), f"{self.directory} has no checkpoint at step {step} (it has: {have})")
+        steps.check(self._path / str(step), steps.HOST)
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(host=ocp.args.JsonRestore()))
             document = {key: restored["host"][key] for key in ("model", "shapes", "host")}
@@ -229,12 +273,10 @@ class Checkpoints:
             return StorageError(f"{self.directory}/{step} cannot be read: {_first_line(error)}.")
         # Orbax raises a plain Exception for an array that is cut off.
         damage = isinstance(error, OSError | ValueError | KeyError | TypeError) or type(error) is Exception
-        if not damage:
-            return error
-        return UserError(
-            f"the checkpoint at step {step} in {self.directory} is damaged ({_first_line(error)}); "
-            f"remove the folder {self.directory}/{step} to go on from an earlier one"
-        )
+        return self._damaged(step, _first_line(error)) if damage else error
+
+    def _damaged(self, step: int, fault: str) -> UserError:
+        return steps.damaged(self._path / str(step), fault, patient=not self._writes)
 
     @contextlib.contextmanager
     def _written(self) -> Iterator[None]:

@@ -21,6 +21,7 @@ from ngrpo_jax.model import decoder, hf
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.runtime import distributed, mesh
 from ngrpo_jax.runtime.checkpoints import Checkpoints
+from ngrpo_jax.runtime.steps import ReplacedError
 from ngrpo_jax.schema import flatten
 from ngrpo_jax.settings import Settings
 from ngrpo_jax.setup.resume import changes
@@ -134,18 +135,33 @@ def open_checkpoint(
     if which == "start":
         return 0, load_params(model_spec, devices)
     with Checkpoints(workdir / "checkpoints", model=None, best=best) as checkpoints:
-        steps = checkpoints.steps()
-        if not steps and which == "best":
-            return 0, load_params(model_spec, devices)
-        latest = checkpoints.latest_step()
-        named = {"latest": latest, "best": checkpoints.best_step() or latest}
-        step = named.get(which, int(which) if which.isdigit() else None)
-        if step not in steps:
-            have = ", ".join(map(str, steps)) or "none"
-            raise UserError(
-                f"--step={which}: {workdir} has checkpoints at steps: {have}; or use best, latest, start."
-            )
-        shapes = decoder.parameter_shapes(model_spec.config)
-        wanted = {"train": {"params": mesh.shapes_on(shapes, mesh.param_shardings(devices, shapes))}}
-        restored, _ = checkpoints.restore(step, wanted, partial=True)
-    return step, restored["train"]["params"]
+        while True:
+            step = _named_step(checkpoints, which, workdir)
+            if step is None:
+                return 0, load_params(model_spec, devices)
+            shapes = decoder.parameter_shapes(model_spec.config)
+            wanted = {"train": {"params": mesh.shapes_on(shapes, mesh.param_shardings(devices, shapes))}}
+            try:
+                restored, _ = checkpoints.restore(step, wanted, partial=True)
+                return step, restored["train"]["params"]
+            except ReplacedError:
+                if which.isdecimal():
+                    raise
+
+
+def _named_step(checkpoints: Checkpoints, which: str, workdir: pathlib.Path) -> int | None:
+    """The step that `which` names; None: the starting model. A damaged newest one is warned of and passed."""
+
+    def newest() -> int | None:
+        return checkpoints.newest_good(lambda sentence: print(f"warning: {sentence}.", flush=True))
+
+    steps = checkpoints.steps()
+    if which == "best":
+        return checkpoints.best_step() or newest()
+    step = newest() if which == "latest" else int(which) if which.isdecimal() else None
+    if step is None or (which != "latest" and step not in steps):
+        have = ", ".join(map(str, steps)) or "none"
+        raise UserError(
+            f"--step={which}: {workdir} has checkpoints at steps: {have}; or use best, latest, start."
+        )
+    return step
