@@ -28,10 +28,10 @@ class StorageError(OSError):
 
 
 class Preempted(Exception):
-    """All processes of a run have agreed to stop after a step, because one of them got a signal."""
+    """The end of a command because of a signal, with a sentence on how to go on."""
 
-    def __init__(self, number: int, step: int):
-        super().__init__(f"stopped by {signal.Signals(number).name}; the run goes on from step {step}.")
+    def __init__(self, number: int, sentence: str):
+        super().__init__(f"stopped by {signal.Signals(number).name}; {sentence}")
         self.signal = number
 
 
@@ -50,7 +50,7 @@ def exit_of(error: BaseException) -> tuple[int, str | None]:
     """Exit status and sentence of a command that ends by `error`; None where its traceback is printed."""
     text = " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
-        return 128 + signal.SIGINT, "stopped by the keyboard; the run goes on from its last checkpoint."
+        return 128 + signal.SIGINT, "stopped by the keyboard."
     if isinstance(error, Preempted):
         return 128 + error.signal, text
     if isinstance(error, UserError | FloatingPointError):  # the same command would end the same way again

@@ -41,7 +41,10 @@ def run_command(command: Callable[[Sequence[str]], None], argv: Sequence[str] | 
     except SystemExit:
         raise
     except BaseException as error:
-        raise SystemExit(_print_end(error)) from None
+        status = _print_end(error)
+        if argv is None and isinstance(error, KeyboardInterrupt | Preempted):
+            ending.leave(status)  # XLA's threads may be at work
+        raise SystemExit(status) from None
 
 
 @contextlib.contextmanager

@@ -9,6 +9,11 @@ A run is resumed from the latest checkpoint of its workdir; a finished one print
 every program for that machine, which need not be here (preflight/forecast.py), and takes no `--workdir`.
 """
 
+from ngrpo_jax.runtime import ending
+
+if __name__ == "__main__":
+    ending.listen()  # before the slow imports: a signal during these ends the command with a sentence too
+
 import pathlib
 import time
 from collections.abc import Sequence
@@ -16,12 +21,13 @@ from collections.abc import Sequence
 from ngrpo_jax import files, flags
 from ngrpo_jax.errors import require
 from ngrpo_jax.model import hf
-from ngrpo_jax.preflight import checks, fit, forecast
+from ngrpo_jax.preflight import capacity, checks, fit, forecast
 from ngrpo_jax.run import summary
 from ngrpo_jax.run.loop import train
 from ngrpo_jax.run.start import begin, compose
 from ngrpo_jax.runtime import distributed, mesh
 from ngrpo_jax.runtime.checkpoints import Checkpoints
+from ngrpo_jax.runtime.lock import held
 from ngrpo_jax.settings import resolve
 from ngrpo_jax.setup.model_spec import load_params, model_identity
 from ngrpo_jax.setup.resume import best_key
@@ -38,6 +44,7 @@ def main(argv: Sequence[str]) -> None:
     if options["preflight"]:
         raise SystemExit(checks.run(config, workdir))
     settings = resolve(config)
+    ending.last_words(lambda: summary.how_to_go_on(workdir))
     process = distributed.initialize()
     fit.check_hosts(settings, process.count)
     distributed.check_shared(workdir)
@@ -50,7 +57,11 @@ def main(argv: Sequence[str]) -> None:
     devices = mesh.make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
     hf.check_replaceable(workdir / "export")
     begun = time.monotonic()
-    with Grader(settings.reward.workers, settings.reward.deadline_s, settings.reward.memory_mb) as grader:
+    capacity.check_workdir(workdir)
+    with (
+        held(workdir, primary=process.primary) as lock,
+        Grader(settings.reward.workers, settings.reward.deadline_s, settings.reward.memory_mb) as grader,
+    ):
         grader.check(settings.reward.kind)
         run = compose(settings, workdir, devices)
         params = load_params(run.model_spec, devices)
@@ -65,11 +76,10 @@ def main(argv: Sequence[str]) -> None:
         ) as checkpoints:
             run, state = begin(run, params, checkpoints)
             del params  # donated
-            workdir.mkdir(parents=True, exist_ok=True)
             if process.primary:
                 files.write_json(workdir / "config.json", config.to_dict())
             with flags.report_fatal():
-                train(run, state, grader, checkpoints, begun)
+                train(run, state, grader, checkpoints, lock, begun)
 
 
 if __name__ == "__main__":

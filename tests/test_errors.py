@@ -20,7 +20,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a/metrics.jsonl")
         (UserError("rollout.group is 1;\nit must be 2."), 2, "error: rollout.group is 1; it must be 2.\n"),
         (FloatingPointError("the loss is not finite."), 2, "error: the loss is not finite.\n"),
         (StorageError("runs/a cannot be written: full."), 1, "error: runs/a cannot be written: full.\n"),
-        (Preempted(signal.SIGTERM, 7), 128 + 15, "stopped by SIGTERM; the run goes on from step 7.\n"),
+        (Preempted(signal.SIGTERM, "go on."), 128 + 15, "stopped by SIGTERM; go on.\n"),
     ],
 )
 def test_a_known_end_is_one_sentence(error, status, words, capsys):

@@ -4,6 +4,7 @@ Owns the schedule, and how a run stops early. Must not know what a step or an ev
 """
 
 import dataclasses
+import math
 import pathlib
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -19,15 +20,19 @@ from ngrpo_jax.run.state import Run, RunState, save
 from ngrpo_jax.run.step import policy_of, train_step
 from ngrpo_jax.runtime import distributed, ending, metrics
 from ngrpo_jax.runtime.checkpoints import Checkpoints
+from ngrpo_jax.runtime.lock import Lock
 from ngrpo_jax.settings import TrainSettings
 from ngrpo_jax.setup.policy import compile_rollouts, evaluation_request, training_request
 from ngrpo_jax.tasks.rewards import Grader
 
 
-def train(run: Run, state: RunState, grader: Grader, checkpoints: Checkpoints, begun: float) -> None:
+def train(
+    run: Run, state: RunState, grader: Grader, checkpoints: Checkpoints, lock: Lock | None, begun: float
+) -> None:
     """Trains until `train.steps`, then evaluates, exports and sums up.
 
     Args:
+      lock: of the workdir, looked at after every step; None in the processes that do not hold it.
       begun: `time.monotonic()` when the command began.
 
     Raises:
@@ -42,38 +47,81 @@ def train(run: Run, state: RunState, grader: Grader, checkpoints: Checkpoints, b
     if not state.initial_evaluation:
         before = evaluate(run, state, grader, "evaluation before")
         state = dataclasses.replace(state, initial_evaluation=before)
-    began_at, clock = state.step, time.monotonic()
-    after: dict[str, float] = {}
-    with (
-        metrics.RunLog(
-            run.workdir,
-            resume_step=state.step or None,
-            loggers=settings.train.loggers,
-            primary=process.primary,
-        ) as log,
-        ending.Signals() as signals,
-    ):
-        while state.step < settings.train.steps:
-            with profiled(settings.train, state.step + 1, run.workdir):
-                state, row, samples = train_step(run, state, grader)
-            last = state.step == settings.train.steps
-            # What a step's row holds depends on the schedule alone, not on whether this is the command's last
-            # step: a resumed run then has the rows of one that never stopped.
-            scheduled = settings.eval.every is not None and state.step % settings.eval.every == 0
-            after = evaluate(run, state, grader, "evaluation") if scheduled else {}
-            row |= {f"eval/{name}": value for name, value in after.items()}
-            log.write(state.step, row, samples)
-            stop = max(distributed.allgather("signals", signals.received))
-            if last or scheduled or state.step % settings.checkpoint.every == 0 or stop:
-                save(state, run, checkpoints, row if scheduled else None)
-            pace = (time.monotonic() - clock) / (state.step - began_at)
-            if process.primary:
-                print(summary.step_line(state.step, row, settings.train.steps, pace), flush=True)
-            if stop and not last:
-                raise Preempted(stop, state.step)
+    written = state.step if state.unfinished is None else state.step - 1  # rows of metrics.jsonl
+    log = metrics.RunLog(
+        run.workdir,
+        resume_step=written or None,
+        loggers=settings.train.loggers,
+        primary=process.primary,
+    )
+    with log:
+        state, after = take_steps(run, state, grader, checkpoints, log, lock)
     checkpoints.wait()
     after = after or evaluate(run, state, grader, "evaluation after")
     summary.finish(run, state, after, checkpoints, time.monotonic() - begun)
+
+
+def take_steps(
+    run: Run,
+    state: RunState,
+    grader: Grader,
+    checkpoints: Checkpoints,
+    log: metrics.RunLog,
+    lock: Lock | None,
+) -> tuple[RunState, dict[str, float]]:
+    """The state after `train.steps`, and the held-out metrics of the last step where it was evaluated."""
+    settings, steps = run.settings, run.settings.train.steps
+    began_at, clock = state.step, time.monotonic()
+    seconds = {"step": math.inf, "evaluation": math.inf}  # of the one before
+    after: dict[str, float] = {}
+    again = state.unfinished is not None  # its checkpoint was made without its evaluation
+    with ending.Deferred(
+        settings.checkpoint.grace_s, lambda: not state.step or checkpoints.holds(state.step)
+    ) as signals:
+        while state.step < steps or state.unfinished is not None:
+            try:
+                if state.unfinished is None:
+                    trace = profiled(settings.train, state.step + 1, run.workdir)
+                    with signals.expected("step", seconds), trace:
+                        state, row, samples = train_step(run, state, grader)
+                else:
+                    row, samples = state.unfinished
+                # What a step's row holds depends on the schedule alone, not on whether this is the command's
+                # last step: a resumed run then has the rows of one that never stopped.
+                scheduled = settings.eval.every is not None and state.step % settings.eval.every == 0
+                if scheduled:
+                    state = dataclasses.replace(state, unfinished=(metrics.scalars(row), samples))
+                    with signals.expected("evaluation", seconds):
+                        after = evaluate(run, state, grader, "evaluation")
+                    state = dataclasses.replace(state, unfinished=None)
+            except ending.Abandoned:
+                if state.step and not checkpoints.holds(state.step):
+                    save(state, run, checkpoints, None)
+                raise stopped(run, checkpoints, signals.received) from None
+            after = after if scheduled else {}
+            row |= {f"eval/{name}": value for name, value in after.items()}
+            if lock is not None:
+                lock.check()
+            log.write(state.step, row, samples)
+            stop = max(distributed.allgather("signals", signals.received))
+            last = state.step == steps
+            if last or scheduled or state.step % settings.checkpoint.every == 0 or stop:
+                if again:
+                    checkpoints.delete(state.step)
+                save(state, run, checkpoints, row if scheduled else None)
+            again = False
+            if distributed.process().primary:
+                pace = (time.monotonic() - clock) / max(state.step - began_at, 1)
+                print(summary.step_line(state.step, row, steps, pace), flush=True)
+            if stop:
+                raise stopped(run, checkpoints, stop)
+    return state, after
+
+
+def stopped(run: Run, checkpoints: Checkpoints, number: int) -> Preempted:
+    """The end of a run by a signal, once what was saved is on disk."""
+    checkpoints.wait()
+    return Preempted(number, summary.how_to_go_on(run.workdir))
 
 
 def evaluate(run: Run, state: RunState, grader: Grader, label: str) -> dict[str, float]:

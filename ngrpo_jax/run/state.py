@@ -52,6 +52,7 @@ class RunState:
     train_state: update.TrainState
     table: Table | None  # its bounds hold for the parameters of `train_state`; None before the first rollout
     initial_evaluation: dict[str, float]  # held-out metrics of the starting model; empty until they are taken
+    unfinished: tuple[dict[str, Any], list[dict[str, Any]]] | None = None  # rows of a step to be evaluated
 
 
 def save(state: RunState, run: Run, checkpoints: Checkpoints, row: dict[str, float] | None) -> None:
@@ -69,6 +70,7 @@ def save(state: RunState, run: Run, checkpoints: Checkpoints, row: dict[str, flo
         "data": fingerprint(run.training.problems, run.settings.seed),
         "table_age": None if state.table is None else state.table.age,
         "initial_evaluation": state.initial_evaluation,
+        "unfinished": state.unfinished,
     }
     scores = None if row is None else {name: row[name] for name in row if name.startswith("eval/")}
     checkpoints.save(state.step, arrays, host, scores)
@@ -104,4 +106,4 @@ def restore(run: Run, checkpoints: Checkpoints, step: int) -> RunState:
                 f"order: after step {step}, some of this epoch's problems come again and others do not."
             )
     table = Table(arrays["table"], host["table_age"]) if "table" in arrays else None
-    return RunState(step, arrays["train"], table, host["initial_evaluation"])
+    return RunState(step, arrays["train"], table, host["initial_evaluation"], host.get("unfinished"))

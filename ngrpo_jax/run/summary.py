@@ -13,7 +13,7 @@ from ngrpo_jax import files
 from ngrpo_jax.model import decoder
 from ngrpo_jax.preflight import fit, memory
 from ngrpo_jax.run.state import Run, RunState
-from ngrpo_jax.runtime import console, distributed, mesh, metrics
+from ngrpo_jax.runtime import console, distributed, mesh, metrics, steps
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.settings import Settings
 from ngrpo_jax.setup.model_spec import save_model
@@ -27,6 +27,16 @@ def read_finished(workdir: pathlib.Path, steps: int) -> dict[str, Any] | None:
         return None
     summary = files.read_json(path, "remove it, and the run goes on")
     return summary if summary["steps"] >= steps else None
+
+
+def how_to_go_on(workdir: pathlib.Path) -> str:
+    """What a stopped run leaves in its workdir, and how to go on."""
+    step = max(steps.on_disk(workdir / "checkpoints"), default=None)
+    if step is not None:
+        return f"the run in {workdir} goes on from step {step} when the same command is started again."
+    if (workdir / "warm_start").is_dir():
+        return f"no step was finished; {workdir}/warm_start stays, and the same command begins with step 1."
+    return f"no step was finished, and nothing is in {workdir} yet; the same command begins anew."
 
 
 def announce(run: Run, state: RunState) -> None:

@@ -109,6 +109,18 @@ class Checkpoints:
             steps.set_aside(self._path, step)
         distributed.allgather("damaged checkpoints are set aside", None)
 
+    def holds(self, step: int) -> bool:
+        """Whether a step is on disk whole, and not still written."""
+        return (self._path / str(step)).exists()
+
+    def delete(self, step: int) -> None:
+        """Deletes a step, so that it can be saved again."""
+        if not self._writes:
+            self._manager.close()
+            self._manager = self._open(writes=True)
+            self._writes = True
+        self._manager.delete(step)
+
     def save(
         self, step: int, state: Any, host: Mapping[str, Json], metrics: Mapping[str, float] | None = None
     ) -> None:

@@ -82,7 +82,7 @@ class RunLog:
             raise ValueError(
                 f"metrics of step {step} come after those of step {self._last}; steps must advance"
             )
-        row = {name: scalar(name, value) for name, value in metrics.items()}
+        row = scalars(metrics)
         self._last = step
         if not self._primary:
             return
@@ -99,6 +99,11 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         UserError: there is no such file, or another line is not an object with an integer `step`.
     """
     return [line.value for line in _rows(pathlib.Path(path))]
+
+
+def scalars(metrics: Mapping[str, Any]) -> dict[str, int | float | None]:
+    """Metrics as they are written: `scalar` of each."""
+    return {name: scalar(name, value) for name, value in metrics.items()}
 
 
 def scalar(name: str, value: Any) -> int | float | None:

@@ -18,7 +18,7 @@ from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.rollout import engine, programs
 from ngrpo_jax.rollout.request import NO_MIXING, RolloutRequest, SamplingParams, make_sequences
 from ngrpo_jax.rollout.trajectory import Trajectories
-from ngrpo_jax.runtime import console, distributed, mesh
+from ngrpo_jax.runtime import console, distributed, ending, mesh
 from ngrpo_jax.settings import Settings
 from ngrpo_jax.setup.model_spec import ModelSpec
 from ngrpo_jax.setup.tokenizer_info import TokenizerInfo
@@ -147,8 +147,13 @@ def write_responses(
         request,
         make_sequences(request, prompt_ids, keys_B),
         table_VC=policy.table_VC,
-        progress=lambda stats: progress.update(done_before + stats.done, _in_words(stats)),
+        progress=lambda stats: _between_chunks(progress, done_before, stats),
     )
+
+
+def _between_chunks(progress: console.Progress, done_before: int, stats: engine.RolloutStats) -> None:
+    ending.pause()
+    progress.update(done_before + stats.done, _in_words(stats))
 
 
 def _in_words(stats: engine.RolloutStats) -> str:
