@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -140,4 +141,6 @@ def _fault(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         where = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}"
         return f"not JSON ({error.msg} at {where})"
+    if "integer string conversion" in str(error):
+        return f"JSON with a whole number of more than {sys.get_int_max_str_digits()} digits"
     return "JSON nested too deeply" if isinstance(error, RecursionError) else f"not JSON ({error})"

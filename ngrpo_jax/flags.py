@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import difflib
 import inspect
+import io
 import os
 import pathlib
 import runpy
@@ -35,6 +36,9 @@ def run_command(command: Callable[[Sequence[str]], None], argv: Sequence[str] | 
     if not {"--help", "-h"}.isdisjoint(words[1:]):
         print(inspect.getdoc(sys.modules[command.__module__]))
         return
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without × or é is no reason to end
+            stream.reconfigure(errors="backslashreplace")
     try:
         with report_fatal():
             command(words)
@@ -104,7 +108,7 @@ def parse_flags(argv: Sequence[str], **extra: str | bool | None) -> tuple[Any, d
     parser = ArgumentParser(argv[0])
     for name, default in {"config": None, "workdir": None, **extra}.items():
         action = "store_true" if default is False else "store"
-        parser.add_argument(f"--{name}", action=action, default=default)
+        parser.add_argument(f"--{name.replace('_', '-')}", action=action, default=default)
     options, rest = parser.parse_known_args(argv[1:])
     values = vars(options)
     path = values.pop("config")
@@ -119,15 +123,14 @@ def parse_flags(argv: Sequence[str], **extra: str | bool | None) -> tuple[Any, d
         flag, equals, text = argument.partition("=")
         name = flag.removeprefix("--config.")
         require(
-            flag in flags, former(name) or _unknown(flag, [*flags, *(f"--{option}" for option in values)])
+            flag in flags,
+            former(name) or _unknown(flag, [*flags, *(f"--{option.replace('_', '-')}" for option in values)]),
         )
         require(bool(equals), f"{flag} has no value; write {flag}=VALUE.")
         section, _, leaf = name.rpartition(".")
         (config[section] if section else config)[leaf] = kinds[name].read(name, text)
     without = values.get("target") is not None  # nothing is written where a target is compiled for
-    require(
-        without or values["workdir"] is not None, "--workdir=DIR is missing; it names the folder of the run."
-    )
+    require(without or bool(values["workdir"]), "--workdir=DIR is missing; it names the folder of the run.")
     return config, values
 
 

@@ -47,8 +47,14 @@ def at_least(bound: float) -> Check:
     return Check(lambda value: value >= bound, f"{bound} or above")
 
 
-Count = Annotated[int, Check(lambda value: value > 0, "above 0")]
-Natural = Annotated[int, at_least(0)]
+def at_most(bound: float) -> Check:
+    """Check that a number is `bound` or below."""
+    return Check(lambda value: value <= bound, f"{bound} or below")
+
+
+_INT32 = at_most(2**31 - 1)  # what an array on a device can count
+Count = Annotated[int, Check(lambda value: value > 0, "above 0"), _INT32]
+Natural = Annotated[int, at_least(0), _INT32]
 Positive = Annotated[float, Check(lambda value: value > 0, "above 0")]
 NonNegative = Annotated[float, at_least(0)]
 Probability = Annotated[float, Check(lambda value: 0 <= value <= 1, "between 0 and 1")]

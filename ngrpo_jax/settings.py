@@ -30,6 +30,7 @@ from ngrpo_jax.schema import (
     Probability,
     Section,
     at_least,
+    at_most,
     each_of,
     flatten,
     one_of,
@@ -38,6 +39,7 @@ from ngrpo_jax.schema import (
 # Mixing settings that must have their defaults with a strategy that does not read them. `k`, `metric` and
 # `sigma` need not: runs of earlier versions may have set them.
 REFUSED_IF_UNREAD = ("table", "weights", "token", "distinct_spelling")
+MOST_RESPONSES = 2**20  # of a step; hosts hold them as text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +86,8 @@ class DataSettings(Section, prefix="data."):
     # The sentence that follows a problem.
     prompt: Annotated[str, one_of(choices.PROMPTS)] = "math"
     chat_template: str | None = None  # None: the tokenizer's own; a Jinja file; or "plain"
+    # Tokens, or their ids, that end a response besides those of the model's files.
+    stop: tuple[str, ...] = ()
     max_prompt_tokens: Count = 4096  # longer prompts are left out and counted
     overlap_with: str | None = None  # further sources, joined by ";", whose problems are not to be trained on
     drop_overlap: bool = False  # true: leaves problems out of training that `eval` or `overlap_with` contain
@@ -105,7 +109,8 @@ class RolloutSettings(Section, prefix="rollout."):
     max_new_tokens: Count = 8192
     temperature: Positive = 0.7  # tau: divides the logits in rollout and learner alike
     slots: Annotated[Count, MAY_CHANGE] = 64  # sequences decoded side by side
-    chunk: Annotated[Count, MAY_CHANGE] = 32  # decode steps between two checks of which sequences have ended
+    # Decode steps between two checks of which sequences have ended.
+    chunk: Annotated[Count, MAY_CHANGE, at_most(1024)] = 32
     # Parameters split over mesh.tensor, or "replicated": a whole copy on each device.
     layout: Annotated[str, one_of(choices.LAYOUTS), MAY_CHANGE] = "tensor"
 
@@ -233,6 +238,8 @@ class TrainSettings(Section, prefix="train."):
     share_prompts: Annotated[bool, MAY_CHANGE] = False
     # To host memory between uses: "optimizer" (its state), "reference" (its parameters), "both".
     offload: Annotated[str, one_of(choices.OFFLOAD), MAY_CHANGE] = "none"
+    # Steps in a row with a loss or gradient that is not finite, whose update is skipped, that end a run.
+    max_bad_steps: Annotated[Count, MAY_CHANGE] = 5
     # Where metrics go besides metrics.jsonl.
     loggers: Annotated[tuple[str, ...], each_of(LOGGERS), MAY_CHANGE] = ("tensorboard",)
     # First step that is traced into WORKDIR/profile; None: no trace.
@@ -302,8 +309,9 @@ class RewardSettings(Section, prefix="reward."):
     """The grader and the limits of its worker processes."""
 
     kind: str = "math"  # "math", "choice" or package.module:function
-    workers: Annotated[Count, MAY_CHANGE] = 8  # grading processes
-    deadline_s: Annotated[Positive, MAY_CHANGE] = 5.0  # seconds for one answer; a slower one is wrong
+    workers: Annotated[Count, MAY_CHANGE, at_most(256)] = 8  # grading processes
+    # Seconds for one answer; a slower one is wrong.
+    deadline_s: Annotated[Positive, MAY_CHANGE, at_most(3600)] = 5.0
     # MiB of one grading process.
     memory_mb: Annotated[int, MAY_CHANGE, at_least(choices.LEAST_GRADER_MB)] = 2048
 
@@ -312,7 +320,8 @@ class RewardSettings(Section, prefix="reward."):
 class Settings(Section, prefix=""):
     """All settings of a run, checked one by one and against each other."""
 
-    seed: Natural = 0  # of data order, rollouts and, with model.path "warm-start", of the model
+    # Of data order, rollouts and, with model.path "warm-start", of the model.
+    seed: Annotated[int, at_least(0), at_most(2**63 - 1)] = 0
     model: ModelSettings = ModelSettings()
     warm_start: WarmStartSettings = WarmStartSettings()  # read only with model.path "warm-start"
     data: DataSettings = DataSettings()
@@ -332,6 +341,11 @@ class Settings(Section, prefix=""):
             rollout.prompts % train.mini_batch_prompts == 0,
             f"rollout.prompts is {rollout.prompts}, no multiple of train.mini_batch_prompts "
             f"{train.mini_batch_prompts}; every optimiser step must have the same number of prompts.",
+        )
+        responses = rollout.prompts * rollout.group
+        yield (
+            responses <= MOST_RESPONSES,
+            f"rollout.prompts × rollout.group is {responses} responses a step; at most {MOST_RESPONSES}.",
         )
         longest = self.data.max_prompt_tokens + rollout.max_new_tokens
         yield (

@@ -3,7 +3,9 @@
     python -m ngrpo_jax.train --config=configs/NAME.py --workdir=DIR [--config.a.b=value] [--preflight]
 
 prompts -> rollout -> reward -> update -> next rollout, with an evaluation before, on a schedule, and after.
-A run is resumed from the latest checkpoint of its workdir; a finished one prints its summary again.
+A run is resumed from the newest good checkpoint of its workdir; a finished one prints its summary again. What
+changes its numbers is refused then, by name, unless `--allow-changes=NAME,…` has the name: that of a setting
+(`data.train` and `data.eval` also for what they contain), `model` or `tokenizer`.
 `--preflight` trains nothing and prints whether this run could start here and would fit
 (preflight/checks.py). `--preflight --target=CHIP:TOPOLOGY [--json=FILE]`, such as v5e:2x4 or h100:8, compiles
 every program for that machine, which need not be here (preflight/forecast.py), and takes no `--workdir`.
@@ -14,6 +16,7 @@ from ngrpo_jax.runtime import ending
 if __name__ == "__main__":
     ending.listen()  # before the slow imports: a signal during these ends the command with a sentence too
 
+import dataclasses
 import pathlib
 import time
 from collections.abc import Sequence
@@ -25,25 +28,26 @@ from ngrpo_jax.preflight import capacity, checks, fit, forecast
 from ngrpo_jax.run import summary
 from ngrpo_jax.run.loop import train
 from ngrpo_jax.run.start import begin, compose
+from ngrpo_jax.run.state import check_finished
 from ngrpo_jax.runtime import distributed, mesh
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.runtime.lock import held
 from ngrpo_jax.settings import resolve
 from ngrpo_jax.setup.model_spec import load_params, model_identity
-from ngrpo_jax.setup.resume import best_key
+from ngrpo_jax.setup.resume import MODEL, allowed_changes, best_key
 from ngrpo_jax.tasks.rewards import Grader
 
 
 def main(argv: Sequence[str]) -> None:
     """Parses flags, checks everything, trains."""
-    config, options = flags.parse_flags(argv, preflight=False, target=None, json=None)
+    config, options = flags.parse_flags(argv, preflight=False, target=None, json=None, allow_changes=None)
     if options["target"] is not None:
         require(options["preflight"], "--target is of --preflight; add it, or leave --target out.")
         raise SystemExit(forecast.run(config, options["target"], options["json"]))
     workdir = pathlib.Path(options["workdir"])
     if options["preflight"]:
         raise SystemExit(checks.run(config, workdir))
-    settings = resolve(config)
+    settings, allowed = resolve(config), allowed_changes(options["allow_changes"])
     ending.last_words(lambda: summary.how_to_go_on(workdir))
     process = distributed.initialize()
     fit.check_hosts(settings, process.count)
@@ -51,6 +55,7 @@ def main(argv: Sequence[str]) -> None:
     # Of all processes: shared storage may show a file to some before the others.
     summaries = distributed.allgather("finished", summary.read_finished(workdir, settings.train.steps))
     if any(summaries):
+        check_finished(settings, workdir, allowed)
         if process.primary:
             summary.print_finished(next(filter(None, summaries)), settings, workdir)
         return
@@ -63,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
         Grader(settings.reward.workers, settings.reward.deadline_s, settings.reward.memory_mb) as grader,
     ):
         grader.check(settings.reward.kind)
-        run = compose(settings, workdir, devices)
+        run = dataclasses.replace(compose(settings, workdir, devices), allowed=allowed)
         params = load_params(run.model_spec, devices)
         identity = model_identity(run.model_spec, params)
         own = settings.checkpoint
@@ -73,6 +78,7 @@ def main(argv: Sequence[str]) -> None:
             best=best_key(settings),
             keep=own.keep,
             keep_every=own.keep_every,
+            any_model=MODEL in allowed,
         ) as checkpoints:
             run, state = begin(run, params, checkpoints)
             del params  # donated

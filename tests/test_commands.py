@@ -8,6 +8,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from ngrpo_jax import evaluate, export, train
 from ngrpo_jax.flags import run_command
@@ -15,6 +16,8 @@ from ngrpo_jax.model import hf
 from ngrpo_jax.report import __main__ as report
 from ngrpo_jax.report import panels
 from ngrpo_jax.run import loop, step
+from ngrpo_jax.runtime import ending
+from ngrpo_jax.runtime.lock import held
 from ngrpo_jax.runtime.metrics import VARYING_GROUPS, read_rows
 
 TINY = pathlib.Path(__file__).parent.parent / "configs" / "tiny.py"
@@ -248,9 +251,52 @@ def _no_template(finished, tmp_path):
     return copy
 
 
+def _with_value(value):
+    """A copy of the starting model with one weight of layer 1 replaced."""
+
+    def make(finished, tmp_path):
+        copy = _model_without(finished, tmp_path)
+        tensors = safetensors.numpy.load_file(copy / "model.safetensors")
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 2] = value
+        safetensors.numpy.save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+        return copy
+
+    return make
+
+
+def _with_adapter(finished, tmp_path):
+    copy = _model_without(finished, tmp_path)
+    (copy / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    return copy
+
+
+def _with_template(text):
+    def make(finished, tmp_path):
+        copy = _no_template(finished, tmp_path)
+        (copy / "chat_template.jinja").write_text(text)
+        return copy
+
+    return make
+
+
+# Loops over the parts of a message's content; over a text it sees single characters.
+PARTS = "{% for m in messages %}{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}"
+PARTS += "{% endfor %}={% endfor %}"
+
+
+def _without_stop_id(finished, tmp_path):
+    copy = _model_without(finished, tmp_path, eos_token_id=None)
+    for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (copy / name).exists():
+            values = json.loads((copy / name).read_text())
+            kept = {k: v for k, v in values.items() if k not in ("eos_token", "eos_token_id")}
+            (copy / name).write_text(json.dumps(kept))
+    return copy
+
+
 def _problems(tmp_path, text):
     path = tmp_path / "problems.jsonl"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
     return f"jsonl:{path}"
 
 
@@ -291,6 +337,28 @@ REFUSALS = {
     "reward not importable": ([], {"reward__kind": "no_module:reward"}, "no_module"),
     "row without answer": ([], {"data__eval": lambda t: _problems(t, GOOD + '{"problem": "x"}\n')}, "row 2"),
     "empty data": ([], {"data__eval": lambda t: _problems(t, "")}, "empty"),
+    "grading processes": ([], {"reward__workers": 2000}, "reward.workers is 2000"),
+    "deadline": ([], {"reward__deadline_s": 1e300}, "reward.deadline_s is 1e+300"),
+    "chunk": ([], {"rollout__chunk": 100_000}, "rollout.chunk is 100000"),
+    "seed": ([], {"seed": 10**23}, "seed is 100000000000000000000000"),
+    "warm-up": ([], {"optimizer__warmup_steps": 10**14}, "optimizer.warmup_steps is 100000000000000"),
+    "group": ([], {"rollout__group": 10**9}, "responses a step; at most"),
+    "an answer of 5000 digits": (
+        [],
+        {"data__eval": lambda t: _problems(t, f'{{"problem": "1", "answer": {"9" * 5000}}}\n')},
+        "problems.jsonl line 1 is JSON with a whole number of more than 4300 digits",
+    ),
+    "a problem of 2 MB": (
+        [],
+        {"data__eval": lambda t: _problems(t, GOOD + f'{{"problem": "{"1+" * 10**6}", "answer": "2"}}\n')},
+        "row 2: field 'problem' has 2000000 characters",
+    ),
+    "a line that is not UTF-8": (
+        [],
+        {"data__eval": lambda t: _problems(t, GOOD + '{"problem": "\udcff"}\n')},
+        "problems.jsonl line 2 is not UTF-8 text",
+    ),
+    "an unknown change": (["--allow-changes=sed"], {}, "--allow-changes names sed"),
     "no data file": ([], {"data__eval": "jsonl:nowhere.jsonl"}, "nowhere.jsonl"),
     "warm start of other data": ([], {"data__train": lambda t: _problems(t, GOOD)}, "data.train"),
 }
@@ -301,6 +369,17 @@ BROKEN_MODELS = {
         "model.layers.0.mlp.down_proj.weight",
     ),
     "no chat template": (_no_template, "data.chat_template"),
+    "not a number": (
+        _with_value(np.nan),
+        "model.layers.1.mlp.up_proj.weight holds 1 values that are not finite",
+    ),
+    "infinite": (
+        _with_value(-np.inf),
+        "model.layers.1.mlp.up_proj.weight holds 1 values that are not finite",
+    ),
+    "an adapter": (_with_adapter, "adapter_config.json"),
+    "a template of parts": (_with_template(PARTS), "the chat template leaves out the problem's text"),
+    "no stop id": (_without_stop_id, "data.stop"),
     "unknown architecture": (
         lambda finished, path: _model_without(
             finished, path, architectures=["GPT2LMHeadModel"], model_type="gpt2"
@@ -351,22 +430,138 @@ def test_a_checkpoint_of_another_model_is_refused(finished, tmp_path, capsys):
     assert sorted(path for path in finished.rglob("*")) == before
 
 
-def test_numbers_that_are_not_finite_end_a_run_in_one_sentence(finished, tmp_path, monkeypatch, capsys):
+def test_a_finished_run_with_other_settings_is_refused_and_with_allowed_ones_told(finished, capsys):
+    assert "optimizer.learning_rate 0.0002, not 0.001; use those" in _refused(
+        capsys, finished, train__steps=12, optimizer__learning_rate=1e-3
+    )
+    _run(
+        train,
+        finished,
+        "--allow-changes=optimizer.learning_rate",
+        train__steps=12,
+        optimizer__learning_rate=1e-3,
+    )
+    assert "holds a finished run of 12 steps" in capsys.readouterr().out
+
+
+def _scaled(finished, tmp_path):
+    copy = _model_without(finished, tmp_path)
+    tensors = safetensors.numpy.load_file(copy / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] *= 3
+    safetensors.numpy.save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+def test_a_resumed_run_has_the_model_and_the_held_out_answers_of_before_or_says_so(
+    finished, tmp_path, capsys
+):
+    workdir, lines = (
+        tmp_path / "run",
+        [json.dumps({"problem": f"{i}+1=", "answer": str(i + 1)}) for i in range(4)],
+    )
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("\n".join(lines) + "\n")
+    changes = {"data__eval": f"jsonl:{held_out}", "eval__every": 1, "reward__kind": "math"}
+    _run(train, workdir, train__steps=1, **changes)
+    capsys.readouterr()
+    sentence = _refused(capsys, workdir, model__path=_scaled(workdir, tmp_path), train__steps=2, **changes)
+    assert "is of another model" in sentence and "sum_of_weights" in sentence
+    held_out.write_text("\n".join(lines).replace('"2"', '"3"') + "\n")
+    sentence = _refused(capsys, workdir, train__steps=2, **changes)
+    assert "the held-out problems have changed" in sentence and "--allow-changes=data.eval" in sentence
+    (workdir / "metrics.jsonl").unlink()
+    _run(train, workdir, "--allow-changes=data.eval", train__steps=2, **changes)
+    printed = capsys.readouterr().out
+    assert "resumed from step 1" in printed
+    assert f"warning: {workdir}/metrics.jsonl has no rows of 1 steps that are done" in printed
+
+
+def test_a_second_start_on_a_workdir_is_refused(finished, tmp_path, capsys):
+    with held(tmp_path / "run"):
+        assert "a run is under way in" in _refused(capsys, tmp_path / "run")
+
+
+def test_a_workdir_that_is_empty_text_is_refused(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as refusal:
+        _run(train, "")
+    assert refusal.value.code == 2 and "--workdir=DIR is missing" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("vanish", [shutil.rmtree, lambda path: path.rename(path.with_name("moved"))])
+def test_a_workdir_that_vanishes_ends_the_run_within_a_step(finished, tmp_path, monkeypatch, capsys, vanish):
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
-    advice = f"; the run in {workdir} goes on from its last checkpoint, with a lower optimizer.learning_rate"
+    taken, whole_step = [], loop.train_step
+
+    def vanishes(run, state, grader):
+        taken.append(state.step)
+        vanish(workdir) if len(taken) == 1 else None
+        return whole_step(run, state, grader)
+
+    monkeypatch.setattr(loop, "train_step", vanishes)
+    with pytest.raises(SystemExit) as end:
+        _run(train, workdir, train__steps=20, checkpoint__every=1)
+    assert end.value.code == 1 and taken == [12]
+    assert f"error: {workdir}/lock.json is gone" in capsys.readouterr().err
+
+
+def test_export_uses_the_newest_checkpoint_that_is_whole_and_names_the_damaged_file(
+    finished, tmp_path, capsys
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    (data, *_) = (workdir / "checkpoints" / "12" / "state").glob("ocdbt.process_0/d/*")
+    content = bytearray(data.read_bytes())
+    content[len(content) // 3] ^= 1
+    data.write_bytes(content)
+    _run(export, workdir, f"--out={tmp_path / 'out'}", "--step=latest")
+    printed = capsys.readouterr().out
+    name = data.relative_to(workdir / "checkpoints" / "12")
+    assert f"warning: checkpoint 12 is damaged: {name} (checksum)" in printed
+    assert "exported   step 6 of" in printed
+    with pytest.raises(SystemExit) as refusal:
+        _run(export, workdir, f"--out={tmp_path / 'other'}", "--step=12")
+    assert refusal.value.code == 2 and str(name) in capsys.readouterr().err
+
+
+def test_a_stopped_evaluation_is_made_up_for_by_the_resumed_run(finished, tmp_path, monkeypatch, capsys):
+    """Step 6 is finished and saved without its evaluation; its row, and its rank as the best, come later."""
+    workdir, evaluate_whole = tmp_path / "run", loop.evaluate
+
+    def stops(run, state, grader, label):
+        if label == "evaluation":
+            ending._deferred.received = 15
+            raise ending.Abandoned
+        return evaluate_whole(run, state, grader, label)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(loop, "evaluate", stops)
+        _run(train, workdir, train__steps=12)
+    assert end.value.code == 143
+    assert "stopped by SIGTERM; the run in" in capsys.readouterr().err
+    assert len(read_rows(workdir / "metrics.jsonl")) == 5
+    assert (workdir / "checkpoints" / "6").is_dir()
+    _run(train, workdir, train__steps=12)
+    assert _timeless(workdir / "metrics.jsonl") == _timeless(finished / "metrics.jsonl")
+    summaries = [json.loads((each / "summary.json").read_text()) for each in (workdir, finished)]
+    assert summaries[0]["best_step"] == summaries[1]["best_step"]
+
+
+def test_updates_that_are_not_finite_are_skipped_and_end_a_run_after_some(
+    finished, tmp_path, monkeypatch, capsys
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
     learn = step.learn
 
     def diverges(*arguments):
         train_state, table, metrics = learn(*arguments)
-        return train_state, table, metrics | {"learner/grad_norm": float("nan")}
+        return train_state, table, metrics | {"learner/grad_norm": float("nan"), "learner/skipped": 0.5}
 
-    with monkeypatch.context() as patch:
-        patch.setattr(step, "learn", diverges)
-        sentence = _refused(capsys, workdir, train__steps=13)
-    assert f"the gradient of step 13 is not finite{advice}" in sentence
-    with monkeypatch.context() as patch:
-        patch.setattr(step, "failures", lambda *_: "2 responses failed")
-        sentence = _refused(capsys, workdir, train__steps=13)
-    assert f"step 13: 2 responses failed{advice}" in sentence
-    assert [row["step"] for row in read_rows(workdir / "metrics.jsonl")] == list(range(1, 13))
+    monkeypatch.setattr(step, "learn", diverges)
+    sentence = _refused(capsys, workdir, train__steps=20, train__max_bad_steps=3)
+    assert "was not finite in 3 steps in a row, the last of them 15; the run in" in sentence
+    assert "with a lower optimizer.learning_rate" in sentence
+    assert [row["step"] for row in read_rows(workdir / "metrics.jsonl")] == list(range(1, 16))

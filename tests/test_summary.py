@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from configs import tiny
+from ngrpo_jax.errors import UserError
 from ngrpo_jax.model import decoder, hf
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.run import summary
@@ -68,8 +69,16 @@ def test_a_finished_run_is_summed_up_on_disk_and_in_print(tmp_path, capsys):
 
 def test_only_a_summary_of_as_many_steps_counts_as_finished(tmp_path):
     assert summary.read_finished(tmp_path, 1) is None
-    (tmp_path / "summary.json").write_text('{"steps": 2}')
-    assert summary.read_finished(tmp_path, 2) == {"steps": 2} and summary.read_finished(tmp_path, 3) is None
+    whole = dict.fromkeys(summary.SHOWN) | {"steps": 2}
+    (tmp_path / "summary.json").write_text(json.dumps(whole))
+    assert summary.read_finished(tmp_path, 2) == whole and summary.read_finished(tmp_path, 3) is None
+
+
+@pytest.mark.parametrize("text", ["{}", '{"steps": 2}', '{"steps": "2"}', "[1]", "{", "\xff"])
+def test_a_file_that_is_no_summary_is_named(tmp_path, text):
+    (tmp_path / "summary.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=r"summary\.json .*; remove it, and the run goes on"):
+        summary.read_finished(tmp_path, 2)
 
 
 def test_a_damaged_summary_is_named(tmp_path):

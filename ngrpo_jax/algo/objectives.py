@@ -79,10 +79,13 @@ def kl_k2(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
 
 
 def kl_k3(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
-    """The k3 estimator of KL(π_θ ‖ π_ref), elementwise: exp(q) - q - 1 with q = log π_ref - log π_θ."""
+    """The k3 estimator of KL(π_θ ‖ π_ref), elementwise: exp(q) - q - 1 with q = log π_ref - log π_θ.
+
+    In exp q is at most 60, since float32 ends at 88; beyond, the gradient is that of -q alone.
+    """
     chex.assert_equal_shape([logprobs, ref_logprobs])
     q = ref_logprobs - logprobs
-    return jnp.expm1(q) - q
+    return jnp.expm1(jnp.minimum(q, _LARGEST_LOG_RATIO)) - q
 
 
 KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
@@ -205,8 +208,8 @@ def policy_loss(
       over tokens of weight > 0. `weight` is Σ weight. Sums of weight · x, which are means when divided by it:
       `policy_loss` (without KL and entropy), `ratio`, `clip_low` and `clip_high` (the tokens whose ratio was
       clipped from below with A < 0, from above with A > 0), `dual_clip`; where their inputs are given `kl`,
-      `entropy`, `importance` (the truncated weights) and `importance_capped`. Extremes: `ratio_min` and
-      `ratio_max`, inf and -inf without any token of weight > 0.
+      `kl_bounded` (the tokens whose k3 is bounded), `entropy`, `importance` (the truncated weights) and
+      `importance_capped`. Extremes: `ratio_min` and `ratio_max`, inf and -inf without any token of weight > 0.
 
     Raises:
       ValueError: for an unknown algorithm or estimator, a dual_clip of at most 1, an importance_cap that is
@@ -280,6 +283,8 @@ def loss_and_metrics(
     if inputs.ref_logprobs is not None:
         kl_BT = KL_ESTIMATORS[config.kl_estimator](logprobs_BT, constant(inputs.ref_logprobs))
         kl = metrics["kl"] = mean(kl_BT)
+        q_BT = constant(inputs.ref_logprobs) - jax.lax.stop_gradient(logprobs_BT)
+        metrics["kl_bounded"] = share(q_BT > _LARGEST_LOG_RATIO)
         loss = loss + config.kl_coef * kl.total if config.kl_coef else loss
     if entropy_BT is not None:
         entropy = metrics["entropy"] = mean(masked(entropy_BT))

@@ -22,8 +22,9 @@ class Advantages(NamedTuple):
 
     Attributes:
       advantages_PG: float32.
-      included_PG: bool, the responses that take part in the update. The others get weight 0, in the KL term
-        as well, but still count in the mean and standard deviation of their group.
+      included_PG: bool, the responses that take part in the update: not those that ended in logits that are
+        not finite. The others get weight 0, in the KL term as well, but still count in the mean and standard
+        deviation of their group.
       metrics: of all hosts, for the step's row.
     """
 
@@ -48,8 +49,9 @@ def compute_advantages(
     A group is left out for having equal rewards by its rewards after the penalty. All hosts hold equally many
     groups; each group is whole on its host, so only the metrics are gathered.
     """
-    metrics: dict[str, float] = {}
-    included_PG = np.ones(rewards_PG.shape, bool)
+    # Of such a response the rest is unknown, and an update on its beginning may spread what is wrong.
+    included_PG = ~trajectories.nonfinite_B.reshape(rewards_PG.shape)
+    metrics = {"responses/nonfinite": float(sum(allgather(int((~included_PG).sum()))))}
     if objective.overlong == "penalize":
         penalty_B = overlong_penalty(
             trajectories.lengths_B,
@@ -95,7 +97,7 @@ def token_weights(
     counts = allgather([int(included_B.sum()), int(lengths_B[included_B].sum())])
     responses, tokens = (max(sum(of_hosts), 1) for of_hosts in zip(*counts, strict=True))
     share_B = {
-        "sequence": 1.0 / (responses * lengths_B),
+        "sequence": 1.0 / (responses * np.maximum(lengths_B, 1)),
         "token": np.full(len(lengths_B), 1.0 / tokens),
         "constant": np.full(len(lengths_B), 1.0 / (responses * time)),
     }[objective.aggregate]

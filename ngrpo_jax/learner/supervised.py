@@ -81,7 +81,7 @@ def _optimizer(settings: WarmStartSettings) -> optax.GradientTransformation:
     rate = optax.warmup_cosine_decay_schedule(
         0.0,
         settings.learning_rate,
-        max(1, int(WARMUP_SHARE * settings.steps)),
+        min(max(1, int(WARMUP_SHARE * settings.steps)), settings.steps - 1),
         settings.steps,
         END_OF_DECAY * settings.learning_rate,
     )

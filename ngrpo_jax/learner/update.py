@@ -159,11 +159,18 @@ def compile_programs(
 
     def apply(state, sums):
         updates, opt_state = optimizer.update(sums.gradient, state.opt_state, state.params)
-        norms = {"grad_norm": optax.tree.norm(sums.gradient), "update_norm": optax.tree.norm(updates)}
-        params = optax.apply_updates(state.params, updates)
-        measured = {name: Mean(norm, jnp.ones_like(norm)) for name, norm in norms.items()}
-        learner = {**sums.metrics["learner"], **measured}
-        return TrainState(params, opt_state), {**sums.metrics, "learner": learner}
+        grad_norm = optax.tree.norm(sums.gradient)
+        finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums.metrics["learner"]["loss"][0])
+        # Not optax.apply_if_finite, whose counters would change what a checkpoint holds.
+        updated = TrainState(optax.apply_updates(state.params, updates), opt_state)
+        updated = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+        numbers = {
+            "grad_norm": grad_norm,
+            "update_norm": jnp.where(finite, optax.tree.norm(updates), 0.0),
+            "skipped": 1.0 - finite.astype(jnp.float32),
+        }
+        measured = {name: Mean(number, jnp.ones_like(number)) for name, number in numbers.items()}
+        return updated, {**sums.metrics, "learner": {**sums.metrics["learner"], **measured}}
 
     on_devices = functools.partial(_on_devices, rows_sharding=sharded)
     logprobs = on_devices(logprobs, (of_params,), sharded)

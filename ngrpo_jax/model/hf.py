@@ -16,7 +16,7 @@ import numpy as np
 from flax import traverse_util
 
 from ngrpo_jax import files
-from ngrpo_jax.errors import UserError, explained, require
+from ngrpo_jax.errors import UserError, explained, require, storage
 from ngrpo_jax.model import hf_format, hf_weights
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.model.decoder import Params
@@ -32,6 +32,7 @@ TOKENIZER_FILES = (
     "tokenizer.model",
 )
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
+_ADAPTER = "adapter_config.json"  # of PEFT
 _RECEIPT = ".ngrpo_export.json"  # lists the files of `save`: a later save replaces only those
 
 
@@ -61,10 +62,13 @@ def read(
     Host memory holds one leaf at a time, and what `place` keeps.
     """
     with _opened(path, dtype) as (config, files):
-        leaves = {
-            tensor.path: place(tensor.path, hf_weights.read_leaf(tensor, config, files, dtype))
-            for tensor in hf_format.tensors(config)
-        }
+        try:
+            leaves = {
+                tensor.path: place(tensor.path, hf_weights.read_leaf(tensor, config, files, dtype))
+                for tensor in hf_format.tensors(config)
+            }
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
     return config, traverse_util.unflatten_dict(leaves)
 
 
@@ -123,22 +127,34 @@ def save(
     copied = [] if tokenizer_from is None else _tokenizer_files(pathlib.Path(tokenizer_from))
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     replaced = target.with_name(f".{target.name}.replaced-{os.getpid()}")
-    partial.mkdir(parents=True)
+    remove_remains(target)
     try:
-        saved_dtype = dtype or str(params["embed"]["embedding"].dtype)
-        files.write_json(partial / _CONFIG, hf_format.config_to_json(config, saved_dtype))
-        tensors = hf_weights.stored(config, params, dtype, to_host)
-        hf_weights.write_files(partial, tensors, hf_weights.sizes(config, params, dtype), max_shard_bytes)
-        for file in copied:
-            shutil.copyfile(file, partial / file.name)
-        written = sorted(file.name for file in partial.iterdir())
-        files.write_json(partial / _RECEIPT, {"files": written})
-        if target.exists():
-            target.rename(replaced)
-        partial.rename(target)
+        with storage(target, "written"):
+            partial.mkdir(parents=True)
+            saved_dtype = dtype or str(params["embed"]["embedding"].dtype)
+            files.write_json(partial / _CONFIG, hf_format.config_to_json(config, saved_dtype))
+            tensors = hf_weights.stored(config, params, dtype, to_host)
+            hf_weights.write_files(partial, tensors, hf_weights.sizes(config, params, dtype), max_shard_bytes)
+            for file in copied:
+                shutil.copyfile(file, partial / file.name)
+            written = sorted(file.name for file in partial.iterdir())
+            files.write_json(partial / _RECEIPT, {"files": written})
+            if target.exists():
+                target.rename(replaced)
+            partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def remove_remains(path: str | os.PathLike) -> None:
+    """Removes what a `save` to `path` has left half-written whose process was killed, or is this one."""
+    target = pathlib.Path(os.path.abspath(path))
+    for kind in ("partial", "replaced"):
+        for folder in target.parent.glob(f".{target.name}.{kind}-*"):
+            process = folder.name.rpartition("-")[2]
+            if process == str(os.getpid()) or not pathlib.Path("/proc", process).exists():
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def locate(
@@ -159,7 +175,7 @@ def locate(
     import huggingface_hub  # not at the top: it is slow to import, and a local directory needs none of it
     from huggingface_hub import errors
 
-    patterns = [*TOKENIZER_FILES, _CONFIG, _GENERATION]
+    patterns = [*TOKENIZER_FILES, _CONFIG, _GENERATION, _ADAPTER]
     patterns += ["model*.safetensors", hf_weights.INDEX] if weights else []
     at = "" if revision is None else f" at revision {revision!r}"
     with explained(
@@ -179,6 +195,10 @@ def read_config(path: str | os.PathLike, *, dtype: str = "float32") -> ModelConf
     require(directory.is_dir(), f"{directory} is no directory: give that of a Hugging Face checkpoint")
     file, half = directory / _CONFIG, "it is no Hugging Face checkpoint, or half-downloaded"
     require(file.is_file(), f"{directory} has no {_CONFIG}: {half}")
+    require(
+        not (directory / _ADAPTER).exists(),
+        f"{directory} holds {_ADAPTER}: an adapter's weights are not read; merge it into the model first",
+    )
     raw = files.read_json(file, hf_weights.REMEDY)
     defaults = directory / _GENERATION
     generation = files.read_json(defaults, hf_weights.REMEDY) if defaults.is_file() else {}

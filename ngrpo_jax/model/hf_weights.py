@@ -7,7 +7,9 @@ import contextlib
 import functools
 import itertools
 import math
+import os
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -82,13 +84,19 @@ def _misfits(wanted: Shapes, given: Shapes) -> list[str]:
 
 
 def read_leaf(tensor: hf_format.Tensor, config: ModelConfig, files: Files, dtype: str) -> np.ndarray:
-    """One leaf of the stacked parameter tree: [L, ...] within the layers, [...] outside of them."""
+    """One leaf of the stacked parameter tree: [L, ...] within the layers, [...] outside of them.
+
+    UserError, naming the tensor, where a value is not finite.
+    """
     names = tensor.names(config)
     out = np.empty((len(names), *tensor.shape), jnp.dtype(dtype))
     for part, name in zip(out, names, strict=True):
         stored = files[name].get_tensor(name)
         stored = stored.T if tensor.transposed else stored
         part.reshape(stored.shape)[...] = stored  # a view: `part` is contiguous
+        if not np.isfinite(part).all():
+            bad = int(np.size(part) - np.isfinite(part).sum())
+            raise UserError(f"{name} holds {bad} values that are not finite in {dtype}: {REMEDY}")
     return out if tensor.per_layer else out[0]
 
 
@@ -131,7 +139,8 @@ def write_files(
         file = SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         held = dict(itertools.islice(tensors, len(names)))
         # transformers 4 refuses files without the name of a framework.
-        safetensors.numpy.save_file(held, directory / file, metadata={"format": "pt"})
+        with _system_errors():
+            safetensors.numpy.save_file(held, directory / file, metadata={"format": "pt"})
         # safetensors makes files that only their owner can read; these get the directory's permissions.
         (directory / file).chmod(directory.stat().st_mode & 0o666)
         weight_map |= dict.fromkeys(names, file)
@@ -139,6 +148,18 @@ def write_files(
     if len(shards) > 1:
         metadata = {"total_size": sum(sizes.values())}
         files.write_json(directory / INDEX, {"metadata": metadata, "weight_map": weight_map})
+
+
+@contextlib.contextmanager
+def _system_errors() -> Iterator[None]:
+    """The OSError that safetensors has put into the text of an error of its own."""
+    try:
+        yield
+    except safetensors.SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
 def _weight_paths(directory: pathlib.Path) -> list[pathlib.Path]:

@@ -74,6 +74,7 @@ def take_steps(
     began_at, clock = state.step, time.monotonic()
     seconds = {"step": math.inf, "evaluation": math.inf}  # of the one before
     after: dict[str, float] = {}
+    bad = 0  # steps in a row with an update that was skipped
     again = state.unfinished is not None  # its checkpoint was made without its evaluation
     with ending.Deferred(
         settings.checkpoint.grace_s, lambda: not state.step or checkpoints.holds(state.step)
@@ -103,6 +104,9 @@ def take_steps(
             if lock is not None:
                 lock.check()
             log.write(state.step, row, samples)
+            bad = bad + 1 if row["learner/skipped"] else 0
+            if bad == settings.train.max_bad_steps:
+                raise not_finite(run, bad, state.step)
             stop = max(distributed.allgather("signals", signals.received))
             last = state.step == steps
             if last or scheduled or state.step % settings.checkpoint.every == 0 or stop:
@@ -116,6 +120,15 @@ def take_steps(
             if stop:
                 raise stopped(run, checkpoints, stop)
     return state, after
+
+
+def not_finite(run: Run, bad: int, step: int) -> FloatingPointError:
+    """The end of a run whose numbers are no longer finite."""
+    return FloatingPointError(
+        f"the loss or the gradient was not finite in {bad} steps in a row, the last of them {step}; the run "
+        f"in {run.workdir} goes on from its last checkpoint, with a lower optimizer.learning_rate in a new "
+        "--workdir if it happens again"
+    )
 
 
 def stopped(run: Run, checkpoints: Checkpoints, number: int) -> Preempted:

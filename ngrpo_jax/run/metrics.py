@@ -161,12 +161,15 @@ def device_metrics(run: Run, rollout: Rollout, seconds: dict[str, float]) -> dic
 def sample_rows(run: Run, rollout: Rollout, step: int) -> list[dict[str, Any]]:
     """A step's rows of samples.jsonl: the first response to each of its first SAMPLES_A_STEP problems.
 
+    Besides these, each response that ended in logits that are not finite, for inspection.
     A row holds the text, its reward, and the spans of characters whose tokens were read as mixed inputs.
     """
     tokenizer, written = run.model_spec.tokenizer_info.tokenizer, rollout.trajectories
     rows = []
-    for number, problem in enumerate(rollout.batch.problems[:SAMPLES_A_STEP]):
-        index = number * rollout.rewards_PG.shape[1]
+    group = rollout.rewards_PG.shape[1]
+    first = [number * group for number in range(min(SAMPLES_A_STEP, len(rollout.batch.problems)))]
+    for index in dict.fromkeys([*first, *np.flatnonzero(written.nonfinite_B).tolist()]):
+        problem = rollout.batch.problems[index // group]
         tokens = written.response(index)
         text, spans = prompts.mixed_spans(tokenizer, tokens, written.mixed_BT[index, : len(tokens)])
         rows.append(
@@ -176,10 +179,11 @@ def sample_rows(run: Run, rollout: Rollout, step: int) -> list[dict[str, Any]]:
                 "problem": problem.problem,
                 "answer": problem.answer,
                 "response": text,
-                "reward": float(rollout.rewards_PG[number, 0]),
+                "reward": float(rollout.rewards_PG[index // group, index % group]),
                 "mixed": spans,
                 "tokens": len(tokens),
                 "stopped": bool(written.stopped_B[index]),
             }
+            | ({"nonfinite": True} if written.nonfinite_B[index] else {})
         )
     return rows

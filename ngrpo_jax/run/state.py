@@ -4,13 +4,15 @@ Owns what a checkpoint stores and when a run may be resumed from one. Must not k
 """
 
 import dataclasses
+import hashlib
+import json
 import pathlib
 from typing import Any, NamedTuple
 
 import jax
 
 from ngrpo_jax.algo.neighbors import refresh
-from ngrpo_jax.errors import UserError
+from ngrpo_jax.errors import require
 from ngrpo_jax.learner import update
 from ngrpo_jax.runtime import distributed, mesh
 from ngrpo_jax.runtime.checkpoints import Checkpoints
@@ -19,7 +21,7 @@ from ngrpo_jax.setup.learner import Learner
 from ngrpo_jax.setup.model_spec import ModelSpec
 from ngrpo_jax.setup.neighbor_table import table_config
 from ngrpo_jax.setup.problems import ProblemSet
-from ngrpo_jax.setup.resume import check_resumable, lasting_settings
+from ngrpo_jax.setup.resume import TOKENIZER, check_resumable, lasting_settings
 from ngrpo_jax.tasks.datasets import fingerprint
 
 
@@ -35,6 +37,7 @@ class Run:
     held_out: ProblemSet
     learner: Learner
     reference: Any = None  # parameters of the KL term; None before `start.begin`, and where kl_coef is 0
+    allowed: frozenset[str] = frozenset()  # what may differ from the run that is resumed
 
 
 class Table(NamedTuple):
@@ -67,13 +70,40 @@ def save(state: RunState, run: Run, checkpoints: Checkpoints, row: dict[str, flo
         arrays["table"] = state.table.state
     host = {
         "settings": lasting_settings(run.settings),
-        "data": fingerprint(run.training.problems, run.settings.seed),
+        **contents(run),
         "table_age": None if state.table is None else state.table.age,
         "initial_evaluation": state.initial_evaluation,
         "unfinished": state.unfinished,
     }
     scores = None if row is None else {name: row[name] for name in row if name.startswith("eval/")}
     checkpoints.save(state.step, arrays, host, scores)
+
+
+def contents(run: Run) -> dict[str, str]:
+    """Digests of what a run reads besides settings: problems of training, held-out ones, prompts' tokens."""
+    seed = run.settings.seed
+    tokens = hashlib.sha256(json.dumps(run.training.prompts).encode())
+    return {
+        "data": fingerprint(run.training.problems, seed),
+        "held_out": fingerprint(run.held_out.problems, seed),
+        "prompts": tokens.hexdigest()[:16],
+    }
+
+
+# What is said where a digest is another, and what --allow-changes calls it.
+_CHANGED = {
+    "data": ("the problems to train on", "data.train"),
+    "held_out": ("the held-out problems", "data.eval"),
+    "prompts": ("the tokenizer or the chat template", TOKENIZER),
+}
+
+
+def check_finished(settings: Settings, workdir: pathlib.Path, allowed: frozenset[str]) -> None:
+    """UserError where a finished run was made with other lasting settings."""
+    with Checkpoints(workdir / "checkpoints", model=None) as checkpoints:
+        step = checkpoints.latest_step()
+        if step is not None:
+            check_resumable(checkpoints.read_host(step), step, settings, workdir, allowed)
 
 
 def restore(run: Run, checkpoints: Checkpoints, step: int) -> RunState:
@@ -83,14 +113,17 @@ def restore(run: Run, checkpoints: Checkpoints, step: int) -> RunState:
       ValueError: the checkpoint is of a run with other settings or other problems.
     """
     host = checkpoints.read_host(step)
-    check_resumable(host, step, run.settings, run.workdir)
+    check_resumable(host, step, run.settings, run.workdir, run.allowed)
     earlier = "stream" in host
     if earlier:  # of a version that kept an iterator over the problems, a count of updates and another table
         host = {"data": host["stream"]["data"], "table_age": None, "initial_evaluation": host["before"]}
-    if host["data"] != fingerprint(run.training.problems, run.settings.seed):
-        raise UserError(
-            f"the problems to train on have changed since the checkpoint at step {step} in {run.workdir}; "
-            "resume with the same data.train, or use another --workdir."
+    for name, digest in contents(run).items():
+        what, called = _CHANGED[name]
+        require(
+            # Earlier versions stored "data" alone.
+            host.get(name, digest) == digest or called in run.allowed,
+            f"{what} have changed since the checkpoint at step {step} in {run.workdir}; take the same ones, "
+            f"use another --workdir, or add --allow-changes={called}.",
         )
     wanted: dict[str, Any] = {"train": mesh.shapes_on(run.learner.abstract, run.learner.shardings)}
     if host["table_age"] is not None:

@@ -53,8 +53,6 @@ def train_step(
     metrics = table_metrics | response_metrics(policy, rollout, responses)
     del policy  # the rollout's copy of the parameters must not outlive the rollout
     train_state, table, learner_metrics = learn(run, state.train_state, table, rollout, seconds)
-    if not np.isfinite(learner_metrics["learner/grad_norm"]):
-        raise _not_finite(run, f"the gradient of step {step} is not finite")
     row = step_row(run, rollout, responses, metrics | learner_metrics, seconds)
     return RunState(step, train_state, table, state.initial_evaluation), row, sample_rows(run, rollout, step)
 
@@ -76,7 +74,7 @@ def policy_of(run: Run, params: Any, table: Table | None) -> Policy:
 
 
 def roll_out(run: Run, policy: Policy, batch: ProblemSet, step: int) -> Trajectories:
-    """Responses to this host's problems; FloatingPointError on all hosts where one's cannot be used."""
+    """Responses to this host's problems. Those that end in logits that are not finite are told of."""
     request, primary = training_request(policy, run.settings), distributed.process().primary
     numbers_B = sequence_numbers(len(batch.prompts), request.samples)
     keys_B = sequence_keys(run.settings.seed, step, numbers_B)
@@ -87,8 +85,8 @@ def roll_out(run: Run, policy: Policy, batch: ProblemSet, step: int) -> Trajecto
     ids = [problem.id for problem in batch.problems]
     own = failures(trajectories, run.settings.rollout.group, ids)
     sentence = "; ".join(filter(None, distributed.allgather("failures", own)))
-    if sentence:
-        raise _not_finite(run, f"step {step}: {sentence}")
+    if sentence and primary:
+        print(f"warning: step {step}: {sentence}; they are left out of the update.", flush=True)
     return trajectories
 
 
@@ -145,14 +143,6 @@ def learn(
         table = add_drift(run, table, before_VD, train_state.params)
     metrics |= computed.metrics
     return train_state, table, {**metrics, "rows/fill": packing.fill_fraction(rows, allgather)}
-
-
-def _not_finite(run: Run, found: str) -> FloatingPointError:
-    """The end of a run whose numbers are no longer finite: what was found, and how to go on."""
-    return FloatingPointError(
-        f"{found}; the run in {run.workdir} goes on from its last checkpoint, with a lower "
-        "optimizer.learning_rate in a new --workdir if it happens again"
-    )
 
 
 @contextmanager

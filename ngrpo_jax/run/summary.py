@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ngrpo_jax import files
+from ngrpo_jax.errors import require
 from ngrpo_jax.model import decoder
 from ngrpo_jax.preflight import fit, memory
 from ngrpo_jax.run.state import Run, RunState
@@ -18,6 +19,13 @@ from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.settings import Settings
 from ngrpo_jax.setup.model_spec import save_model
 from ngrpo_jax.setup.resume import best_key
+from ngrpo_jax.tasks import prompts
+
+# What `print_summary` reads, besides the figures before and after.
+SHOWN = (
+    *("seconds", "mixed_fraction", "mix_cosine_mean", "mix_cosine_min", "zero_variance", "checkpoint"),
+    *("export", "best_step", "best_metric", "best_value", "best_checkpoint"),
+)
 
 
 def read_finished(workdir: pathlib.Path, steps: int) -> dict[str, Any] | None:
@@ -26,6 +34,11 @@ def read_finished(workdir: pathlib.Path, steps: int) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     summary = files.read_json(path, "remove it, and the run goes on")
+    steps_done = summary.get("steps")
+    require(
+        type(steps_done) is int and summary.keys() >= set(SHOWN),
+        f"{path} is no summary of a run; remove it, and the run goes on.",
+    )
     return summary if summary["steps"] >= steps else None
 
 
@@ -63,7 +76,19 @@ def announce(run: Run, state: RunState) -> None:
     print(
         f"memory     about {console.format_bytes(needed)} on each device, by estimate (most in the {phase})"
     )
+    print(f"stops at   {_stops(run)}")
     print(f"steps      {state.step} of {settings.train.steps} done; workdir {run.workdir}", flush=True)
+
+
+def _stops(run: Run) -> str:
+    """The tokens that end a response, and a warning where a turn of the chat template ends otherwise."""
+    tokenizer, ids = run.model_spec.tokenizer_info.tokenizer, run.model_spec.tokenizer_info.stop_ids
+    shown = ", ".join(f"{tokenizer.convert_ids_to_tokens(token)!r} ({token})" for token in ids)
+    end = prompts.turn_end(tokenizer, run.settings.data.chat_template)
+    if end is None or end in ids:
+        return shown
+    name = tokenizer.convert_ids_to_tokens(end)
+    return f"{shown}; warning: the chat template ends a turn by {name!r}, which data.stop={name} would add"
 
 
 def step_line(step: int, row: dict[str, float], steps: int, pace: float) -> str:

@@ -44,6 +44,7 @@ class Checkpoints:
             the latest stay.
         keep: how many of the latest stay.
         keep_every: steps that are multiples of this number stay for good; None: no others.
+        any_model: whether checkpoints of a model with another identity are read.
     """
 
     def __init__(
@@ -54,12 +55,14 @@ class Checkpoints:
         best: str | None = None,
         keep: int = 1,
         keep_every: int | None = None,
+        any_model: bool = False,
     ) -> None:
         logging.getLogger("absl").addFilter(_is_shown)  # the same filter twice counts once
         name = os.fspath(directory)
         self.directory = name if "://" in name else os.path.abspath(name)
         self._model = None if model is None else as_json(model)
         self._path = pathlib.Path(self.directory)
+        self._any_model = any_model
         self._best, self._keep, self._keep_every = best, keep, keep_every
         self._writes = False
         self._manager = self._open(writes=False)
@@ -258,8 +261,9 @@ class Checkpoints:
         except Exception as error:
             raise self._unreadable(step, error) from error
         saved, own = document["model"], self._model
-        if own is not None and saved != own:
-            differ = [name for name in sorted({*saved, *own}) if saved.get(name) != own.get(name)]
+        # A name that is not in the checkpoint was not stored yet by the version that made it.
+        differ = [] if own is None else [name for name in sorted(saved) if saved[name] != own.get(name)]
+        if own is not None and differ and not self._any_model:
             raise UserError(
                 f"the checkpoint at step {step} in {self.directory} is of another model "
                 f"({_entries(saved, differ)}) than this run's ({_entries(own, differ)}); "

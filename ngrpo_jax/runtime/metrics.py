@@ -57,6 +57,8 @@ class RunLog:
             folder.mkdir(parents=True, exist_ok=True)
         for path in (self._metrics, self._samples):
             _cut(path, self._last)
+        if resume_step is not None:
+            _warn_of_gaps(self._metrics, resume_step)
         self._loggers = [LOGGERS[name](folder, self._last + 1) for name in loggers]
 
     def __enter__(self) -> Self:
@@ -123,6 +125,18 @@ def _rows(path: pathlib.Path) -> list[files.Line]:
         if not isinstance(line.value, dict) or not isinstance(line.value.get("step"), int):
             raise UserError(f"{path} line {line.number} is no object with a `step`; remove that line.")
     return lines
+
+
+def _warn_of_gaps(path: pathlib.Path, last: int) -> None:
+    """Prints which rows up to step `last` a file lacks: the run goes on without them."""
+    have = {line.value["step"] for line in _rows(path)} if path.exists() else set()
+    lost = [step for step in range(1, last + 1) if step not in have]
+    if lost:
+        print(
+            f"warning: {path} has no rows of {len(lost)} steps that are done, from {lost[0]} to {lost[-1]}; "
+            "the run goes on without them.",
+            flush=True,
+        )
 
 
 def _cut(path: pathlib.Path, last: int) -> None:

@@ -12,6 +12,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ngrpo_jax import files
@@ -103,7 +104,7 @@ def locate_model(settings: Settings, workdir: pathlib.Path, *, weights: bool = T
 
 
 def model_identity(model_spec: ModelSpec, params: Any) -> dict[str, Any]:
-    """What differs between two starting models: sizes, and a digest of some weights.
+    """What differs between two starting models: sizes, a digest of some weights, and a sum of all.
 
     Every process calls this.
     """
@@ -112,7 +113,14 @@ def model_identity(model_spec: ModelSpec, params: Any) -> dict[str, Any]:
     digest = hashlib.sha256()
     for leaf in (params["embed"]["embedding"][:64], params["final_norm"]["scale"]):
         digest.update(mesh.to_host(leaf).astype(np.float32).tobytes())
-    return {**sizes, "weights": digest.hexdigest()[:16]}
+    return {**sizes, "weights": digest.hexdigest()[:16], "sum_of_weights": int(_sum_of_bits(params))}
+
+
+@jax.jit
+def _sum_of_bits(params: Any) -> jax.Array:
+    """The sum of all float32 weights taken as whole numbers, modulo 2^32: equal on every mesh."""
+    leaves = [jax.lax.bitcast_convert_type(leaf, jnp.uint32) for leaf in jax.tree.leaves(params)]
+    return sum((jnp.sum(leaf, dtype=jnp.uint32) for leaf in leaves), jnp.uint32(0))
 
 
 def open_checkpoint(

@@ -4,7 +4,7 @@ Settings are plain values here, by dotted name, as JSON gives them back. Must no
 """
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ngrpo_jax.errors import require
@@ -18,13 +18,38 @@ def best_key(settings: Settings) -> str:
     return f"eval/{settings.checkpoint.best_metric}"
 
 
-def check_resumable(host: dict[str, Any], step: int, settings: Settings, workdir: pathlib.Path) -> None:
+# What --allow-changes names besides settings: the weights that a run starts from; how prompts become tokens.
+MODEL, TOKENIZER = "model", "tokenizer"
+
+
+def allowed_changes(names: str | None) -> frozenset[str]:
+    """What --allow-changes=NAME,… allows; UserError for a name of nothing that it could."""
+    found = frozenset(filter(None, (names or "").split(",")))
+    unknown = sorted(found - {*Settings.kinds(), MODEL, TOKENIZER})
+    require(
+        not unknown,
+        f"--allow-changes names {', '.join(unknown)}; it takes names of settings, {MODEL} and {TOKENIZER}.",
+    )
+    return found
+
+
+def check_resumable(
+    host: dict[str, Any],
+    step: int,
+    settings: Settings,
+    workdir: pathlib.Path,
+    allowed: Collection[str] = (),
+) -> None:
     """UserError where a checkpoint is of a run with other settings, or beyond the last step of this one."""
-    here = lasting_settings(settings)
+    here = {name: value for name, value in lasting_settings(settings).items() if name not in allowed}
     # The first versions let model.dtype change and did not store it: its default says nothing of such a run.
-    stored = {"model.dtype": here["model.dtype"], **host["settings"]}
+    stored = {"model.dtype": settings.model.dtype, **host["settings"]}
+    stored = {name: value for name, value in stored.items() if name not in allowed}
     changed, steps = "; ".join(changes(stored, here)), settings.train.steps
-    require(not changed, f"the run in {workdir} was made with {changed}; use those or another --workdir.")
+    require(
+        not changed,
+        f"the run in {workdir} was made with {changed}; use those, another --workdir, or --allow-changes.",
+    )
     sentence = f"the run in {workdir} is at step {step} already; raise train.steps, which is {steps}."
     require(step <= steps, sentence)
 

@@ -49,5 +49,5 @@ def make_tokenizer_info(tokenizer: Any, config: ModelConfig, settings: Settings)
     with explained(ValueError, f"mixing.k is {mixing.k}", remedy):
         eligible = eligible_rows(rows, mixing.k if mixing.active else 1, usable_V, spelling_V)
     until = prompts.until_ids(tokenizer, mixing.until) if mixing.until else ()
-    stop_ids = prompts.stop_ids(tokenizer, config.eos_token_ids)
+    stop_ids = prompts.stop_ids(tokenizer, config.eos_token_ids, settings.data.stop)
     return TokenizerInfo(tokenizer, stop_ids, mixing.method(until, keep_out_ids), eligible)

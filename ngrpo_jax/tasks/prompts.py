@@ -120,9 +120,16 @@ def _render(tokenizer: Tokenizer, texts: list[str], chat_template: str | None) -
     turns = [[{"role": "user", "content": text}] for text in texts]
     fault = "the chat template does not render one user turn"
     with explained(jinja2.TemplateError, fault, "set data.chat_template to another"):
-        return tokenizer.apply_chat_template(
+        rendered = tokenizer.apply_chat_template(
             turns, chat_template=template, tokenize=False, add_generation_prompt=True
         )
+    for text, prompt in zip(texts, rendered, strict=True):
+        require(
+            text.strip() in prompt,
+            f"the chat template leaves out the problem's text ({prompt[-60:]!r}): it may want content in "
+            "parts; set data.chat_template to one that takes it as text",
+        )
+    return rendered
 
 
 # Characters that may precede and follow the text in a response; they can share a token with its ends.
@@ -212,10 +219,47 @@ def _token_texts(tokenizer: Tokenizer) -> dict[int, str]:
     return {token: text[len(prefix) :] for token, text in zip(ids, texts, strict=True)}
 
 
-def stop_ids(tokenizer: Tokenizer, eos_token_ids: Sequence[int]) -> tuple[int, ...]:
-    """The ids that end a response: the model's `eos_token_ids` and the tokenizer's EOS, ascending."""
+def stop_ids(tokenizer: Tokenizer, eos_token_ids: Sequence[int], more: Sequence[str] = ()) -> tuple[int, ...]:
+    """The ids that end a response: the model's `eos_token_ids`, the tokenizer's EOS and `more`, ascending.
+
+    Args:
+      more: tokens as text, or ids as decimal text.
+    Raises UserError for a text that is no single token, an id without a token, and where there is no id.
+    """
     own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    return tuple(sorted({*eos_token_ids, *own}))
+    found = tuple(sorted({*eos_token_ids, *own, *(_stop_id(tokenizer, text) for text in more)}))
+    require(
+        bool(found),
+        f"no file of {tokenizer.name_or_path} says which token ends a response, so that none would end; name "
+        "one with data.stop",
+    )
+    return found
+
+
+def _stop_id(tokenizer: Tokenizer, text: str) -> int:
+    vocabulary = tokenizer.get_vocab()
+    if text.isdecimal() and text not in vocabulary:
+        require(int(text) < max(vocabulary.values()) + 1, f"data.stop {text} is the id of no token")
+        return int(text)
+    ids = [vocabulary[text]] if text in vocabulary else tokenizer.encode(text, add_special_tokens=False)
+    require(len(ids) == 1, f"data.stop {text!r} is no single token of {tokenizer.name_or_path}; name one")
+    return ids[0]
+
+
+def turn_end(tokenizer: Tokenizer, chat_template: str | None) -> int | None:
+    """The special token that a chat template writes after a response; None where it writes none."""
+    if chat_template == PLAIN:
+        return None
+    text, mark = "x", "ngrpo"
+    turns = [{"role": "user", "content": text}, {"role": "assistant", "content": mark}]
+    template = None if chat_template is None else pathlib.Path(chat_template).read_text(encoding="utf-8")
+    try:
+        rendered = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+    except (jinja2.TemplateError, ValueError):  # only the prompt's turn has to be rendered
+        return None
+    ids = tokenizer.encode(rendered.rpartition(mark)[2], add_special_tokens=False)
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return next((token for token in ids if token in special), None)
 
 
 def response_text(tokenizer: Tokenizer, tokens: Ids) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from ngrpo_jax.errors import UserError, explained
 
 Row = Mapping[str, Any]
+MOST_CHARACTERS = 1_000_000  # of a field: far above any context, and still encoded within seconds
 
 
 def plain_name(name: Any) -> str:
@@ -111,6 +112,8 @@ def text(place: str, name: str, value: Any, *, numbers: bool = False) -> str:
         value = str(value)
     if not isinstance(value, str):
         raise UserError(f"{field} is {type(value).__name__}, not text; give it as text")
+    if len(value) > MOST_CHARACTERS:
+        raise UserError(f"{field} has {len(value)} characters, above {MOST_CHARACTERS}; leave the row out")
     with explained(UnicodeEncodeError, f"{field} holds half a character", "correct it"):
         value.encode()
     return value

@@ -39,13 +39,12 @@ SMALL = {
 def start(workdir, *more, command="train", environment=None, **changes):
     """The process of a command on a workdir, its output in WORKDIR.out and WORKDIR.err (appended)."""
     settings = SMALL | {name.replace("__", "."): value for name, value in changes.items()}
-    words = [f"--config.{name}={value}" for name, value in settings.items()]
+    words = [f"--workdir={workdir}", *(f"--config.{name}={value}" for name, value in settings.items())]
     kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NGRPO_DEBUG")}
     kept |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT / "tests"), "HF_HUB_OFFLINE": "1"}
     with open(f"{workdir}.out", "ab") as out, open(f"{workdir}.err", "ab") as err:
         return subprocess.Popen(
-            [sys.executable, "-m", f"ngrpo_jax.{command}", "--config=configs/tiny.py"]
-            + [f"--workdir={workdir}", *words, *more],
+            [sys.executable, "-m", f"ngrpo_jax.{command}", "--config=configs/tiny.py", *words, *more],
             cwd=ROOT,
             env=kept | (environment or {}),
             stdout=out,
@@ -60,7 +59,7 @@ def said(workdir):
 
 
 def differences(workdir, other):
-    """What two finished runs differ in: weights, samples, metrics without times, evaluation, steps on disk."""
+    """What two finished runs differ in: weights, samples, metrics without times, summary, remains."""
     found = [
         name
         for name in ("export/model.safetensors", "samples.jsonl")

@@ -1,9 +1,9 @@
-"""The long forms of the tests of faults: make faults. Each part goes on from its tally, and ends within an hour.
+"""The long forms of the tests of faults: make faults. Each part goes on from its tally, within an hour.
 
     python tests/faults/run.py PART [--count=N] [--minutes=M] [--folder=DIR]
 
-A part injects faults into real commands until its tally (tests/faults/tallies.json) holds N of them. What is not
-as promised is printed and counted as `failed`, and the folder of that run is kept.
+A part injects faults into real commands until its tally (tests/faults/tallies.json) holds N of them. What is
+not as promised is printed and counted as `failed`, and the folder of that run is kept.
 """
 
 import argparse
