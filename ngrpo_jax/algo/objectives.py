@@ -209,7 +209,7 @@ def policy_loss(
       `policy_loss` (without KL and entropy), `ratio`, `clip_low` and `clip_high` (the tokens whose ratio was
       clipped from below with A < 0, from above with A > 0), `dual_clip`; where their inputs are given `kl`,
       `kl_bounded` (the tokens whose k3 is bounded), `entropy`, `importance` (the truncated weights) and
-      `importance_capped`. Extremes: `ratio_min` and `ratio_max`, inf and -inf without any token of weight > 0.
+      `importance_capped`. Extremes: `ratio_min` and `ratio_max`, inf and -inf without a token of weight > 0.
 
     Raises:
       ValueError: for an unknown algorithm or estimator, a dual_clip of at most 1, an importance_cap that is
