@@ -16,9 +16,17 @@ from typing import Annotated, Any, ClassVar, Self
 
 from ngrpo_jax.errors import require
 
+
+def _finite(value: int | float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond float64
+        return False
+
+
 _KINDS = {
     int: ("a whole number", lambda value: type(value) is int),
-    float: ("a finite number", lambda value: type(value) in (int, float) and math.isfinite(value)),
+    float: ("a finite number", lambda value: type(value) in (int, float) and _finite(value)),
     bool: ("true or false", lambda value: type(value) is bool),
     str: ("text", lambda value: type(value) is str),
 }

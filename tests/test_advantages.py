@@ -21,6 +21,9 @@ LENGTHS = np.array([3, 10, 8, 2, 10, 5, 4, 4, 10])
 STOPPED = np.array([1, 0, 1, 1, 0, 1, 1, 1, 1], bool)
 
 
+NONE = {"responses/nonfinite": 0}
+
+
 def _trajectories(start=0, stop=9):
     made = Trajectories.empty(9, 10, 2)._replace(lengths_B=LENGTHS, stopped_B=STOPPED)
     return made.part(start, stop)
@@ -36,20 +39,33 @@ def _compute(groups=slice(0, 3), allgather=advantages.single_host, **changes):
 def test_by_default_all_count_and_advantages_are_eq12(scale):
     computed = _compute(scale_by_std=scale)
     np.testing.assert_array_equal(computed.advantages_PG, group_advantages(REWARDS, scale_by_std=scale))
-    assert computed.included_PG.all() and computed.metrics == {}
+    assert computed.included_PG.all() and computed.metrics == NONE
 
 
 def test_groups_without_variance_can_be_left_out_and_are_counted():
     computed = _compute(skip_zero_variance=True)
     np.testing.assert_array_equal(computed.included_PG, [[True] * 3, [False] * 3, [False] * 3])
-    assert computed.metrics == {"groups/left_out": 2, "responses/left_out": 6}
+    assert computed.metrics == NONE | {"groups/left_out": 2, "responses/left_out": 6}
+
+
+def test_responses_with_logits_that_are_not_finite_are_left_out_and_counted():
+    part = _trajectories()
+    part.nonfinite_B[[1, 5]] = True
+    part.lengths_B[5] = 0
+    computed = advantages.compute_advantages(REWARDS, part, OBJECTIVE)
+    np.testing.assert_array_equal(np.flatnonzero(~computed.included_PG.reshape(-1)), [1, 5])
+    assert computed.metrics == {"responses/nonfinite": 2}
+    for aggregate in ("sequence", "token", "constant"):
+        objective = dataclasses.replace(OBJECTIVE, aggregate=aggregate)
+        weight_BT = advantages.token_weights(part, objective, computed.included_PG.reshape(-1))
+        assert np.isfinite(weight_BT).all() and not weight_BT[[1, 5]].any()
 
 
 def test_responses_cut_off_can_be_left_out():
     computed = _compute(overlong="mask")
     np.testing.assert_array_equal(computed.included_PG.reshape(-1), STOPPED)
     np.testing.assert_array_equal(computed.advantages_PG, group_advantages(REWARDS))
-    assert computed.metrics == {"responses/left_out": 2}
+    assert computed.metrics == NONE | {"responses/left_out": 2}
 
 
 def test_a_penalty_for_length_changes_rewards_before_groups_are_compared():

@@ -103,3 +103,15 @@ def test_only_what_the_user_can_mend_is_explained_and_that_once(error, kind, tex
     with pytest.raises(kind) as caught, explained((ValueError, OSError), "it is wrong", "mend it"):
         raise error
     assert type(caught.value) is kind and str(caught.value) == text
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_terminal_without_a_character_is_no_reason_to_end(encoding):
+    code = (
+        "from ngrpo_jax.flags import run_command\n"
+        "run_command(lambda argv: print('2 prompts × 4 ∑', flush=True), ['train'])"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=True)
+    shown = {"ascii": b"\\xd7 4 \\u2211", "latin-1": b"\xd7 4 \\u2211", "utf-8": "× 4 ∑".encode()}
+    assert done.stdout.strip() == b"2 prompts " + shown[encoding]

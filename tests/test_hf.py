@@ -5,15 +5,17 @@ import json
 import os
 import pathlib
 import shutil
+import subprocess
 import weakref
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 import safetensors.numpy
 
-from ngrpo_jax.errors import UserError
+from ngrpo_jax.errors import StorageError, UserError
 from ngrpo_jax.model import decoder, hf, hf_format, hf_weights
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -430,3 +432,35 @@ def test_smollm2_continues_a_text_as_transformers_does():
     written = np.asarray(logits)[0, len(prompt) - 1 : -1]
     assert written.argmax(-1).tolist() == answer
     np.testing.assert_allclose(written.max(-1), largest, atol=1e-3)
+
+
+def _saved(folder):
+    config, params = hf.load(GOLDEN / "qwen2_tied")
+    hf.save(folder, config, params)
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next_and_what_another_writes_is_not(tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    other = subprocess.Popen(["sleep", "60"])
+    try:
+        for process in (gone, other):
+            (tmp_path / f".export.partial-{process.pid}").mkdir()
+        (tmp_path / f".export.replaced-{gone.pid}").mkdir()
+        _saved(tmp_path / "export")
+        assert sorted(os.listdir(tmp_path)) == [f".export.partial-{other.pid}", "export"]
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_a_full_disk_is_named_with_the_directory(tmp_path, monkeypatch):
+    """In the words of safetensors, which raises an error of its own."""
+
+    def fail(*_, **__):
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", fail)
+    with pytest.raises(StorageError, match=rf"{tmp_path}/export cannot be written: No space left on device"):
+        _saved(tmp_path / "export")
+    assert not list(tmp_path.iterdir())

@@ -56,7 +56,10 @@ def _oracle(
     new, old, weight = (
         batch[name].astype(np.float64) for name in ("logprobs_BT", "old_logprobs_BT", "weight_BT")
     )
-    loss, sums = 0.0, dict(policy_loss=0.0, kl=0.0, clip_low=0.0, clip_high=0.0, dual_clip=0.0, ratio=0.0)
+    loss, sums = (
+        0.0,
+        dict(policy_loss=0.0, kl=0.0, kl_bounded=0.0, clip_low=0.0, clip_high=0.0, dual_clip=0.0, ratio=0.0),
+    )
     ratios = []
     extras = dict(importance=0.0, importance_capped=0.0) if cap is not None else {}
     extras |= dict(entropy=0.0) if "entropy_BT" in batch else {}
@@ -155,6 +158,13 @@ def test_kl_k3():
     )
     np.testing.assert_array_equal(kl_k3(jnp.ones(3), jnp.ones(3)), 0)
     assert (kl_k3(jnp.zeros(9), jnp.linspace(-1e-3, 1e-3, 9)) >= 0).all()
+
+
+def test_k3_and_its_gradient_are_finite_for_all_log_probabilities_and_exact_below_60():
+    q = jnp.array([-1e20, -100.0, 0.0, 59.0, 60.0, 89.0, 1e4, 1e20])
+    value, gradient = jax.vmap(jax.value_and_grad(lambda x: kl_k3(x, jnp.float32(0))))(-q)
+    assert jnp.isfinite(value).all() and jnp.isfinite(gradient).all() and (value >= 0).all()
+    np.testing.assert_allclose(value[3], np.exp(59.0) - 60, rtol=1e-6)
 
 
 def test_kl_k3_is_unbiased_for_the_kl_divergence():
@@ -402,7 +412,7 @@ def _values(measured):
 
 def test_metrics_of_parts_join_to_those_of_the_whole(batch):
     whole, halves = _measured(batch), [_measured(batch, rows) for rows in (slice(0, 2), slice(2, 4))]
-    assert len(whole) == 12
+    assert len(whole) == 13
     assert _values(metrics.combine(*halves)) == pytest.approx(_values(whole), rel=1e-5)
     assert _values(metrics.combine(metrics.empty(whole), halves[0])) == _values(halves[0])
 

@@ -216,6 +216,43 @@ def test_usable_rows_of_a_model_too_small_for_its_tokenizer(tiny):
         prompts.usable_rows(tiny, 100)
 
 
+def test_stop_ids_may_be_added_as_text_or_number_and_there_has_to_be_one():
+    tiny = prompts.load_tokenizer(arithmetic.TOKENIZER)
+    (nine,) = tiny.encode("9", add_special_tokens=False)
+    # "9" is a token, and so a text rather than an id.
+    assert prompts.stop_ids(tiny, (), ("9", "22")) == tuple(sorted({tiny.eos_token_id, nine, 22}))
+    for text, words in {"999999": "the id of no token", "9+9": "no single token"}.items():
+        with pytest.raises(UserError, match=words):
+            prompts.stop_ids(tiny, (), (text,))
+    tiny.eos_token = None
+    with pytest.raises(UserError, match=r"so that none would end; name one with data\.stop"):
+        prompts.stop_ids(tiny, ())
+    assert prompts.stop_ids(tiny, (), ("22",)) == (22,)
+
+
+def test_the_end_of_a_turn_is_read_from_the_template(tiny, tmp_path):
+    assert prompts.turn_end(tiny, prompts.PLAIN) is None
+    path = tmp_path / "template.jinja"
+    eos = tiny.eos_token
+    path.write_text("{% for m in messages %}{{ m.content }}" + eos + "{% endfor %}")
+    assert prompts.turn_end(tiny, str(path)) == tiny.eos_token_id
+    path.write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    assert prompts.turn_end(tiny, str(path)) is None
+
+
+def test_a_template_that_leaves_out_the_problem_is_refused(tiny, tmp_path):
+    path = tmp_path / "template.jinja"
+    path.write_text("{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}=\n{% endfor %}")
+    with pytest.raises(UserError, match="the chat template leaves out the problem's text"):
+        prompts.encode_prompt(tiny, "1+1", str(path))
+    odd = prompts.load_tokenizer(arithmetic.TOKENIZER)
+    odd.chat_template = -1
+    with pytest.raises(UserError, match="the chat template does not render one user turn"):
+        prompts.encode_prompt(odd, "1+1")
+    path.write_text("{% for m in messages %}{{ m.content | trim }}={% endfor %}")
+    assert prompts.encode_prompt(tiny, " 1+1 ", str(path)) == tiny.encode("1+1=", add_special_tokens=False)
+
+
 def test_stop_ids_are_a_union(tiny, byte_level):
     assert prompts.stop_ids(tiny, (7, 2, 7)) == (2, 7)
     assert prompts.stop_ids(byte_level, ()) == (byte_level.eos_token_id,)

@@ -332,3 +332,10 @@ def test_a_float_may_be_written_as_a_whole_number(name):
     argv = ["train", f"--config={ROOT / 'configs' / 'base.py'}", "--workdir=w", f"--config.{name}=2"]
     value = resolve(flags.parse_flags(argv)[0]).leaves()[name]
     assert (value, type(value)) == (2.0, float)
+
+
+@pytest.mark.parametrize("name", ["mixing.rate", "checkpoint.grace_s"])
+def test_a_whole_number_beyond_float64_is_no_number(name):
+    kind = Settings.kinds()[name]
+    with pytest.raises(UserError, match=f"{name} is 1000.*must be a finite number"):
+        kind.check(name, 10**400)

@@ -119,7 +119,7 @@ def _render(tokenizer: Tokenizer, texts: list[str], chat_template: str | None) -
         )
     turns = [[{"role": "user", "content": text}] for text in texts]
     fault = "the chat template does not render one user turn"
-    with explained(jinja2.TemplateError, fault, "set data.chat_template to another"):
+    with explained((jinja2.TemplateError, TypeError), fault, "set data.chat_template to another"):
         rendered = tokenizer.apply_chat_template(
             turns, chat_template=template, tokenize=False, add_generation_prompt=True
         )
@@ -255,7 +255,7 @@ def turn_end(tokenizer: Tokenizer, chat_template: str | None) -> int | None:
     template = None if chat_template is None else pathlib.Path(chat_template).read_text(encoding="utf-8")
     try:
         rendered = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
-    except (jinja2.TemplateError, ValueError):  # only the prompt's turn has to be rendered
+    except (jinja2.TemplateError, TypeError, ValueError):  # only the prompt's turn has to be rendered
         return None
     ids = tokenizer.encode(rendered.rpartition(mark)[2], add_special_tokens=False)
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}

@@ -19,6 +19,7 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 import command
+import fuzz
 
 TALLIES = pathlib.Path(__file__).parent / "tallies.json"
 
@@ -46,12 +47,24 @@ def unbroken(folder):
     return workdir, time.monotonic() - begun
 
 
-def moment(rng, workdir, seconds):
-    """A random time to wait for: from the imports to the end of what is left of the run."""
-    steps = command.SMALL["train.steps"]
-    folder = workdir / "checkpoints"
-    done = max((int(path.name) for path in folder.glob("*") if path.name.isdecimal()), default=0)
-    return rng.uniform(0.1, seconds * (1 - 0.4 * done / steps))
+def wait_for_a_moment(rng, process, workdir, seconds):
+    """Waits for a random moment of a run: by the clock, or some time after one of its next steps.
+
+    Later steps are waited for with their evaluations, saves and, after the last one, the export.
+    """
+    path, steps = workdir / "metrics.jsonl", command.SMALL["train.steps"]
+
+    def rows():
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
+    by_clock, wanted = rng.random() < 0.25, min(rows() + rng.randint(1, 4), steps)
+    end = time.monotonic() + (rng.uniform(0.3, 0.7 * seconds) if by_clock else 600)
+    while process.poll() is None and time.monotonic() < end and (by_clock or rows() < wanted):
+        time.sleep(0.005)
+    if not by_clock:
+        end = time.monotonic() + rng.uniform(0, 4.0 if wanted == steps else 1.0)
+        while process.poll() is None and time.monotonic() < end:
+            time.sleep(0.005)
 
 
 def kills(folder, reference, seconds, count, deadline, rng):
@@ -61,10 +74,7 @@ def kills(folder, reference, seconds, count, deadline, rng):
         killed = 0
         while True:
             process = command.start(workdir)
-            wait = moment(rng, workdir, seconds)
-            end = time.monotonic() + wait
-            while process.poll() is None and time.monotonic() < end:
-                time.sleep(0.01)
+            wait_for_a_moment(rng, process, workdir, seconds)
             process.send_signal(signal.SIGKILL)
             status = process.wait()
             if status != -signal.SIGKILL:
@@ -80,7 +90,54 @@ def kills(folder, reference, seconds, count, deadline, rng):
         shutil.rmtree(workdir)
 
 
-PARTS = {"kills": (kills, 100)}
+def signals(folder, reference, seconds, count, deadline, rng):
+    """SIGTERM and SIGINT at random moments: status, sentence, and in the end the run of one without."""
+    numbers = {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
+    while time.monotonic() < deadline:
+        done = {name: tally("signals").get(name, 0) for name in numbers}
+        if min(done.values()) >= count:
+            return
+        workdir, got = folder / f"signals-{rng.randrange(1 << 32):08x}", []
+        while True:
+            name = min(numbers, key=lambda name: done[name] + got.count(name))
+            process = command.start(workdir)
+            wait_for_a_moment(rng, process, workdir, seconds)
+            process.send_signal(numbers[name])
+            status = process.wait()
+            if status == 0:
+                break
+            got.append(name)
+            *_, last = command.said(workdir).splitlines() or [""]
+            told = last.startswith(f"stopped by {name}; ") and "Traceback" not in command.said(workdir)
+            if status != 128 + numbers[name] or not told:
+                print(f"{workdir}: {name}: status {status}: {last}", flush=True)
+                tally("signals", failed=1)
+                break
+        differ = command.differences(workdir, reference) if status == 0 else [f"status {status}"]
+        if differ:
+            print(f"{workdir}: after {got}: {', '.join(differ)}", flush=True)
+            tally("signals", failed=len(got))
+            continue
+        figures = tally("signals", runs=1, **{name: got.count(name) for name in numbers})
+        print(f"{got}, equal; in all {figures}", flush=True)
+        shutil.rmtree(workdir)
+
+
+def fuzzing(folder, reference, seconds, count, deadline, rng):
+    """Mutated settings, data files and model directories."""
+    made = fuzz.make_model(folder / "model")
+    for kind, (_, wanted) in fuzz.KINDS.items():
+        while (done := sum(tally("fuzz").get(f"{kind} {way}", 0) for way in fuzz.WAYS)) < min(wanted, count):
+            if time.monotonic() > deadline:
+                return
+            what, way, said = fuzz.one(kind, done, folder / "mutated", made)
+            tally("fuzz", **{f"{kind} {way}": 1})
+            if way == "failed":
+                print(f"{kind} {done}: {what}: {said}", flush=True)
+                tally("fuzz", failed=1)
+
+
+PARTS = {"kills": (kills, 100), "signals": (signals, 30), "fuzz": (fuzzing, 500)}
 
 
 def main():
@@ -96,8 +153,7 @@ def main():
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
     part, count = PARTS[options.part]
     deadline = time.monotonic() + 60 * options.minutes
-    reference, seconds = unbroken(options.folder)
-    print(f"a run takes {seconds:.0f} s", flush=True)
+    reference, seconds = (None, 0.0) if options.part == "fuzz" else unbroken(options.folder)
     part(options.folder, reference, seconds, options.count or count, deadline, random.Random())
     figures = tally(options.part)
     print(f"{options.part}: {figures}")
