@@ -14,13 +14,14 @@ GOLDEN_TESTS := tests/test_decoder.py::test_logits_equal_those_of_transformers \
 	$(ORACLE)::test_gspo_on_a_mesh_of_all_axes "$(ORACLE)::test_the_compiled_step_is_the_objective[as the paper has it]"
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-long test-targets lint
+.PHONY: help run test test-long test-targets faults lint
 
 help:
 	@echo "make run        train configs/tiny.py in $(WORKDIR): a small model learns by N-GRPO in about five minutes"
 	@echo "make test       the test suite, about fifteen minutes on two cores"
 	@echo "make test-long  the long tests"
 	@echo "make test-targets  compiles for TPUs and GPUs that are not here (extras aot-tpu, aot-cuda12); 20 minutes"
+	@echo "make faults     kills, signals and mutated input, each up to 55 minutes; goes on from its tallies"
 	@echo "make lint       ruff, ruff format --check, mypy"
 	@echo ""
 	@echo "Each makes $(VENV) first when it is missing. Needs Python 3.11 or newer: make PYTHON=python3.12 run"
@@ -40,6 +41,9 @@ test-long: $(VENV)/.requirements-dev
 
 test-targets: $(VENV)/.requirements-dev
 	$(BIN)/python -m pytest -m "long or not long" tests/test_targets.py
+
+faults: $(VENV)/.requirements-dev
+	for part in kills signals fuzz; do $(BIN)/python tests/faults/run.py $$part || exit 1; done
 
 lint: $(VENV)/.requirements-dev
 	$(BIN)/ruff check .

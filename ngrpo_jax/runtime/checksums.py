@@ -19,7 +19,7 @@ _THREADS = min(8, os.cpu_count() or 1)
 def write(folder: pathlib.Path) -> None:
     """Writes the checksums of all files below `folder`, by their paths from there."""
     names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
-    files = {name: _sums(folder / name) for name in names}
+    files = {name: _sums(folder / name) for name in names if name != NAME}
     document = {"crc32": files, "own": _own(files)}
     (folder / NAME).write_text(json.dumps(document), encoding="utf-8")
 
