@@ -1,4 +1,4 @@
-"""What the checksums of a checkpoint cost: seconds of a save and of the checksums in it, bytes a second when read.
+"""What checksums cost: seconds of a save and of the checksums in it, bytes a second when they are verified.
 
     python benchmarks/checkpoints.py [--mib=1024] [--rounds=3]
 

@@ -253,7 +253,7 @@ def make_model(folder):
 
 
 def one(kind, seed, folder, made):
-    """(what was changed, outcome, what was said) of one mutation; what it leaves in a workdir is a failure."""
+    """(what was changed, outcome, what was said) of one mutation; what it leaves behind is a failure."""
     rng = random.Random(f"{kind} {seed}")
     folder.mkdir(parents=True)
     try:
