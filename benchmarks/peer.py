@@ -27,9 +27,7 @@ class Peer:
           ValueError: no such interpreter.
         """
         if shutil.which(python) is None:
-            raise ValueError(
-                f"{python} is no program; name the python of the peer's environment"
-            )
+            raise ValueError(f"{python} is no program; name the python of the peer's environment")
         self._name = pathlib.Path(script).stem
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         offline = {
