@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import bounds, chunks, measure, memory, mixing, rollout, shapes, strategies
+from benchmarks import bounds, chunks, measure, memory, mixing, rollout, shapes, simulation, strategies
 from benchmarks.peer import Peer
 from ngrpo_jax import flags
 from ngrpo_jax.algo.mixture import neighbor_mixture
@@ -89,6 +89,17 @@ def test_the_estimate_of_memory_meets_its_goal_for_three_sizes(tmp_path):
     ratios = {(model, phase): ratio for model, phase, *_, ratio in table["rows"] if phase != "table"}
     assert len(ratios) == 6
     assert all(abs(ratio - 1) <= memory.GOAL for ratio in ratios.values()), ratios
+
+
+@pytest.mark.parametrize(("held", "tokens"), [(False, (1152, 1152, 1152)), (True, (384, 384, 128))])
+def test_simulated_seconds_are_those_of_the_steps_by_hand(monkeypatch, held, tokens):
+    """256 responses of 64 tokens in 256 slots: two chunks, and one that began before their end was known."""
+    monkeypatch.setattr(simulation, "response_lengths", lambda seed: np.full(256, 64))
+    design = simulation.Design(256, simulation.PROMPT, held=held)
+    weights = 2 * (1_777_088_000 - 151936 * 1536)  # without the embedding, whose rows are looked up
+    steps_s = [(weights + 32 * read * 28_672) / (0.75 * 819e9) + 0.55e-3 + 32 * 4e-6 for read in tokens]
+    found = simulation.speed(shapes.SHAPES["r1-1.5b"], simulation.MACHINES[0], design, 0)
+    assert found == pytest.approx(256 * 64 / (32 * sum(steps_s)), rel=1e-6)
 
 
 def test_sides_take_turns_and_every_side_begins_a_round():

@@ -264,7 +264,7 @@ class _Rollout:
             slots = programs.keep(slots, half, scheduler.keep(half), columns)
         slots = programs.resize(slots, columns)
         self._slots, output = programs.decode(self._params, self._table_VC, slots)
-        jax.tree.map(lambda leaf: leaf.copy_to_host_async(), output)
+        jax.copy_to_host_async(output)
         return _Chunk(scheduler.advance(steps), scheduler.queued, output)
 
     def _finish_chunk(self, chunk: _Chunk) -> None:
