@@ -355,6 +355,21 @@ def test_damaged_scores_are_named_and_do_not_keep_a_run_from_going_on(three, tmp
         assert checkpoints.best_step() == 2
 
 
+@pytest.mark.parametrize("left", ["state", "metrics", "host", "checksums.json", "_CHECKPOINT_METADATA"])
+def test_what_a_killed_process_has_deleted_in_part_is_deleted(three, tmp_path, left):
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(three, directory)
+    for path in (directory / "2").iterdir():
+        if path.name != left:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with Checkpoints(directory, model=MODEL, best="score", keep=3) as checkpoints:
+        assert checkpoints.newest_good(pytest.fail) == 3
+        checkpoints.go_on_from(3)
+        checkpoints.save(4, _state(4), {})
+        assert checkpoints.best_step() == 1
+    assert sorted(os.listdir(directory)) == ["1", "3", "4"]
+
+
 def test_where_all_are_damaged_nothing_is_begun_anew(three, tmp_path):
     directory = tmp_path / "checkpoints"
     shutil.copytree(three, directory)

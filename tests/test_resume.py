@@ -11,17 +11,19 @@ import pytest
 
 from configs import base, tiny
 from ngrpo_jax import former_settings
+from ngrpo_jax.errors import UserError
+from ngrpo_jax.learner import supervised
 from ngrpo_jax.model import decoder
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.run.start import begin
 from ngrpo_jax.run.state import Run, save
 from ngrpo_jax.runtime import mesh as meshes
 from ngrpo_jax.runtime.checkpoints import Checkpoints
-from ngrpo_jax.settings import resolve
+from ngrpo_jax.settings import WarmStartSettings, resolve
 from ngrpo_jax.setup.learner import make_learner
 from ngrpo_jax.setup.model_spec import ModelSpec, locate_model
 from ngrpo_jax.setup.problems import ProblemSet
-from ngrpo_jax.setup.resume import check_resumable, lasting_settings
+from ngrpo_jax.setup.resume import allowed_changes, check_resumable, lasting_settings
 from ngrpo_jax.tasks.datasets import Problem, fingerprint
 
 CONFIG = ModelConfig("qwen2", 32, 16, 32, 2, 4, 2, 4, dtype="bfloat16")
@@ -206,3 +208,34 @@ def test_a_warm_start_is_compared_as_a_checkpoint_is(tmp_path):
     config.warm_start.steps = 7
     with pytest.raises(ValueError, match=r"warm_start was made with warm_start\.steps \d+, not 7; use those"):
         locate_model(resolve(config), tmp_path)
+
+
+DAMAGED = {b"{": "is not JSON", b"[]": "no JSON object", b"\xff": "not UTF-8"}
+
+
+@pytest.mark.parametrize(("content", "words"), DAMAGED.items())
+def test_a_damaged_record_of_a_warm_start_is_named(tmp_path, content, words):
+    (tmp_path / "warm_start").mkdir()
+    (tmp_path / "warm_start.json").write_bytes(content)
+    with pytest.raises(UserError, match=rf"warm_start\.json .*{words}"):
+        locate_model(resolve(tiny.get_config()), tmp_path)
+
+
+def test_changes_that_are_allowed_by_name_pass_and_others_do_not():
+    stored = lasting_settings(_settings())
+    changed = _settings(rollout__group=8, rollout__temperature=0.5)
+    host = {"settings": stored}
+    check_resumable(host, 3, changed, "run", allowed_changes("rollout.group,rollout.temperature"))
+    with pytest.raises(UserError, match=r"made with rollout\.temperature 0\.7, not 0\.5; use those"):
+        check_resumable(host, 3, changed, "run", allowed_changes("rollout.group"))
+    assert allowed_changes(None) == allowed_changes("") == frozenset()
+    with pytest.raises(UserError, match=r"--allow-changes names rollout\.grup; it takes"):
+        allowed_changes("rollout.grup,model")
+
+
+@pytest.mark.parametrize("steps", [1, 2, 600])
+def test_a_warm_start_may_have_any_number_of_steps(steps):
+    optimizer = supervised._optimizer(WarmStartSettings(steps=steps))
+    params = {"x": jnp.ones(2)}
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    assert jnp.isfinite(updates["x"]).all()

@@ -85,7 +85,12 @@ def check(folder: pathlib.Path, name: str) -> None:
 
 
 def score(folder: pathlib.Path, best: str) -> float | None:
-    """The metric `best` of a step; None where it has none. DamagedError where its file is damaged."""
+    """The metric `best` of a step; None where it has none. DamagedError where its file is damaged.
+
+    A step that is being deleted, or whose deletion was cut short, has none either.
+    """
+    if not (folder / METRICS).exists():
+        return None
     check(folder, METRICS)
     try:
         return json.loads((folder / METRICS).read_bytes()).get(best)
@@ -110,11 +115,16 @@ def damaged(folder: pathlib.Path, found: str, *, patient: bool = True) -> UserEr
 
 
 def set_aside(directory: pathlib.Path, after: int) -> None:
-    """Renames the folders of steps beyond `after`, and those that Orbax could not open, to damaged-STEP."""
+    """Renames the folders of steps beyond `after`, and those that Orbax could not open, to damaged-STEP.
+
+    An older one of which files are missing was being deleted when its process was killed: it is deleted.
+    """
     for step in on_disk(directory):
         folder = directory / str(step)
-        opens = _without_checksums(folder) or not checksums.fault(folder, only=_READ_BY_ALL)
-        if step > after or not opens:
+        found = None if _without_checksums(folder) else checksums.fault(folder, only=_READ_BY_ALL)
+        if step < after and found is not None and found.endswith("(missing)"):
+            shutil.rmtree(folder)
+        elif step > after or found is not None:
             target = folder.with_name(f"damaged-{step}")
             shutil.rmtree(target, ignore_errors=True)
             folder.rename(target)

@@ -144,12 +144,12 @@ def open_checkpoint(
         return 0, load_params(model_spec, devices)
     with Checkpoints(workdir / "checkpoints", model=None, best=best) as checkpoints:
         while True:
-            step = _named_step(checkpoints, which, workdir)
-            if step is None:
-                return 0, load_params(model_spec, devices)
             shapes = decoder.parameter_shapes(model_spec.config)
             wanted = {"train": {"params": mesh.shapes_on(shapes, mesh.param_shardings(devices, shapes))}}
             try:
+                step = _named_step(checkpoints, which, workdir)
+                if step is None:
+                    return 0, load_params(model_spec, devices)
                 restored, _ = checkpoints.restore(step, wanted, partial=True)
                 return step, restored["train"]["params"]
             except ReplacedError:
