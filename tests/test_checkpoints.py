@@ -221,8 +221,9 @@ def test_a_disk_that_fails_is_a_storage_error_that_names_the_directory(tmp_path,
         def fail(*_, **__):
             raise ValueError(words)
 
-        patch.setattr(ocp.CheckpointManager, "wait_until_finished", fail)
-        patch.setattr(ocp.CheckpointManager, "restore", fail)
+        training = checkpoints._writer()
+        patch.setattr(type(training), "wait_until_finished", fail)
+        patch.setattr(ocp.Checkpointer, "restore", fail)
         with pytest.raises(StorageError, match=f"written to {tmp_path}: .*No space left on device"):
             checkpoints.wait()
         with pytest.raises(StorageError, match=f"{tmp_path}/1 cannot be read"):
@@ -235,7 +236,7 @@ def test_a_bug_while_reading_keeps_its_type(tmp_path, monkeypatch):
         def fail(*_, **__):
             raise AttributeError("no such method")
 
-        patch.setattr(ocp.CheckpointManager, "restore", fail)
+        patch.setattr(ocp.Checkpointer, "restore", fail)
         with pytest.raises(AttributeError):
             checkpoints.read_host(1)
 
@@ -411,16 +412,16 @@ def test_a_reader_sees_new_steps_and_is_told_when_its_own_was_replaced(tmp_path)
         training.save(1, _state(1), {})
         training.wait()
         assert reader.latest_step() == 1
-        restore = ocp.CheckpointManager.restore
+        restore = ocp.Checkpointer.restore
 
-        def replaced(manager, step, **arguments):
-            if manager is reader._manager and "state" in arguments["args"].keys():  # noqa: SIM118
+        def replaced(checkpointer, folder, arguments):
+            if checkpointer is reader._reader and "state" in arguments.keys():  # noqa: SIM118
                 training.save(2, _state(2), {})
                 training.wait()
-            return restore(manager, step, **arguments)
+            return restore(checkpointer, folder, arguments)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ocp.CheckpointManager, "restore", replaced)
+            patch.setattr(ocp.Checkpointer, "restore", replaced)
             with pytest.raises(ReplacedError, match=r"has replaced .*/1 meanwhile"):
                 reader.restore(1, _state())
         assert reader.latest_step() == 2

@@ -64,8 +64,9 @@ class Checkpoints:
         self._path = pathlib.Path(self.directory)
         self._any_model = any_model
         self._best, self._keep, self._keep_every = best, keep, keep_every
-        self._writes = False
-        self._manager = self._open(writes=False)
+        # A manager reads the scores of all steps when it is opened, also where one of them is damaged.
+        self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+        self._manager: ocp.CheckpointManager | None = None  # until something is written
 
     def __enter__(self) -> Self:
         return self
@@ -75,7 +76,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps on disk, oldest first, also those that another process has written meanwhile."""
-        return sorted(self._manager.all_steps()) if self._writes else steps.on_disk(self._path)
+        return steps.on_disk(self._path) if self._manager is None else sorted(self._manager.all_steps())
 
     def latest_step(self) -> int | None:
         """The newest step, None without one."""
@@ -85,7 +86,7 @@ class Checkpoints:
         """The step with the largest `best` metric, the newest of equals; None where none has it."""
         if self._best is None:
             return None
-        if not self._writes:
+        if self._manager is None:
             scores = [(steps.score(self._path / str(step), self._best), step) for step in self.steps()]
             return max(((value, step) for value, step in scores if value is not None), default=(0, None))[1]
         step = self._manager.best_step()
@@ -118,11 +119,7 @@ class Checkpoints:
 
     def delete(self, step: int) -> None:
         """Deletes a step, so that it can be saved again."""
-        if not self._writes:
-            self._manager.close()
-            self._manager = self._open(writes=True)
-            self._writes = True
-        self._manager.delete(step)
+        self._writer().delete(step)
 
     def save(
         self, step: int, state: Any, host: Mapping[str, Json], metrics: Mapping[str, float] | None = None
@@ -150,10 +147,7 @@ class Checkpoints:
                 f"{self.directory} already has step {newest}, so step {step} cannot be saved; "
                 f"resume from step {newest} or use another --workdir"
             )
-        if not self._writes:
-            self._manager.close()
-            self._manager = self._open(writes=True)
-            self._writes = True
+        manager = self._writer()
         document = {
             "model": self._model,
             "shapes": _describe(state),
@@ -162,7 +156,7 @@ class Checkpoints:
         }
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), host=ocp.args.JsonSave(document))
         with self._written():
-            saved = self._manager.save(step, args=items, metrics=self._ranked(metrics))
+            saved = manager.save(step, args=items, metrics=self._ranked(metrics))
         if not saved:
             raise RuntimeError(f"Orbax did not save step {step} into {self.directory}")
 
@@ -204,7 +198,7 @@ class Checkpoints:
             partial_restore=partial,
         )
         try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(state=arguments))
+            restored = self._reader.restore(self._path / str(step), ocp.args.Composite(state=arguments))
         except Exception as error:
             raise self._unreadable(step, error) from error
         return restored["state"], document["host"]
@@ -212,14 +206,20 @@ class Checkpoints:
     def wait(self) -> None:
         """Blocks until every saved checkpoint is on disk. StorageError where one could not be written."""
         with self._written():
-            self._manager.wait_until_finished()
+            if self._manager is not None:
+                self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, and ends the background threads. The object cannot be used afterwards."""
+        self._reader.close()
         with self._written():
-            self._manager.close()
+            if self._manager is not None:
+                self._manager.close()
 
-    def _open(self, *, writes: bool) -> ocp.CheckpointManager:
+    def _writer(self) -> ocp.CheckpointManager:
+        """Orbax's manager; opening it makes the directory, and removes what is half-written there."""
+        if self._manager is not None:
+            return self._manager
         # Latest and best are two policies: `best_fn` with `max_to_keep` would delete the latest one.
         keep: list[policies.PreservationPolicy] = [policies.LatestN(self._keep)]
         if self._keep_every is not None:
@@ -227,14 +227,14 @@ class Checkpoints:
         if self._best is not None:
             keep.append(policies.BestN(get_metric_fn=self._rank, n=1, keep_checkpoints_without_metrics=False))
         options = ocp.CheckpointManagerOptions(
-            create=writes,
-            cleanup_tmp_directories=writes,
+            create=True,
+            cleanup_tmp_directories=True,
             preservation_policy=policies.AnyPreservationPolicy(keep),
             best_fn=self._rank if self._best is not None else None,  # None: Orbax writes no metrics
             temporary_path_class=steps.Summed,
-            lightweight_initialize=not writes,  # a reader lists the steps itself
         )
-        return ocp.CheckpointManager(self.directory, options=options)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        return self._manager
 
     def _rank(self, metrics: Mapping[str, float]) -> float:
         return metrics.get(self._best or "", -math.inf)
@@ -256,7 +256,8 @@ class Checkpoints:
         require(step in self.steps(), f"{self.directory} has no checkpoint at step {step} (it has: {have})")
         steps.check(self._path / str(step), steps.HOST)
         try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(host=ocp.args.JsonRestore()))
+            arguments = ocp.args.Composite(host=ocp.args.JsonRestore())
+            restored = self._reader.restore(self._path / str(step), arguments)
             document = {key: restored["host"][key] for key in ("model", "shapes", "host")}
         except Exception as error:
             raise self._unreadable(step, error) from error
@@ -292,7 +293,7 @@ class Checkpoints:
         return self._damaged(step, _first_line(error)) if damage else error
 
     def _damaged(self, step: int, fault: str) -> UserError:
-        return steps.damaged(self._path / str(step), fault, patient=not self._writes)
+        return steps.damaged(self._path / str(step), fault, patient=self._manager is None)
 
     @contextlib.contextmanager
     def _written(self) -> Iterator[None]:
