@@ -247,16 +247,17 @@ def test_update_is_adamw_on_the_clipped_gradient():
         np.testing.assert_allclose(np.asarray(new)[solid], np.asarray(expected)[solid], atol=2e-6)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_an_update_that_is_not_finite_is_skipped_and_leaves_no_trace(value):
+@pytest.mark.parametrize(("leaf", "value"), [("advantages_RT", np.nan), ("weight_RT", np.inf)])
+def test_an_update_that_is_not_finite_is_skipped_and_leaves_no_trace(leaf, value):
     programs, shardings, optimizer = case.make_programs()
     _, _, calls, _ = case.step_gradients(params_seed=0)
     start = jax.device_put(case.make_params(0), shardings.params)
     state, _ = update.update(programs, update.init_state(start, optimizer), [calls])
     before = jax.device_get(state)
-    weight_MRT = calls[0].rows.weight_RT
-    bad_MRT = jax.device_put(jnp.where(weight_MRT > 0, weight_MRT * value, 0), weight_MRT.sharding)
-    bad = calls[0]._replace(rows=calls[0].rows._replace(weight_RT=bad_MRT))
+    rows = calls[0].rows
+    bad_MRT = jnp.where(rows.weight_RT > 0, value, getattr(rows, leaf))
+    bad_MRT = jax.device_put(bad_MRT, rows.weight_RT.sharding)
+    bad = calls[0]._replace(rows=rows._replace(**{leaf: bad_MRT}))
     state, steps = update.update(programs, state, [[bad, *calls[1:]]])
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), before)
     assert update.batch_metrics(jax.device_get(steps))["learner/skipped"] == 1
