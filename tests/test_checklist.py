@@ -59,7 +59,7 @@ FAULTS = {
     "held-out data": ({"data__eval": "jsonl:nowhere.jsonl"}, "nowhere.jsonl"),
     "reward": ({"reward__kind": "maths"}, "maths"),
     "sharding": ({"mesh__data": 1, "mesh__tensor": 8}, "mesh.tensor"),
-    "memory": ({"rollout__slots": 10**10}, "rollout.slots"),
+    "memory": ({"rollout__slots": 10**9}, "rollout.slots"),
 }
 
 
