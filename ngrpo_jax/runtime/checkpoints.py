@@ -329,5 +329,5 @@ def _entries(model: Mapping[str, Json], names: list[str]) -> str:
 
 
 def _is_shown(record: logging.LogRecord) -> bool:
-    """Whether a log record is an error or not of Orbax: other users of absl's logger keep their verbosity."""
-    return record.levelno >= logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
+    """Whether a log record is not of Orbax, which raises what it logs as an error too, with its traceback."""
+    return f"{os.sep}orbax{os.sep}" not in record.pathname

@@ -82,4 +82,4 @@ def _rows(workdir):
 
 def _summary(workdir):
     summary = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
-    return {k: v for k, v in summary.items() if k != "seconds" and str(workdir) not in str(v)}
+    return {k: v for k, v in summary.items() if k != "seconds" and not str(v).startswith("/")}

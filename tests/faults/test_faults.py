@@ -2,6 +2,7 @@
 
 import re
 import signal
+import subprocess
 import sys
 import time
 
@@ -67,3 +68,24 @@ def test_a_run_that_is_killed_and_stopped_ends_as_one_that_is_not(tmp_path):
     )
     assert command.start(workdir).wait() == 0, command.said(workdir)
     assert command.differences(workdir, whole) == []
+
+
+@pytest.mark.long
+def test_a_full_disk_is_one_sentence_with_its_path_and_the_run_goes_on_when_there_is_room(tmp_path):
+    disk, whole = tmp_path / "disk", tmp_path / "whole"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(disk)], check=False)
+    if mounted.returncode:
+        pytest.skip("no small disk can be mounted here")
+    try:
+        process = command.start(tmp_path / "run", f"--workdir={disk / 'run'}")
+        assert process.wait() == 1
+        *_, last = command.said(tmp_path / "run").splitlines()
+        assert re.fullmatch(rf"error: .*{disk}/run.*No space left on device\.", last)
+        assert "Traceback" not in command.said(tmp_path / "run")
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        assert command.start(tmp_path / "run", f"--workdir={disk / 'run'}").wait() == 0
+        assert command.start(whole).wait() == 0
+        assert not command.differences(disk / "run", whole)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
