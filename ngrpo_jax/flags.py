@@ -49,6 +49,8 @@ def run_command(command: Callable[[Sequence[str]], None], argv: Sequence[str] | 
         if argv is None and isinstance(error, KeyboardInterrupt | Preempted):
             ending.leave(status)  # XLA's threads may be at work
         raise SystemExit(status) from None
+    if argv is None:
+        ending.finish()
 
 
 @contextlib.contextmanager

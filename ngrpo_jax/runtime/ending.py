@@ -114,6 +114,12 @@ def last_act(act: Callable[[], None]) -> Iterator[None]:
         act()
 
 
+def finish() -> None:
+    """Ends a process alone that listens: the interpreter's own end would hear no signal any more."""
+    if _heard and not _several:
+        leave(0)
+
+
 def leave(status: int) -> NoReturn:
     """Ends the process without the interpreter's own end."""
     sys.stdout.flush()

@@ -50,7 +50,8 @@ def unbroken(folder):
 def wait_for_a_moment(rng, process, workdir, seconds):
     """Waits for a random moment of a run: by the clock, or some time after one of its next steps.
 
-    Later steps are waited for with their evaluations, saves and, after the last one, the export.
+    Not before the interpreter can have come to the command: seconds on a busy machine. Later steps are waited
+    for with their evaluations, saves and, after the last one, the export.
     """
     path, steps = workdir / "metrics.jsonl", command.SMALL["train.steps"]
 
@@ -58,7 +59,7 @@ def wait_for_a_moment(rng, process, workdir, seconds):
         return path.read_bytes().count(b"\n") if path.exists() else 0
 
     by_clock, wanted = rng.random() < 0.25, min(rows() + rng.randint(1, 4), steps)
-    end = time.monotonic() + (rng.uniform(0.3, 0.7 * seconds) if by_clock else 600)
+    end = time.monotonic() + (rng.uniform(2.0, 0.7 * seconds) if by_clock else 600)
     while process.poll() is None and time.monotonic() < end and (by_clock or rows() < wanted):
         time.sleep(0.005)
     if not by_clock:
