@@ -192,6 +192,7 @@ def test_every_program_compiles_for_a_machine_that_is_not_here(tmp_path, kind, t
     assert rows["training decode_chunk"]["collective_gb"] == 0
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not _installed("gpu"), reason="needs the extra aot-cuda12")
 def test_rows_and_slots_beyond_memory_are_failing_rows_with_the_setting_to_change(tmp_path):
     given = json.dumps(_settings(tmp_path, **{"rollout.slots": 2**20, "train.rows_per_device": 2**14}))
