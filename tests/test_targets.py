@@ -3,8 +3,10 @@
 import ast
 import importlib.util
 import json
+import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import threading
@@ -202,3 +204,39 @@ def test_rows_and_slots_beyond_memory_are_failing_rows_with_the_setting_to_chang
     score, decode = json.loads(said.rstrip().rpartition("\n")[2])["1.8.1"].values()
     assert "GiB; lower train.rows_per_device" in score["problem"]
     assert "GiB; lower rollout.slots" in decode["problem"]
+
+
+def _decode_body(target):
+    """The decode program but for what stands before and after its loop over steps."""
+    command = [sys.executable, str(ROOT / "tests" / "target_decode.py"), target]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split("\nENTRY ")[0]
+
+
+KERNELS = {"h100:1": "__gpu$xla.gpu.triton", "v5e:2x4": "tpu_custom_call"}
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param(
+            "h100:1", marks=pytest.mark.skipif(not _installed("gpu"), reason="needs the extra aot-cuda12")
+        ),
+        pytest.param(
+            "v5e:2x4",
+            marks=[
+                pytest.mark.long,
+                pytest.mark.skipif(not _installed("tpu"), reason="needs the extra aot-tpu"),
+            ],
+        ),
+    ],
+)
+def test_a_decode_step_reads_the_ring_in_place(target):
+    """By the kernel of the platform, with no copy of a layer's cache or of a weight."""
+    body = _decode_body(target)
+    assert body.count(f'custom_call_target="{KERNELS[target]}"') == 2, "a layer"
+    copies = re.findall(r"= \w+\[([\d,]+)\]\S* (?:copy|transpose)\(", body)
+    sizes = [math.prod(map(int, dims.split(","))) for dims in copies]
+    assert max(sizes) < 512 * 512 // 4, "elements of a quarter of the smallest weight"

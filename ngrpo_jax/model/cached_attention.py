@@ -10,6 +10,7 @@ kept; Z runs of W entries each.
 import functools
 import math
 import operator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ from ngrpo_jax.model import cache as kv
 from ngrpo_jax.model.blockwise import MASKED
 
 KeysValues = tuple[jax.Array, jax.Array]  # of one layer, as a KVCache holds them
+# (q [B, K, Q, H], a layer's keys and values) -> attention [B, K, Q, H], in the dtype of the values
+CacheAttention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 QUERY_BLOCK = 512  # queries of a prompt whose scores exist at once
 RUN = 16  # entries of a run of `_product_by_sums`; 8 and 16 are equally fast, 4 and 32 are slower
@@ -29,19 +32,24 @@ def attend_to_cache(
     v_BKH: jax.Array,
     *,
     cached: KeysValues,
-    valid_BS: jax.Array,
     cursor: jax.Array,
-    platform: str,
+    attention: CacheAttention,
 ) -> tuple[jax.Array, KeysValues]:
-    """One query per row over its valid columns, into which its own key and value are written at the cursor.
+    """One query per row over its cache, into which its own key and value are written at the cursor.
 
     Returns (attention [B, K, Q, H], the layer's cache), in the cache's dtype.
     """
     keys_BKHS, values_BKSH = kv.write(*cached, k_BKH, v_BKH, cursor)
+    return attention(q_BKQH, keys_BKHS, values_BKSH), (keys_BKHS, values_BKSH)
+
+
+def attend_to_valid(
+    q_BKQH: jax.Array, keys_BKHS: jax.Array, values_BKSH: jax.Array, *, valid_BS: jax.Array, platform: str
+) -> jax.Array:
+    """One query per row over its valid columns: [B, K, Q, H]. All columns are read."""
     scores = product(q_BKQH, keys_BKHS, platform=platform)
     weights = _softmax(scores, valid_BS[:, None, None], q_BKQH.shape[3]).astype(values_BKSH.dtype)
-    out_BKQH = product(weights, values_BKSH, platform=platform).astype(values_BKSH.dtype)
-    return out_BKQH, (keys_BKHS, values_BKSH)
+    return product(weights, values_BKSH, platform=platform).astype(values_BKSH.dtype)
 
 
 def attend_to_prompts(

@@ -29,7 +29,13 @@ import jax.numpy as jnp
 from ngrpo_jax.algo.mixture import Mixture, embed, one_hot
 from ngrpo_jax.model import cache as kv
 from ngrpo_jax.model.cache import KVCache
-from ngrpo_jax.model.cached_attention import KeysValues, attend_to_cache, attend_to_prompts
+from ngrpo_jax.model.cached_attention import (
+    CacheAttention,
+    KeysValues,
+    attend_to_cache,
+    attend_to_prompts,
+    attend_to_valid,
+)
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.model.decoder import head, unstack_layers
 from ngrpo_jax.model.layers import cosines_and_sines, inverse_frequencies
@@ -154,7 +160,12 @@ class InferenceModel:
         return self._rope(jnp.arange(columns + 1))
 
     def decode_step(
-        self, params: Params, inputs: Mixture, cache: KVCache, rope_table: Rope
+        self,
+        params: Params,
+        inputs: Mixture,
+        cache: KVCache,
+        rope_table: Rope,
+        attention: CacheAttention | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """Feeds one input per row, Mixture [B, C]: (hidden_BD, the cache one column on).
 
@@ -164,16 +175,17 @@ class InferenceModel:
         Args:
           rope_table: of the cache's columns, made outside of the loop over steps: inside, XLA would compute
             each cosine anew in every layer and head.
+          attention: over each layer's cache, its columns at the cursor written; None: over all columns.
         """
         chex.assert_shape(inputs.ids, (*cache.lengths_B.shape, None))
         # `take` clips: a table of another size would give wrong angles silently.
         chex.assert_equal(rope_table[0].shape[self.token_axis], cache.columns + 1)
         x = self._embed(params, inputs)
         cos, sin = (jnp.take(part, cache.lengths_B, self.token_axis, mode="clip") for part in rope_table)
-        valid_BS = kv.valid_columns(cache.lengths_B, cache.cursor, cache.columns)
-        attend = functools.partial(
-            attend_to_cache, cursor=cache.cursor, valid_BS=valid_BS, platform=self.platform
-        )
+        if attention is None:
+            valid_BS = kv.valid_columns(cache.lengths_B, cache.cursor, cache.columns)
+            attention = functools.partial(attend_to_valid, valid_BS=valid_BS, platform=self.platform)
+        attend = functools.partial(attend_to_cache, cursor=cache.cursor, attention=attention)
         caches = []
         for layer, *cached in zip(params["layers"], cache.keys, cache.values, strict=True):
             x, keys_values = self._layer(layer, x, (cos, sin), functools.partial(attend, cached=cached))

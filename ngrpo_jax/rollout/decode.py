@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from ngrpo_jax.algo import mixture as mix
 from ngrpo_jax.algo.sampling import greedy, log_total, sample, scaled, truncate
+from ngrpo_jax.model import ring_attention
 from ngrpo_jax.model.cache import KVCache
-from ngrpo_jax.model.cached_attention import KeysValues
+from ngrpo_jax.model.cached_attention import CacheAttention, KeysValues
 from ngrpo_jax.model.inference import InferenceModel, Prompts
 from ngrpo_jax.rollout.request import SamplingParams
 from ngrpo_jax.rollout.sharding import ONE_DEVICE, SlotSharding
@@ -132,7 +134,11 @@ def decode_chunk(
         tail_BE = jnp.concatenate([slots.tail_BE, token_B[:, None]], axis=1)[:, 1:]
         generated_B = slots.generated_B + valid_B
         stopped_B = jnp.isin(token_B, jnp.asarray(sampling.stop_ids, jnp.int32)) & valid_B
-        hidden_BD, cache = model.decode_step(params, mixture, slots.cache, rope_table)
+        # Of a row without a sequence one block is read.
+        lengths_B = jnp.where(slots.active_B, slots.cache.lengths_B, 0)
+        cache = slots.cache._replace(lengths_B=lengths_B)
+        attention = held_attention(model, cache, sharding)
+        hidden_BD, cache = model.decode_step(params, mixture, cache, rope_table, attention)
         output = ChunkOutput(token_B, mixture, mixed_B, logprob_B, stopped_B, nonfinite_B, valid_B)
         after = slots._replace(
             cache=cache,
@@ -146,6 +152,20 @@ def decode_chunk(
 
     slots, output = jax.lax.scan(step, slots, None, length=steps)
     return constrained(slots, sharding), output
+
+
+def held_attention(model: InferenceModel, cache: KVCache, sharding: SlotSharding) -> CacheAttention | None:
+    """Attention that reads the columns that rows hold alone; None where no kernel takes such a cache."""
+    platform, columns = model.platform, cache.columns
+    width = ring_attention.block_width(platform, model.config.head_dim, columns)
+    if width is None:
+        return None
+    rows, heads, whole = P(sharding.rows), P(sharding.rows, sharding.heads), P()
+    visits = functools.partial(ring_attention.visits, columns=columns, width=width)
+    visited = sharding.by_device(visits, (rows, whole), rows)(cache.lengths_B, cache.cursor)
+    attend = functools.partial(ring_attention.attend, platform=platform)
+    by_device = sharding.by_device(attend, (heads, heads, heads, rows, rows, whole), heads)
+    return lambda q, keys, values: by_device(q, keys, values, visited, cache.lengths_B, cache.cursor)
 
 
 def sample_step(

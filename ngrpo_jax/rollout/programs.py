@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from ngrpo_jax.algo.mixture import tail_length
+from ngrpo_jax.model import ring_attention
 from ngrpo_jax.model.inference import InferenceModel
 from ngrpo_jax.rollout import decode
 from ngrpo_jax.rollout import slots as slot_state
@@ -30,11 +31,15 @@ _HALVED_FROM = 16  # chunks of the longest response: fewer do not repay the prog
 GRAIN = 32  # cache sizes and padded prompt lengths are multiples of it
 
 
-def cache_sizes(capacity: int) -> tuple[int, ...]:
-    """The few cache lengths of a rollout, rising to `capacity`.
+def cache_sizes(capacity: int, platform: str, head_dim: int) -> tuple[int, ...]:
+    """The few cache lengths of a rollout, rising to `capacity`: one where a step reads what rows hold alone.
 
-    A step reads the whole of its cache, so that short contexts need a short one; each size is a compilation.
+    Elsewhere a step reads the whole of its cache, so that short contexts need a short one; each size is a
+    compilation.
     """
+    width = ring_attention.grain(platform, head_dim, capacity)
+    if width is not None:
+        return (_round_up(capacity, width),)
     sizes, floor = [_round_up(capacity, GRAIN)], 2 * GRAIN
     while len(sizes) < MOST_CACHE_SIZES and sizes[-1] > floor:
         sizes.append(max(floor, min(sizes[-1] - GRAIN, _round_up(int(sizes[-1] / CACHE_RATIO), GRAIN))))
@@ -49,13 +54,14 @@ def prompt_lengths(longest: int) -> tuple[int, ...]:
     return (*lengths[:-1], _round_up(longest, GRAIN))
 
 
-def decode_shapes(request: RolloutRequest, shards: int) -> dict[int, tuple[int, ...]]:
+def decode_shapes(request: RolloutRequest, shards: int, platform: str) -> dict[int, tuple[int, ...]]:
     """Numbers of slots, falling by halves -> the cache sizes that so many slots can have, rising.
 
     When no sequence waits for a slot, the slots are halved as sequences end. The last sequences of a rollout
     are long ones, so that fewer slots have the larger sizes alone: 6 + 3 + 2 + 1 programs at most.
     """
-    sizes = cache_sizes(request.max_prompt_tokens + request.max_new_tokens)
+    capacity = request.max_prompt_tokens + request.max_new_tokens
+    sizes = cache_sizes(capacity, platform, request.config.head_dim)
     shapes = {_round_up(request.slots, shards): sizes}
     if request.max_new_tokens >= _HALVED_FROM * request.chunk:
         for parts in range(2, MOST_HALVINGS + 2):
@@ -86,8 +92,8 @@ class Programs:
     def of(cls, request: RolloutRequest, params: Any) -> Self:
         """For parameters in the inference layout: arrays, or jax.ShapeDtypeStruct with a sharding."""
         sharding = SlotSharding.of(request.sharding, params)
-        shapes = decode_shapes(request, sharding.shards)
         device = next(iter(params["final_norm"]["scale"].sharding.device_set))
+        shapes = decode_shapes(request, sharding.shards, device.platform)
         return cls(
             request,
             InferenceModel(request.config, device.platform),

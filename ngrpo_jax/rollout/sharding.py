@@ -5,6 +5,7 @@ Owns the axes that rows and heads are split over. Must not know what slots hold 
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Self
 
 import jax
@@ -54,6 +55,14 @@ class SlotSharding:
         """The same of a cache: its rows over these axes, its heads over those of the parameters."""
         keys, values = self.constrain((cache.keys, cache.values), rows, self.heads)
         return KVCache(keys, values, self.constrain(cache.lengths_B, rows), cache.cursor)
+
+    def by_device(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        """A function of arrays, run on each device over its own part of them, as jax.shard_map splits."""
+        if self.mesh is None:
+            return function
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
 
 
 ONE_DEVICE = SlotSharding()
