@@ -11,6 +11,7 @@ PROMPTS = ("math", "choice", "plain")  # data.prompt: the sentence that follows 
 LAYOUTS = ("tensor", "replicated")  # rollout.layout
 AGGREGATES = ("sequence", "token", "constant")  # objective.aggregate
 OVERLONG = ("keep", "mask", "penalize")  # objective.overlong
+QUANTIZATIONS = ("int8",)  # rollout.quantize
 OLD_LOGPROBS = ("learner", "sampler")  # objective.old_logprobs
 REMAT = ("none", "full", "dots")  # train.remat
 ATTENTION = ("auto", "plain", "chunked", "cudnn", "splash")  # train.attention

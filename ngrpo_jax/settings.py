@@ -113,6 +113,8 @@ class RolloutSettings(Section, prefix="rollout."):
     chunk: Annotated[Count, MAY_CHANGE, at_most(1024)] = 32
     # Parameters split over mesh.tensor, or "replicated": a whole copy on each device.
     layout: Annotated[str, one_of(choices.LAYOUTS), MAY_CHANGE] = "tensor"
+    # "int8": the layers' matrices rounded in training's rollouts, which read half the bytes of bfloat16 then.
+    quantize: Annotated[str, one_of(choices.QUANTIZATIONS)] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,6 +354,17 @@ class Settings(Section, prefix=""):
             train.row_tokens is None or train.row_tokens >= longest,
             f"train.row_tokens is {train.row_tokens}, shorter than the longest sequence of "
             f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}.",
+        )
+        objective, named = self.objective, f"rollout.quantize is {rollout.quantize!r}"
+        yield (
+            rollout.quantize is None or objective.old_logprobs == "learner",
+            f"{named} with objective.old_logprobs 'sampler', whose ratio is then clipped for the rounding of "
+            "weights rather than for updates; use old_logprobs 'learner' and set objective.importance_cap.",
+        )
+        yield (
+            rollout.quantize is None or objective.importance_cap is not None,
+            f"{named} without importance weights, though responses come from another distribution than the "
+            "learner's; set objective.importance_cap, such as 2.0.",
         )
         yield (
             self.objective.overlong_interval < rollout.max_new_tokens,

@@ -20,9 +20,9 @@ from ngrpo_jax.rollout import decode, programs
 from ngrpo_jax.rollout.sharding import ONE_DEVICE, SlotSharding
 from ngrpo_jax.runtime import mesh as meshes
 
-COLUMNS = 1024
-LENGTHS = np.array([0, 5, 130, 511, 700, 1023, 1024, 260], np.int32)  # a full row holds the cursor's column
-CURSORS = (0, 127, 640, 1023)
+COLUMNS = 512
+LENGTHS = np.array([0, 5, 130, 255, 300, 511, 512, 260], np.int32)  # a full row holds the cursor's column
+CURSORS = (0, 127, 300, 511)
 PLATFORMS = ("tpu", "gpu")
 
 

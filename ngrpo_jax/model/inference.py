@@ -13,6 +13,9 @@ two of the MLP joined, so that a step reads each weight once and in order:
         attention/{q,k}_norm/scale [H]        (Qwen3)
         attention/o/kernel [D, K, Q, H]       mlp/gate_up/kernel [2, F, D]      mlp/down/kernel [D, F]
 
+Quantised, a layer's kernels are int8, each with a `kernel_scale` of its outputs' dimensions beside it, by
+which the product is multiplied; all else is as it was.
+
 Letters of this file: Q query heads of a key/value head; U tokens of a pass in one axis (the rows of a cache,
 or rows times tokens of prompts).
 """
@@ -66,17 +69,36 @@ def is_inference_layout(params: Params) -> bool:
     return isinstance(layers, tuple) and "qkv" in layers[0]["attention"]
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def to_inference_layout(params: Params, config: ModelConfig) -> Params:
-    """The learner's parameters (decoder.py's, stacked or not) in the inference layout and compute dtype."""
-    converted = {
-        "embed": params["embed"],
-        "final_norm": params["final_norm"],
-        "layers": tuple(_convert_layer(layer, config) for layer in unstack_layers(params)["layers"]),
-    }
+@functools.partial(jax.jit, static_argnames=("config", "quantize"))
+def to_inference_layout(params: Params, config: ModelConfig, quantize: str | None = None) -> Params:
+    """The learner's parameters (decoder.py's, stacked or not) in the inference layout and compute dtype.
+
+    `quantize`: "int8" rounds the matrices of the layers, by output channel; None keeps them.
+    """
+    layers = tuple(_convert_layer(layer, config) for layer in unstack_layers(params)["layers"])
+    converted = {"embed": params["embed"], "final_norm": params["final_norm"]}
     if not config.tie_embeddings:
         converted["head"] = params["head"]
-    return jax.tree.map(lambda leaf: leaf.astype(config.dtype), converted)
+    converted, layers = jax.tree.map(lambda leaf: leaf.astype(config.dtype), (converted, layers))
+    return converted | {"layers": tuple(map(_quantized, layers)) if quantize else layers}
+
+
+def _quantized(layer: Params) -> Params:
+    """A layer with its matrices in int8: w ≈ kernel · kernel_scale, a scale for each output."""
+    parts = {"attention": ("qkv", "o"), "mlp": ("gate_up", "down")}
+    quantized = {room: dict(layer[room]) for room in parts}
+    for room, names in parts.items():
+        for name in names:
+            kernel = layer[room][name]["kernel"].astype(jnp.float32)
+            inputs = (1, 2, 3) if name == "o" else (-1,)
+            largest = jnp.max(jnp.abs(kernel), axis=inputs, keepdims=True)
+            scale = (
+                jnp.maximum(largest, jnp.finfo(jnp.float32).tiny * 127) / 127
+            )  # an output may be all zeros
+            rounded = jnp.round(kernel / scale).astype(jnp.int8)
+            scales = {"kernel": rounded, "kernel_scale": jnp.squeeze(scale, inputs)}
+            quantized[room][name] = layer[room][name] | scales
+    return layer | quantized
 
 
 def _convert_layer(layer: Params, config: ModelConfig) -> Params:
@@ -202,7 +224,7 @@ class InferenceModel:
         """Normalised attention and normalised MLP, each added to its input; and the layer's cache."""
         group = self.config.num_heads // self.config.num_kv_heads
         attention, mlp = layer["attention"], layer["mlp"]
-        qkv = self._times(attention["qkv"]["kernel"], self._norm(x, layer["input_norm"]["scale"]))
+        qkv = self._times(attention["qkv"], self._norm(x, layer["input_norm"]["scale"]))
         if "bias" in attention["qkv"]:
             qkv = qkv + jnp.expand_dims(attention["qkv"]["bias"], self.token_axis)
         q, k, v = jnp.split(qkv, [group, group + 1], axis=self._feature_axis - 1)
@@ -214,11 +236,11 @@ class InferenceModel:
         out = jnp.moveaxis(out_UKQH.reshape(len(out_UKQH), -1), 0, self.token_axis)
         # As one matrix: with the three dimensions apart, XLA transposes the weight at every step.
         output = attention["o"]["kernel"].reshape(self.config.hidden_size, -1)
-        x = x + self._times(output, out)
+        x = x + self._times(attention["o"] | {"kernel": output}, out)
         normed = self._norm(x, layer["post_attention_norm"]["scale"])
-        gate_up = self._times(mlp["gate_up"]["kernel"], normed)
+        gate_up = self._times(mlp["gate_up"], normed)
         gate, up = (self._squeeze(part) for part in jnp.split(gate_up, 2, axis=self._feature_axis - 1))
-        return x + self._times(mlp["down"]["kernel"], jax.nn.silu(gate) * up), keys_values
+        return x + self._times(mlp["down"], jax.nn.silu(gate) * up), keys_values
 
     def _embed(self, params: Params, inputs: Mixture) -> jax.Array:
         """Mixtures [U, C] -> states of U tokens."""
@@ -238,9 +260,14 @@ class InferenceModel:
         """Without the axis of length 1 before the features."""
         return jnp.squeeze(x, self._feature_axis - 1)
 
-    def _times(self, kernel: jax.Array, x: jax.Array) -> jax.Array:
+    def _times(self, weight: Params, x: jax.Array) -> jax.Array:
         """A weight [outputs.., inputs] times U tokens of so many inputs: U tokens of [outputs..]."""
-        return jnp.einsum("...i,iu->...u" if self.platform == "cpu" else "...i,ui->u...", kernel, x)
+        kernel = weight["kernel"].astype(x.dtype)
+        product = jnp.einsum("...i,iu->...u" if self.platform == "cpu" else "...i,ui->u...", kernel, x)
+        if "kernel_scale" not in weight:
+            return product
+        scale = jnp.expand_dims(weight["kernel_scale"], self.token_axis)
+        return (product.astype(jnp.float32) * scale).astype(x.dtype)
 
     def _rotate(self, x: jax.Array, rope: Rope) -> jax.Array:
         """Entry i of every head with entry i + H/2 ("rotate half", as layers.rotate)."""

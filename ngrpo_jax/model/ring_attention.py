@@ -76,7 +76,7 @@ def visits(lengths_B: jax.Array, cursor: jax.Array, *, columns: int, width: int)
     row_I = jnp.searchsorted(last_B, visit_I, side="right", method="compare_all").astype(jnp.int32)
     row_I = jnp.minimum(row_I, len(lengths_B) - 1)
     first_B = jnp.pad(last_B[:-1], (1, 0))
-    return Visits(last_B[-1:], row_I, (cursor // width - (visit_I - first_B[row_I])) % blocks)
+    return Visits(last_B[-1:], row_I, _block_back(visit_I - first_B[row_I], cursor, blocks, width))
 
 
 def attend(
@@ -103,9 +103,20 @@ def attend(
     return jax.lax.platform_dependent(*arguments, cpu=interpreted, default=compiled)
 
 
+def _block_of(column: jax.Array, width: int) -> jax.Array:
+    """The block that a column is in, counted on below 0; a width is a power of 2."""
+    return column >> (width.bit_length() - 1)
+
+
+def _block_back(turn: jax.Array, cursor: jax.Array, blocks: int, width: int) -> jax.Array:
+    """A row's blocks from the one at the cursor (turn 0) backwards, round the end of the ring."""
+    block = _block_of(cursor, width) - turn
+    return jnp.where(block < 0, block + blocks, block)
+
+
 def _held_blocks(lengths: jax.Array, cursor: jax.Array, blocks: int, width: int) -> jax.Array:
     """How many blocks hold a token of a row; at most each once, though the first may hold both ends."""
-    return jnp.minimum(cursor // width - (cursor - lengths) // width + 1, blocks)
+    return jnp.minimum(_block_of(cursor, width) - _block_of(cursor - lengths, width) + 1, blocks)
 
 
 def _held(block: jax.Array, length: jax.Array, cursor: jax.Array, columns: int, width: int) -> jax.Array:
@@ -175,7 +186,7 @@ def _visit_on_tpu(
     visit, cursor, width = pl.program_id(0), cursor_1[0], keys_1KHW.shape[3]
     block = block_I[visit]
 
-    @pl.when(block == cursor // width)  # the first one of the row
+    @pl.when(block == _block_of(cursor, width))  # the first one of the row
     def _() -> None:
         for sums, empty in zip(sums_K, (0.0, MASKED, 0.0), strict=True):
             sums[...] = jnp.full(sums.shape, empty, jnp.float32)
@@ -236,7 +247,7 @@ def _visit_on_gpu(
     query_QH, part = q_QH[...], pl.program_id(2)
 
     def visit(turn: jax.Array, sums: Sums) -> Sums:
-        block = (cursor // width - part - turn * PARTS) % blocks
+        block = _block_back(part + turn * PARTS, cursor, blocks, width)
         at = pl.ds(block * width, width)
         held_1W = _held(block, length, cursor, columns, width)
         return _with_block(sums, query_QH, keys_HS[:, at], values_SH[at, :], held_1W, turned=False)

@@ -92,7 +92,8 @@ def training_estimate(
         allocations.append(Allocation(f"reference model, {dtype}", _SIZE[dtype] * shard, phase, remedy))
     if settings.mixing.active and settings.mixing.method(()).uses_table:
         allocations += _table_allocations(settings, config)
-    # The larger rollout of training and evaluation: the longer response, more prompts in a prefill.
+    # The larger rollout of training and evaluation: the longer response, more prompts in a prefill, and
+    # weights that are not rounded, which evaluations have whatever rollout.quantize is.
     sizes = RolloutSizes.of(
         settings,
         samples=min(settings.rollout.group, settings.eval.samples),

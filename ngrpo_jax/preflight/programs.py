@@ -62,16 +62,17 @@ def rollout_programs(
     settings: Settings, config: ModelConfig, devices: jax.sharding.Mesh, tokenizer_info: TokenizerInfo
 ) -> Programs:
     """The largest programs of the rollouts of training and of evaluation, on this host's devices."""
-    policy = abstract_policy(config, tokenizer_info, devices, settings.rollout.layout)
+    layout = settings.rollout.layout
     requests = {
-        "training": training_request(policy, settings),
-        "evaluation": evaluation_request(policy, settings),
+        "training": (training_request, settings.rollout.quantize),
+        "evaluation": (evaluation_request, None),
     }
-    return {
-        f"{purpose} {name}": compile_one
-        for purpose, request in requests.items()
-        for name, compile_one in largest_programs(policy.params, request, policy.table_VC).items()
-    }
+    programs: Programs = {}
+    for purpose, (request_of, quantize) in requests.items():
+        policy = abstract_policy(config, tokenizer_info, devices, layout, quantize)
+        largest = largest_programs(policy.params, request_of(policy, settings), policy.table_VC)
+        programs |= {f"{purpose} {name}": compile_one for name, compile_one in largest.items()}
+    return programs
 
 
 def table_programs(

@@ -41,9 +41,13 @@ def train(
     settings, process = run.settings, distributed.process()
     if process.primary:
         summary.announce(run, state)
-    policy = policy_of(run, state.train_state.params, None)
-    compile_rollouts(policy, [training_request(policy, settings), evaluation_request(policy, settings)])
-    del policy  # a copy of the parameters
+    # Evaluations are of the parameters as they are.
+    requests = {settings.rollout.quantize: [training_request]}
+    requests.setdefault(None, []).append(evaluation_request)
+    for quantize, requests_of in requests.items():
+        policy = policy_of(run, state.train_state.params, None, quantize)
+        compile_rollouts(policy, [request_of(policy, settings) for request_of in requests_of])
+        del policy  # a copy of the parameters
     if not state.initial_evaluation:
         before = evaluate(run, state, grader, "evaluation before")
         state = dataclasses.replace(state, initial_evaluation=before)

@@ -45,7 +45,7 @@ def train_step(
     with _timed(seconds, "table"):
         table, table_metrics = refresh_table(run, state)
     with _timed(seconds, "rollout"):
-        policy = policy_of(run, state.train_state.params, table)
+        policy = policy_of(run, state.train_state.params, table, run.settings.rollout.quantize)
         trajectories = roll_out(run, policy, batch, step)
     with _timed(seconds, "reward"):
         rollout = grade(run, grader, batch, trajectories)
@@ -66,11 +66,11 @@ def problems_of(run: Run, step: int) -> ProblemSet:
     return run.training.take([int(order[i]) for i in distributed.process().share(len(order))])
 
 
-def policy_of(run: Run, params: Any, table: Table | None) -> Policy:
-    """The parameters laid out for a rollout, with the neighbour table."""
+def policy_of(run: Run, params: Any, table: Table | None, quantize: str | None = None) -> Policy:
+    """The parameters laid out for a rollout, rounded as `quantize` does, with the neighbour table."""
     longest = max(run.training.longest_prompt, run.held_out.longest_prompt)
     layout = run.settings.rollout.layout
-    return make_policy(run.model_spec, run.mesh, params, neighbors(run, table), layout, longest)
+    return make_policy(run.model_spec, run.mesh, params, neighbors(run, table), layout, longest, quantize)
 
 
 def roll_out(run: Run, policy: Policy, batch: ProblemSet, step: int) -> Trajectories:

@@ -66,6 +66,9 @@ ROLLOUT = {
     rf"{_LAYER}/attention/o/kernel": "DKQH",
     rf"{_LAYER}/mlp/gate_up/kernel": "2FD",
     rf"{_LAYER}/mlp/down/kernel": "DF",
+    rf"{_LAYER}/attention/qkv/kernel_scale": "KJH",
+    rf"{_LAYER}/(attention/o|mlp/down)/kernel_scale": "D",
+    rf"{_LAYER}/mlp/gate_up/kernel_scale": "2F",
 }
 # Layout -> its table, and the axes that split parameters in it.
 LAYOUTS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {

@@ -56,12 +56,13 @@ def make_policy(
     table_VC: Any | None,
     layout: str,
     longest_prompt: int | None = None,
+    quantize: str | None = None,
 ) -> Policy:
-    """A policy with a copy of these parameters, split as `layout` says.
+    """A policy with a copy of these parameters, split as `layout` says and rounded as `quantize` does.
 
     Each host gets a copy of its own, on its own devices; every process has to call this.
     """
-    copy = inference.to_inference_layout(params, model_spec.config)
+    copy = inference.to_inference_layout(params, model_spec.config, quantize)
     copy = mesh.on_this_host(copy, mesh.param_shardings(devices, copy, layout=layout))
     if table_VC is not None:
         table_VC = mesh.on_this_host(table_VC, mesh.replicated(devices))
@@ -71,12 +72,17 @@ def make_policy(
 
 
 def abstract_policy(
-    config: ModelConfig, tokenizer_info: TokenizerInfo, devices: jax.sharding.Mesh, layout: str
+    config: ModelConfig,
+    tokenizer_info: TokenizerInfo,
+    devices: jax.sharding.Mesh,
+    layout: str,
+    quantize: str | None = None,
 ) -> Policy:
     """The same with shapes in the place of arrays: for compiling alone."""
     local, mixing = mesh.local_mesh(devices), tokenizer_info.mixing
     shapes = jax.eval_shape(
-        lambda params: inference.to_inference_layout(params, config), decoder.parameter_shapes(config)
+        lambda params: inference.to_inference_layout(params, config, quantize),
+        decoder.parameter_shapes(config),
     )
     params = mesh.shapes_on(shapes, mesh.param_shardings(local, shapes, layout=layout))
     table_VC = jax.ShapeDtypeStruct((config.vocab_size, mixing.k), jnp.int32, sharding=mesh.replicated(local))
