@@ -25,6 +25,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from benchmarks import measure, shapes
 from ngrpo_jax.algo.mixture import Mixture
+from ngrpo_jax.model import ring_attention
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.model.decoder import parameter_count
 from ngrpo_jax.model.inference import InferenceModel
@@ -40,7 +41,6 @@ PROMPTS, SAMPLES, PROMPT, LONGEST, CHUNK = 64, 4, 256, 8192, 32
 PROMPT_LIMIT = 4096
 MEDIAN, P95 = 3000, 9000  # of the lengths of responses: log-normal, cut off at LONGEST
 SHARE = 0.75  # of the peak bandwidth
-BLOCK = 128  # columns of a cache that a kernel reads at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +94,7 @@ class Device:
         looked_up = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
         self._weights = (parameter_count(config) - looked_up) * size
         self._token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * size
+        self._head_dim = config.head_dim
         self._bandwidth = SHARE * (CHIPS[machine.kind].bandwidth or math.nan)
         self.seconds = 0.0
 
@@ -136,8 +137,9 @@ class Device:
         valid_TB = np.arange(steps)[:, None] < slots.left_B
         tokens_B = np.full(count, slots.cache.columns)
         if self._design.held:
+            width = ring_attention.block_width(self._machine.platform, self._head_dim, slots.cache.columns)
             middle_B = np.where(slots.active_B, slots.held_B + steps // 2, 1)
-            tokens_B = np.minimum(-(-middle_B // BLOCK) * BLOCK, slots.cache.columns)
+            tokens_B = np.minimum(-(-middle_B // width) * width, slots.cache.columns)
         read = tokens_B.reshape(shards, -1).sum(axis=1).max() * self._token
         of_step = (self._weights + read) / self._bandwidth + self._machine.fixed_s
         self.seconds += steps * (of_step + self._machine.slot_s * count / shards)
@@ -162,7 +164,8 @@ def speed(config: ModelConfig, machine: Machine, design: Design, seed: int) -> f
         chunk=CHUNK,
         max_prompt_tokens=design.prompt_tokens,
     )
-    by_slots = programs.decode_shapes(request, machine.devices)
+    platform = machine.platform if design.held else "cpu"  # where no kernel chooses the cache sizes
+    by_slots = programs.decode_shapes(request, machine.devices, platform)
     if not design.halved:
         by_slots = {design.slots: by_slots[design.slots]}
     compiled = programs.Programs(

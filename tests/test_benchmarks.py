@@ -91,14 +91,24 @@ def test_the_estimate_of_memory_meets_its_goal_for_three_sizes(tmp_path):
     assert all(abs(ratio - 1) <= memory.GOAL for ratio in ratios.values()), ratios
 
 
-@pytest.mark.parametrize(("held", "tokens"), [(False, (1152, 1152, 1152)), (True, (384, 384, 128))])
-def test_simulated_seconds_are_those_of_the_steps_by_hand(monkeypatch, held, tokens):
+@pytest.mark.parametrize(
+    ("machine", "held", "rows", "tokens", "bandwidth", "fixed_s"),
+    [
+        (0, False, 32, (1152, 1152, 1152), 819e9, 0.55e-3),  # eight v5e: whole rows of the smallest cache
+        (2, True, 256, (320, 320, 64), 3350e9, 0.8e-3),  # an H100: blocks of 64 columns
+    ],
+)
+def test_simulated_seconds_are_those_of_the_steps_by_hand(
+    monkeypatch, machine, held, rows, tokens, bandwidth, fixed_s
+):
     """256 responses of 64 tokens in 256 slots: two chunks, and one that began before their end was known."""
     monkeypatch.setattr(simulation, "response_lengths", lambda seed: np.full(256, 64))
     design = simulation.Design(256, simulation.PROMPT, held=held)
     weights = 2 * (1_777_088_000 - 151936 * 1536)  # without the embedding, whose rows are looked up
-    steps_s = [(weights + 32 * read * 28_672) / (0.75 * 819e9) + 0.55e-3 + 32 * 4e-6 for read in tokens]
-    found = simulation.speed(shapes.SHAPES["r1-1.5b"], simulation.MACHINES[0], design, 0)
+    steps_s = [
+        (weights + rows * read * 28_672) / (0.75 * bandwidth) + fixed_s + rows * 4e-6 for read in tokens
+    ]
+    found = simulation.speed(shapes.SHAPES["r1-1.5b"], simulation.MACHINES[machine], design, 0)
     assert found == pytest.approx(256 * 64 / (32 * sum(steps_s)), rel=1e-6)
 
 

@@ -41,7 +41,8 @@ def test_tiny_passes_in_under_a_minute_and_leaves_nothing(tmp_path, capsys):
     }
     # tiny has two optimiser steps a batch, so that old log-probabilities are computed; and a reference.
     assert names["update"] == ["accumulate", "score float32", "zeros", "apply"]
-    assert {"training prefill_layer", "training decode_chunk", "evaluation decode_chunk"} <= set(names["rollout"])
+    expected = {"training prefill_layer", "training decode_chunk", "evaluation decode_chunk"}
+    assert expected <= set(names["rollout"])
 
 
 def _refuses(*_):

@@ -12,6 +12,7 @@ from ngrpo_jax.algo.mixture import Mixing
 from ngrpo_jax.algo.neighbors import neighbor_table
 from ngrpo_jax.model import decoder
 from ngrpo_jax.model.inference import InferenceModel, to_inference_layout
+from ngrpo_jax.rollout import decode
 from ngrpo_jax.runtime import mesh as meshes
 from ngrpo_jax.settings import resolve
 
@@ -58,7 +59,10 @@ def test_products_are_of_the_rounded_matrices(platform):
     rounded = to_inference_layout(_params(config), config, "int8")
     restored = rounded | {"layers": tuple(map(_restored, rounded["layers"]))}
     model, ids = InferenceModel(config, platform), np.arange(12).reshape(2, 6)
-    found, expected = (model.prefill(params, ids, np.array([6, 4]))[0] for params in (rounded, restored))
+    lengths = np.array([6, 4])
+    found, expected = (
+        decode.prefill(params, ids, lengths, model=model).hidden_PD for params in (rounded, restored)
+    )
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
