@@ -1,11 +1,13 @@
 """The report command: pages and lists made from what other commands have written.
 
 python -m ngrpo_jax.report --workdir=DIR                        DIR/report.html, one page about a run
+python -m ngrpo_jax.report compare DIR DIR ... [--out=FILE]     several runs side by side: compare.html
 python -m ngrpo_jax.report neighbors --tokens="7, the, Wait" --config=... --workdir=... [--count=8]
 python -m ngrpo_jax.report pca --tokens="7, the, Wait" --config=... --workdir=...      DIR/pca.html (Figure 1)
 python -m ngrpo_jax.report diversity FILE|DIR ...               how much the responses to a problem differ
 """
 
+import glob
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,6 +56,31 @@ def _pca(argv: Sequence[str]) -> None:
     write_page(*embeddings.plane_page(argv))
 
 
+def _compare(argv: Sequence[str]) -> None:
+    from ngrpo_jax.report import compare
+
+    parser = flags.ArgumentParser("python -m ngrpo_jax.report compare")
+    parser.add_argument("workdirs", nargs="*")
+    parser.add_argument("--workdir", action="append", default=[])
+    parser.add_argument("--out", default="compare.html", type=Path)
+    given = parser.parse_args(argv[1:])
+    workdirs = found_workdirs([*given.workdirs, *given.workdir])
+    runs = [read(workdir, with_samples=False) for workdir in workdirs]
+    write_page(given.out, compare.render(runs))
+
+
+def found_workdirs(patterns: Sequence[str]) -> list[Path]:
+    """The workdirs that these paths and globs name, each once. UserError where one names nothing."""
+    found: list[Path] = []
+    for pattern in patterns:
+        matches = sorted(glob.glob(pattern))
+        require(bool(matches), f"{pattern} is no workdir; name workdirs of training runs, or a glob of them.")
+        # A folder of a sweep has a workdir for each of its runs, beside other files.
+        found += [Path(one) for one in matches if Path(one, "metrics.jsonl").is_file() or one == pattern]
+    require(len(found) > 1, "compare needs two workdirs or more: report compare DIR DIR.")
+    return list(dict.fromkeys(found))
+
+
 def _diversity(argv: Sequence[str]) -> None:
     from ngrpo_jax.report import diversity
 
@@ -62,7 +89,7 @@ def _diversity(argv: Sequence[str]) -> None:
     print(diversity.table(parser.parse_args(argv[1:]).paths))
 
 
-_SUBCOMMANDS = {"neighbors": _neighbors, "pca": _pca, "diversity": _diversity}
+_SUBCOMMANDS = {"compare": _compare, "neighbors": _neighbors, "pca": _pca, "diversity": _diversity}
 
 
 if __name__ == "__main__":

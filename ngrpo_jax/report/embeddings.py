@@ -16,7 +16,7 @@ from ngrpo_jax.errors import UserError, require
 from ngrpo_jax.evaluation.statistics import geometry
 from ngrpo_jax.model import decoder
 from ngrpo_jax.report import charts, templates
-from ngrpo_jax.report.page import labelled
+from ngrpo_jax.report.mixing import visible
 from ngrpo_jax.runtime import console, mesh
 from ngrpo_jax.settings import Settings, resolve
 from ngrpo_jax.setup.model_spec import open_checkpoint, open_model_spec
@@ -60,12 +60,6 @@ class Anchors:
         return geometry.nearest_rows(self.table_VD, self.ids, count, metric=metric, eligible=eligible)
 
 
-def visible(text: str) -> str:
-    """Text with a sign for each space, line break and tab, and an escape for other invisible characters."""
-    signs = text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in signs)
-
-
 def neighbor_list(argv: Sequence[str]) -> str:
     """A table of each token's nearest neighbours; those before the stroke are mixed in by the run."""
     anchors = _read(argv)
@@ -102,10 +96,10 @@ def plane_page(argv: Sequence[str]) -> tuple[Path, str]:
         np.concatenate([background_XD, embedding_VD[anchors.ids], *noise, *mixed])
     )
     clouds = [
-        charts.Cloud("vocabulary", plane(background_XD), "#c6ccd4", 4.0),
-        charts.Cloud("Gaussian noise", plane(np.concatenate(noise)), charts.COLORS[1], 7.0),
-        charts.Cloud("neighbour mixing", plane(np.concatenate(mixed)), charts.COLORS[0], 7.0),
-        charts.Cloud("neighbours", plane(embedding_VD[ids_AC.ravel()]), charts.COLORS[2], 26.0),
+        charts.Cloud("vocabulary", plane(background_XD), 4, 1.3),
+        charts.Cloud("Gaussian noise", plane(np.concatenate(noise)), 1, 1.8),
+        charts.Cloud("neighbour mixing", plane(np.concatenate(mixed)), 0, 1.8),
+        charts.Cloud("neighbours", plane(embedding_VD[ids_AC.ravel()]), 2, 3.6),
     ]
     labels = [(anchors.text(token), plane(embedding_VD[token])) for token in [*anchors.ids, *ids_AC.ravel()]]
     first, second = (f"{100 * share:.1f} % of variance" for share in plane.explained)
@@ -121,9 +115,7 @@ def plane_page(argv: Sequence[str]) -> tuple[Path, str]:
         neighbors=k - 1,
         background=len(background_XD),
         clouds=[{"color": cloud.color, "label": cloud.label, "last": ""} for cloud in clouds],
-        drawing=labelled(
-            charts.scatter_chart(clouds, labels, (first, second)), f"Tokens in a plane: {tokens}"
-        ),
+        drawing=charts.scatter_chart(clouds, labels, (first, second), f"Tokens in a plane: {tokens}"),
         rows=[
             ("Gaussian noise", *_nearness(anchors, noise, candidates_AC)),
             ("neighbour mixing", *_nearness(anchors, mixed, candidates_AC)),

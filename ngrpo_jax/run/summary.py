@@ -124,8 +124,11 @@ def finish(
     """
     save_model(run.model_spec, state.train_state.params, run.workdir / "export")
     if distributed.process().primary:
-        rows = metrics.read_rows(run.workdir / "metrics.jsonl")
-        summary = summarize(run, state, after, rows, checkpoints.best_step()) | {"seconds": seconds}
+        rows, evaluations = (
+            metrics.read_rows(run.workdir / f"{name}.jsonl") for name in ("metrics", "evaluations")
+        )
+        best = checkpoints.best_step(), evaluations
+        summary = summarize(run, state, after, rows, *best) | {"seconds": seconds}
         files.write_json(run.workdir / "summary.json", summary)
         print_summary(summary, run.settings, run.workdir)
     distributed.allgather("the run is summed up", None)
@@ -137,16 +140,19 @@ def summarize(
     after: dict[str, float],
     rows: Sequence[dict[str, Any]],
     best_step: int | None,
+    evaluations: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
     """A finished run in numbers and paths, but for its time: what summary.json holds.
 
     Args:
       rows: those of metrics.jsonl.
       best_step: the step of the best checkpoint, None where no step was evaluated.
+      evaluations: rows of evaluations.jsonl; a run of an earlier version has none of its first part.
     """
     before, checkpoints = state.initial_evaluation, run.workdir / "checkpoints"
     mixed = [row for row in rows if "rollout/mix_cosine_mean" in row]
     scores = {row["step"]: row.get(best_key(run.settings)) for row in rows}
+    scores |= {row["step"]: row[run.settings.checkpoint.best_metric] for row in evaluations}
 
     def mean(name: str, rows: Sequence[dict[str, Any]]) -> float | None:
         return float(np.mean([row[name] for row in rows])) if rows else None

@@ -270,31 +270,36 @@ def response_text(tokenizer: Tokenizer, tokens: Ids) -> str:
     return tokenizer.decode(kept, skip_special_tokens=False)
 
 
-def mixed_spans(tokenizer: Tokenizer, tokens: Ids, mixed: Flags) -> tuple[str, list[tuple[int, int]]]:
-    """The text of `tokens`, special ones included, and the (start, end) characters of its mixed tokens.
+def mixed_places(tokenizer: Tokenizer, tokens: Ids, mixed: Flags) -> tuple[str, list[tuple[int, int, int]]]:
+    """The text of `tokens`, special ones included, and (start, end, position) of its mixed tokens.
 
-    A span never splits a character: tokens that share a character are mixed if any of them is.
+    Start and end are characters of the text, position is the token's. A span never splits a character:
+    tokens that share one have one span, with the position of the first mixed one of them.
     """
-    pieces = _display_pieces(tokenizer, [int(t) for t in tokens], [bool(m) for m in mixed])
-    text, spans = "", []
-    for is_mixed, run in itertools.groupby(pieces, key=lambda piece: piece[1]):
-        start = len(text)
-        text += "".join(piece for piece, _ in run)
-        if is_mixed:
-            spans.append((start, len(text)))
-    return text, spans
+    text, places, position = "", [], 0
+    for piece, count in _display_pieces(tokenizer, [int(t) for t in tokens]):
+        of_piece = [at for at in range(position, position + count) if mixed[at]]
+        if of_piece:
+            places.append((len(text), len(text) + len(piece), of_piece[0]))
+        text, position = text + piece, position + count
+    return text, places
 
 
 def marked_text(tokenizer: Tokenizer, tokens: Ids, mixed: Flags) -> str:
     """The text of `tokens` with each span of mixed tokens between ⟦ and ⟧."""
-    text, spans = mixed_spans(tokenizer, tokens, mixed)
+    text, places = mixed_places(tokenizer, tokens, mixed)
+    spans: list[tuple[int, int]] = []
+    for start, end, _ in places:
+        if spans and spans[-1][1] == start:
+            start = spans.pop()[0]
+        spans.append((start, end))
     for start, end in reversed(spans):
         text = f"{text[:start]}⟦{text[start:end]}⟧{text[end:]}"
     return text
 
 
-def _display_pieces(tokenizer: Tokenizer, tokens: list[int], mixed: list[bool]) -> list[tuple[str, bool]]:
-    """(text, any mixed?) of each token, or of several that are whole characters only together.
+def _display_pieces(tokenizer: Tokenizer, tokens: list[int]) -> list[tuple[str, int]]:
+    """(text, 1) of each token, (text, count) of several that are whole characters only together.
 
     The text of a piece is what it adds to the piece before it; alone, some tokenizers would drop its leading
     space.
@@ -303,13 +308,13 @@ def _display_pieces(tokenizer: Tokenizer, tokens: list[int], mixed: list[bool]) 
     def decode(ids: list[int]) -> str:
         return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    pieces: list[tuple[str, bool]] = []
+    pieces: list[tuple[str, int]] = []
     context: list[int] = []
     start = 0
     for end in range(1, len(tokens) + 1):
         before, through = decode(context), decode(context + tokens[start:end])
         if end < len(tokens) and through.endswith("\N{REPLACEMENT CHARACTER}"):
             continue  # the rest of this character is in the next token
-        pieces.append((through[len(before) :], any(mixed[start:end])))
+        pieces.append((through[len(before) :], end - start))
         context, start = tokens[start:end], end
     return pieces
