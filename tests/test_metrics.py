@@ -36,6 +36,24 @@ def test_the_files_of_a_resumed_run_equal_those_of_an_uninterrupted_one(tmp_path
     assert _run(tmp_path / "b", range(4, 8), resume_step=3) == whole
 
 
+def test_evaluations_and_restarts_have_files_of_their_own(tmp_path):
+    with RunLog(tmp_path) as log:
+        log.write_evaluation(0, {"mean_at_n": 0.5}, {"eval/mean_at_n": 0.5})
+        for step in (1, 2):
+            log.write(step, {"a": 1.0})
+        log.write_evaluation(2, {"mean_at_n": 0.6}, {})
+    assert not (tmp_path / "restarts.jsonl").exists()
+    with RunLog(tmp_path, resume_step=1) as log:  # the row of step 2 is made again
+        log.write(2, {"a": 1.0})
+        log.write_evaluation(2, {"mean_at_n": 0.7}, {})
+    with RunLog(tmp_path, resume_step=2) as log:  # and not a second time
+        log.write_evaluation(2, {"mean_at_n": 0.8}, {})
+    rows = read_rows(tmp_path / "evaluations.jsonl")
+    assert rows == [{"step": 0, "mean_at_n": 0.5}, {"step": 2, "mean_at_n": 0.7}]
+    assert [row["step"] for row in read_rows(tmp_path / "restarts.jsonl")] == [1, 2]
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
 def test_a_new_run_drops_all_rows(tmp_path):
     _run(tmp_path, range(3))
     metrics, samples = _run(tmp_path, [0])

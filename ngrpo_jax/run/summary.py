@@ -124,11 +124,11 @@ def finish(
     """
     save_model(run.model_spec, state.train_state.params, run.workdir / "export")
     if distributed.process().primary:
-        rows, evaluations = (
-            metrics.read_rows(run.workdir / f"{name}.jsonl") for name in ("metrics", "evaluations")
-        )
-        best = checkpoints.best_step(), evaluations
-        summary = summarize(run, state, after, rows, *best) | {"seconds": seconds}
+        rows = metrics.read_rows(run.workdir / "metrics.jsonl")
+        evaluated = run.workdir / "evaluations.jsonl"
+        evaluations = metrics.read_rows(evaluated) if evaluated.exists() else []
+        found = summarize(run, state, after, rows, checkpoints.best_step(), evaluations)
+        summary = found | {"seconds": seconds}
         files.write_json(run.workdir / "summary.json", summary)
         print_summary(summary, run.settings, run.workdir)
     distributed.allgather("the run is summed up", None)

@@ -43,8 +43,13 @@ def _file(name: str) -> Markup:
 
 
 def _readable(value: Any) -> Any:
-    """Text with a sign for each control character and each mark that turns the direction of writing."""
-    return value if isinstance(value, Markup) or not isinstance(value, str) else _INVISIBLE.sub(_sign, value)
+    """Text as a page shows it: signs for control characters and for marks that turn the direction of writing.
+
+    A per cent sign stays on the line of its number.
+    """
+    if isinstance(value, Markup) or not isinstance(value, str):
+        return value
+    return _INVISIBLE.sub(_sign, value).replace(" %", "\u00a0%")
 
 
 def _sign(found: re.Match[str]) -> str:
