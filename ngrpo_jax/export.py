@@ -1,6 +1,10 @@
 """The export command: a checkpoint of a workdir as a Hugging Face directory.
 
-python -m ngrpo_jax.export --config=configs/NAME.py --workdir=DIR [--step=N|best|latest] [--out=DIR]
+    python -m ngrpo_jax.export --workdir=DIR [--step=N|best|latest] [--out=DIR]
+        [--config=configs/NAME.py] [--config.a.b=value]
+
+The step is that of the best checkpoint by default, the directory WORKDIR/export. The settings are those of
+the run, by WORKDIR/config.json; `--config` takes others.
 """
 
 import pathlib
@@ -16,7 +20,7 @@ from ngrpo_jax.setup.resume import best_key
 
 def main(argv: Sequence[str]) -> None:
     """Writes WORKDIR/export (or --out) from the chosen checkpoint, in `model.dtype`."""
-    config, options = flags.parse_flags(argv, step="latest", out=None)
+    config, options = flags.parse_flags(argv, of_run=True, step="best", out=None)
     settings = resolve(config)
     workdir = pathlib.Path(options["workdir"])
     out = pathlib.Path(options["out"] or workdir / "export")
@@ -31,5 +35,10 @@ def main(argv: Sequence[str]) -> None:
     print(f"directory  {out} ({console.format_bytes(size)}); transformers reads it with from_pretrained")
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """The console script ngrpo-export."""
     flags.run_command(main)
+
+
+if __name__ == "__main__":
+    cli()

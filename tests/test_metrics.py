@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import re
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -152,9 +154,13 @@ def _progress(stream, ticks, **options):
 
 def test_progress_off_a_terminal_prints_now_and_then():
     lines = _progress(io.StringIO(), 50).split("\n")
-    assert lines[0] == "rollout 20/50 sequences · 2 sequences/s · 10 s · 15 s left"
-    assert lines[1] == "rollout 40/50 sequences · 2 sequences/s · 20 s · 5.0 s left"
-    assert lines[2:] == ["rollout 50/50 sequences · 2 sequences/s · 25 s", ""]
+    assert lines[0] == "rollout 16/50 sequences · 2 sequences/s · 8.0 s · 17 s left"
+    assert lines[1] == "rollout 32/50 sequences · 2 sequences/s · 16 s · 9.0 s left"
+    assert lines[2:] == [
+        "rollout 48/50 sequences · 2 sequences/s · 24 s · 1.0 s left",
+        "rollout 50/50 sequences · 2 sequences/s · 25 s",
+        "",
+    ]
     assert _progress(io.StringIO(), 5) == ""  # too short to speak of
     assert _progress(io.StringIO(), 50, enabled=False) == ""
 
@@ -208,3 +214,68 @@ def test_table_stands_in_columns():
 )
 def test_numbers_are_readable(call, text):
     assert call == text
+
+
+class _Screen(io.StringIO):
+    """80 columns: keeps the rows of the screen, as a terminal that wraps would show them."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows, self.column = [""], 0
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        for part in re.split("(\r|\n|\x1b\\[K)", text):
+            if part == "\r":
+                self.column = 0
+            elif part == "\n":
+                self.rows.append("")
+                self.column = 0
+            elif part == "\x1b[K":
+                self.rows[-1] = self.rows[-1][: self.column]
+            else:
+                for c in part:
+                    if self.column == 80:
+                        self.rows.append("")
+                        self.column = 0
+                    self.rows[-1] = self.rows[-1][: self.column] + c + self.rows[-1][self.column + 1 :]
+                    self.column += 1
+
+
+def test_a_redrawn_line_never_takes_two_rows_of_a_terminal():
+    screen, now = _Screen(), [0.0]
+    label = "warm start on 3439 worked solutions"
+    with console.Progress(label, 300, "steps", stream=screen, clock=lambda: now[0]) as bar:
+        for done in range(1, 300):
+            now[0] += 7.3
+            bar.update(done, f"loss {1 / done:.3f} nats/token, {done} of 300 steps busy")
+            assert len(screen.rows) == 1 and screen.rows[0].startswith(label)
+    assert len(screen.rows) == 2 and screen.rows[1] == ""
+
+
+def test_work_that_reports_nothing_is_not_silent():
+    stream = io.StringIO()
+    with console.Progress("compiling", stream=stream, every=0.0):
+        deadline = time.monotonic() + 30
+        while not stream.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert stream.getvalue().startswith("compiling · ")
+
+
+def test_symbols_that_the_encoding_lacks_are_spelled_out(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    console.spell_out_symbols()
+    print("32 prompts × 8 · 5 − 3 … ⟦a⟧ 语", flush=True)
+    assert raw.getvalue() == b"32 prompts x 8 - 5 - 3 ... [a] \\u8bed\n"
+
+
+def test_a_table_that_is_too_wide_goes_on_below(monkeypatch):
+    assert console.column_blocks([10, 30, 30, 30, 8], 79) == [[0, 1, 2], [0, 3, 4]]
+    assert console.column_blocks([60, 60], 79) == [[0, 1]]  # a column is never cut in two
+    screen = _Screen()
+    monkeypatch.setattr("sys.stdout", screen)
+    text = console.table([("a", "x" * 40, "y" * 40, 7)], ("name", "first", "second", "count"))
+    assert max(map(len, text.splitlines())) <= 79 and "count" in text and text.count("name") == 2

@@ -2,8 +2,8 @@
 
 python -m ngrpo_jax.report --workdir=DIR                        DIR/report.html, one page about a run
 python -m ngrpo_jax.report compare DIR DIR ... [--out=FILE]     several runs side by side: compare.html
-python -m ngrpo_jax.report neighbors --tokens="7, the, Wait" --config=... --workdir=... [--count=8]
-python -m ngrpo_jax.report pca --tokens="7, the, Wait" --config=... --workdir=...      DIR/pca.html (Figure 1)
+python -m ngrpo_jax.report neighbors --tokens="7, the, Wait" --workdir=DIR [--count=8]
+python -m ngrpo_jax.report pca --tokens="7, the, Wait" --workdir=DIR    DIR/pca.html (Figure 1)
 python -m ngrpo_jax.report diversity FILE|DIR ...               how much the responses to a problem differ
 """
 
@@ -92,5 +92,10 @@ def _diversity(argv: Sequence[str]) -> None:
 _SUBCOMMANDS = {"compare": _compare, "neighbors": _neighbors, "pca": _pca, "diversity": _diversity}
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """The console script ngrpo-report."""
     flags.run_command(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -139,7 +139,7 @@ def _nearness(anchors: Anchors, points_AXD: Sequence[np.ndarray], candidates_AC:
 
 
 def _read(argv: Sequence[str]) -> Anchors:
-    config, options = flags.parse_flags(argv, tokens=None, step="best", count=str(DEFAULT_COUNT))
+    config, options = flags.parse_flags(argv, of_run=True, tokens=None, step="best", count=str(DEFAULT_COUNT))
     settings, workdir, count = resolve(config), Path(options["workdir"]), options["count"]
     require(count.isdigit() and int(count) > 0, f"--count={count} must be a whole number above 0.")
     require(bool(options["tokens"]), '--tokens is missing; write --tokens="7, the, Wait".')

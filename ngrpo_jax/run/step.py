@@ -147,9 +147,23 @@ def learn(
     return train_state, table, {**metrics, "rows/fill": packing.fill_fraction(rows, allgather)}
 
 
+# Phases that report nothing of their own while they go on.
+_PHASES = {
+    "table": "neighbour table",
+    "reward": "grading",
+    "logprobs": "log-probabilities (the first time compiles)",
+    "update": "update (the first time compiles)",
+}
+
+
 @contextmanager
 def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Adds the block's wall time to that of a phase; the block's results must be on the host at its end."""
+    """Adds the block's wall time to that of a phase; the block's results must be on the host at its end.
+
+    A phase that takes long, as its first time does, in which it compiles, says that it goes on.
+    """
     start = time.monotonic()
-    yield
+    label = _PHASES.get(name)
+    with console.Progress(label or name, keep=False, enabled=bool(label) and distributed.process().primary):
+        yield
     seconds[name] = seconds.get(name, 0.0) + time.monotonic() - start
