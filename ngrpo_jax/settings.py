@@ -248,6 +248,14 @@ class TrainSettings(Section, prefix="train."):
 
 
 @dataclasses.dataclass(frozen=True)
+class LogSettings(Section, prefix="log.", may_change=True):
+    """Services that a run reports to; `train.loggers` has what needs no name."""
+
+    # Project of Weights & Biases, or ENTITY/PROJECT; None: nothing is sent there.
+    wandb: Annotated[str, Check(bool, "the name of a project")] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshSettings(Section, prefix="mesh.", may_change=True):
     """Devices along each axis; the product must be the number of devices."""
 
@@ -330,6 +338,7 @@ class Settings(Section, prefix=""):
     objective: ObjectiveSettings = ObjectiveSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     train: TrainSettings = TrainSettings()
+    log: LogSettings = LogSettings()
     mesh: MeshSettings = MeshSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     eval: EvalSettings = EvalSettings()
@@ -358,6 +367,12 @@ class Settings(Section, prefix=""):
             f"objective.overlong_interval is {self.objective.overlong_interval}; it must be below "
             f"rollout.max_new_tokens {rollout.max_new_tokens}.",
         )
+
+    @property
+    def loggers(self) -> tuple[str, ...]:
+        """Where metrics go besides metrics.jsonl."""
+        chosen = (*self.train.loggers, *(["wandb"] if self.log.wandb else []))
+        return tuple(dict.fromkeys(chosen))
 
     @property
     def mini_batches(self) -> int:

@@ -29,7 +29,7 @@ from ngrpo_jax.run import summary
 from ngrpo_jax.run.loop import train
 from ngrpo_jax.run.start import begin, compose
 from ngrpo_jax.run.state import check_finished
-from ngrpo_jax.runtime import console, distributed, mesh
+from ngrpo_jax.runtime import console, distributed, loggers, mesh
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.runtime.lock import held
 from ngrpo_jax.settings import resolve
@@ -48,6 +48,7 @@ def main(argv: Sequence[str]) -> None:
     if options["preflight"]:
         raise SystemExit(checks.run(config, workdir))
     settings, allowed = resolve(config), allowed_changes(options["allow_changes"])
+    loggers.require_installed(settings.loggers)
     ending.last_words(lambda: summary.how_to_go_on(workdir))
     process = distributed.initialize()
     fit.check_hosts(settings, process.count)

@@ -4,7 +4,9 @@ import io
 import json
 import os
 import re
+import sys
 import time
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -111,7 +113,7 @@ def test_a_logger_of_ones_own_gets_every_step_and_is_closed(tmp_path, monkeypatc
         def __init__(self, workdir, first_step):
             events.append((workdir, first_step))
 
-        def write(self, step, metrics):
+        def write(self, step, metrics, samples=()):
             events.append((step, metrics))
 
         def close(self):
@@ -279,3 +281,52 @@ def test_a_table_that_is_too_wide_goes_on_below(monkeypatch):
     monkeypatch.setattr("sys.stdout", screen)
     text = console.table([("a", "x" * 40, "y" * 40, 7)], ("name", "first", "second", "count"))
     assert max(map(len, text.splitlines())) <= 79 and "count" in text and text.count("name") == 2
+
+
+def test_weights_and_biases_gets_metrics_and_groups_and_goes_on_in_the_same_run(tmp_path, monkeypatch):
+    """By a stand-in for the library, which records what it is told."""
+    calls = []
+
+    class Run:
+        def define_metric(self, name, **_):
+            pass
+
+        def log(self, row):
+            calls.append(row)
+
+        def finish(self):
+            calls.append("finished")
+
+    def init(**given):
+        calls.append({name: given[name] for name in ("project", "entity", "id", "resume")})
+        return Run()
+
+    def table(columns, data):
+        return [dict(zip(columns, row, strict=True)) for row in data]
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Table=table))
+    (tmp_path / "config.json").write_text(json.dumps({"log": {"wandb": "team/project"}}))
+    sample = {"step": 1, "response": "<b>", "reward": 1.0}
+    with RunLog(tmp_path, loggers=("wandb",)) as log:
+        log.write_evaluation(0, {"mean_at_n": 0.5}, {"eval/mean_at_n": 0.5})
+        log.write(1, {"reward/mean": 0.5, "kl": float("nan")}, [sample])
+        log.write(2, {"reward/mean": 0.6}, [sample | {"step": 2}])
+    first, *rows = calls
+    assert (first["project"], first["entity"], first["resume"]) == ("project", "team", "allow")
+    assert rows[0] == {"step": 0, "eval/mean_at_n": 0.5}
+    assert rows[1]["groups"][0]["response"] == "<b>" and "kl" not in rows[1]
+    assert rows[2:] == [{"step": 2, "reward/mean": 0.6}, "finished"]
+    calls.clear()
+    with RunLog(tmp_path, resume_step=1, loggers=("wandb",)):
+        pass
+    assert calls[0]["id"] == first["id"]
+    with RunLog(tmp_path, loggers=("wandb",)):
+        pass
+    assert calls[2]["id"] != first["id"]  # a new run in the same folder
+
+
+def test_a_logger_that_is_not_installed_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None)
+    loggers.require_installed(("tensorboard",))
+    with pytest.raises(UserError, match="pip install wandb"):
+        loggers.require_installed(("tensorboard", "wandb"))

@@ -53,7 +53,7 @@ def train(
     log = metrics.RunLog(
         run.workdir,
         resume_step=written or None,
-        loggers=settings.train.loggers,
+        loggers=settings.loggers,
         primary=process.primary,
     )
     with log:

@@ -16,15 +16,14 @@ from typing import Any, Self, TextIO
 _SI = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _REWRITE_S = 0.2  # a terminal line is redrawn at most so often
 _BEAT_S = 1.0  # ... and at least so often, while its work goes on
-_ASCII = dict(
-    zip("·×–−─…→⟦⟧π≥≤", ("-", "x", "-", "-", "-", "...", "->", "[", "]", "pi", ">=", "<="), strict=True)
-)
+_SPELLED = ("-", "x", "-", "-", "-", "...", "->", "[", "]", "pi")
+_ASCII = dict(zip("·×–−─…→⟦⟧π", _SPELLED, strict=True))
 
 
 class Progress:
     """One line for a piece of work: done and total, rate, elapsed time and time left.
 
-    On a terminal the line is rewritten in place, cut to the terminal's width, so that it never takes two rows.
+    On a terminal the line is rewritten in place, cut to the terminal's width: it never takes two rows.
     Elsewhere (a log file, a pipe) a new line is printed at most every `every` seconds, and work shorter than
     that prints nothing. A thread prints it also while the work reports nothing, such as a compilation.
 

@@ -96,7 +96,7 @@ class RunLog:
         files.append_jsonl(self._metrics, [{"step": step, **row}])
         files.append_jsonl(self._samples, samples)
         for logger in self._loggers:
-            logger.write(step, row)
+            logger.write(step, row, samples)
 
     def write_evaluation(self, step: int, row: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Writes a row `{"step": step, ...}` of evaluations.jsonl, and these metrics to the loggers.
