@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "former_settings": set(),
     "schema": {"errors"},
     "settings": {"algo", "errors", "choices", "schema", "former_settings", "runtime.loggers"},
+    "library": PARTS,
     "settings_text": {"settings", "schema"},
     "config_files": {"settings", "schema", "former_settings", "errors", "files"},
     "model": {"algo", "errors", "choices", "files"},

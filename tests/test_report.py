@@ -1,18 +1,21 @@
 """The report: what it shows, what it says is missing, what it refuses, and that a run's text stays text."""
 
 import html.parser
+import http.client
 import json
 import re
+import threading
 
 import numpy as np
 import pytest
 
 from ngrpo_jax import flags
 from ngrpo_jax.report import __main__ as report
-from ngrpo_jax.report import charts, compare, held_out, numbers, panels, samples
+from ngrpo_jax.report import charts, compare, held_out, numbers, panels, samples, serve
 from ngrpo_jax.report.curves import Points
+from ngrpo_jax.report.page import render
 from ngrpo_jax.report.samples import Encoder
-from ngrpo_jax.report.workdir import Run
+from ngrpo_jax.report.workdir import Run, read
 
 VOID = {"meta", "br", "input"}
 
@@ -354,3 +357,26 @@ def test_compare_takes_folders_and_globs_and_refuses_one(tmp_path, capsys):
     with pytest.raises(SystemExit) as refusal:
         flags.run_command(report.main, ["report", "compare", str(tmp_path / "a")])
     assert refusal.value.code == 2 and "two workdirs" in capsys.readouterr().err
+
+
+def test_a_served_page_follows_the_run_and_answers_to_this_machine_alone(tmp_path):
+    _write(tmp_path, steps=2)
+    with serve.make_server(tmp_path, lambda: render(read(tmp_path)), 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert server.server_address[0] == "127.0.0.1"
+
+        def get(path, host="localhost"):
+            connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
+            connection.request("GET", path, headers={"Host": f"{host}:{server.server_port}"})
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode()
+
+        status, page = get("/")
+        assert status == 200 and '"axes":[[1,2]]' in page
+        before = get("/stamp")
+        _write(tmp_path, steps=3)
+        assert get("/stamp") != before and '"axes":[[1,2,3]]' in get("/")[1]
+        assert get("/", host="evil.example")[0] == 403 and get("/metrics.jsonl")[0] == 404
+        (tmp_path / "metrics.jsonl").write_text("")
+        assert get("/")[0] == 503
+        server.shutdown()

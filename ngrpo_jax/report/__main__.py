@@ -1,6 +1,7 @@
 """The report command: pages and lists made from what other commands have written.
 
 python -m ngrpo_jax.report --workdir=DIR                        DIR/report.html, one page about a run
+python -m ngrpo_jax.report --workdir=DIR --serve [--port=8000]  the same at a local address, as the run grows
 python -m ngrpo_jax.report compare DIR DIR ... [--out=FILE]     several runs side by side: compare.html
 python -m ngrpo_jax.report neighbors --tokens="7, the, Wait" --workdir=DIR [--count=8]
 python -m ngrpo_jax.report pca --tokens="7, the, Wait" --workdir=DIR    DIR/pca.html (Figure 1)
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from ngrpo_jax import files, flags
 from ngrpo_jax.errors import require
+from ngrpo_jax.report import serve
 from ngrpo_jax.report.page import render
 from ngrpo_jax.report.workdir import read
 
@@ -36,9 +38,18 @@ def write_page(path: Path, page: str) -> None:
 
 def _page(arguments: Sequence[str]) -> None:
     parser = flags.ArgumentParser("python -m ngrpo_jax.report")
-    parser.add_argument("--workdir", required=True)
-    workdir = Path(parser.parse_args(arguments).workdir)
-    write_page(workdir / "report.html", render(read(workdir)))
+    parser.add_argument("--workdir", required=True, type=Path)
+    parser.add_argument("--serve", action="store_true")
+    parser.add_argument("--port", type=int, default=8000)
+    given = parser.parse_args(arguments)
+
+    def page() -> str:
+        return render(read(given.workdir))
+
+    if given.serve:
+        serve.serve(given.workdir, page, given.port)
+    else:
+        write_page(given.workdir / "report.html", page())
 
 
 # The subcommands import what reads models and generations, which takes seconds that the page does not need.
