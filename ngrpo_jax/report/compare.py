@@ -51,8 +51,8 @@ def differing(runs: Sequence[Run]) -> list[str]:
     return [name for name in names if len({str(table.get(name)) for table in tables}) > 1]
 
 
-def render(runs: Sequence[Run], stored: str = "") -> str:
-    """The whole page. `stored`: what stored generations say of two runs, as text."""
+def render(runs: Sequence[Run]) -> str:
+    """The whole page."""
     every = differing(runs)
     settings = settings_of(runs, [name for name in every if not name.startswith(_NO_EXPERIMENT)])
     axes, keys = Axes(), list(dict.fromkeys(key for run in runs for key in run.keys))
@@ -75,11 +75,9 @@ def render(runs: Sequence[Run], stored: str = "") -> str:
         title=" against ".join(one.name for one in settings) if len(settings) < 4 else f"{len(runs)} runs",
         runs=len(runs),
         verdict=_verdict(settings),
-        steps=max(len(run.rows) for run in runs),
         sections=sections,
         finals=[_final(setting) for setting in settings],
         pairs=_pairs(settings),
-        stored=stored,
         differing=every,
         settings=[(run.name, [flatten(run.config).get(name, "–") for name in every]) for run in runs],
         data={"axes": list(axes.known), "charts": charts},

@@ -14,8 +14,9 @@ from ngrpo_jax.report.workdir import Row, Run
 
 def ends(run: Run, key: str) -> tuple[float, float] | None:
     """A held-out metric before training and at the last evaluation; None where either is unknown."""
-    if len(run.evaluations) > 1:
-        return run.evaluations[0][key], run.evaluations[-1][key]
+    known = [row for row in run.evaluations if key in row]
+    if len(known) > 1:
+        return known[0][key], known[-1][key]
     before, after = run.summary.get(f"{key}_before"), run.summary.get(f"{key}_after")
     if not isinstance(before, int | float) or not isinstance(after, int | float):
         return None

@@ -39,7 +39,6 @@ def render(run: Run) -> str:
         cards=[card for card in _cards(run) if card.value],
         places=_places(run),
         restarts=[(row["step"], row.get("time", "")) for row in run.restarts],
-        steps=len(run.rows),
         missing=run.missing,
         sections=[(section, _shown(of_section)) for section, of_section in sections],
         samples=run.samples,
