@@ -2,7 +2,7 @@
 for (const input of document.querySelectorAll("[data-filters]")) {
   const id = input.dataset.filters;
   const kinds = document.querySelector(`[data-kinds="${id}"]`);
-  const rows = [...$(id).querySelectorAll("tbody tr")].map((row) => [row, row.textContent.toLowerCase()]);
+  const rows = [...document.getElementById(id).querySelectorAll("tbody tr")].map((row) => [row, row.textContent.toLowerCase()]);
   const narrow = () => {
     const wanted = input.value.toLowerCase();
     for (const [row, text] of rows) {
