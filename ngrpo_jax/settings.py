@@ -88,6 +88,11 @@ class DataSettings(Section, prefix="data."):
     chat_template: str | None = None  # None: the tokenizer's own; a Jinja file; or "plain"
     # Tokens, or their ids, that end a response besides those of the model's files.
     stop: tuple[str, ...] = ()
+    system_prompt: str | None = None  # a system turn before each problem; None: none
+    # NAME=VALUE each, for the chat template, such as "enable_thinking=false".
+    template_options: Annotated[
+        tuple[str, ...], Check(lambda options: all("=" in one for one in options), "each NAME=VALUE")
+    ] = ()
     max_prompt_tokens: Count = 4096  # longer prompts are left out and counted
     overlap_with: str | None = None  # further sources, joined by ";", whose problems are not to be trained on
     drop_overlap: bool = False  # true: leaves problems out of training that `eval` or `overlap_with` contain
@@ -208,15 +213,32 @@ class ObjectiveSettings(Section, prefix="objective."):
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings(Section, prefix="optimizer."):
-    """AdamW with a constant rate after a linear warm-up."""
+    """AdamW with a linear warm-up."""
 
-    learning_rate: Positive = 1e-6
-    warmup_steps: Natural = 0
+    learning_rate: Positive = 1e-6  # the peak
+    warmup_steps: Natural = 0  # optimiser steps
     b1: Decay = 0.9
     b2: Decay = 0.999
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.01
     clip_norm: Positive = 1.0  # of the global gradient
+    # Of the rate after the warm-up; wsd: constant, then linear to 0 in the last fifth.
+    schedule: Annotated[str, one_of(choices.SCHEDULES)] = "constant"
+    # Optimiser steps until the rate is 0, warm-up included; None with schedule "constant".
+    decay_steps: Count | None = None
+
+    def rules(self) -> Iterator[tuple[bool, str]]:
+        decays = self.schedule != "constant"
+        yield (
+            decays == (self.decay_steps is not None),
+            f"optimizer.schedule is {self.schedule!r} and optimizer.decay_steps is {self.decay_steps}; "
+            "a schedule other than 'constant' needs a number of steps, and 'constant' none.",
+        )
+        yield (
+            self.decay_steps is None or self.decay_steps > self.warmup_steps,
+            f"optimizer.decay_steps is {self.decay_steps}; it must be above optimizer.warmup_steps "
+            f"{self.warmup_steps}.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
