@@ -1,4 +1,4 @@
-"""The optax chain: clip the global gradient norm, then AdamW with a rate by schedule after a linear warm-up."""
+"""The optax chain: clip the global gradient norm, then AdamW; the rate follows a schedule after a warm-up."""
 
 from collections.abc import Callable
 
@@ -33,7 +33,7 @@ def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
 
 
 def learning_rate(settings: OptimizerSettings) -> optax.ScalarOrSchedule:
-    """The rate at each optimiser step, counted from 0: warm-up, then what `schedule` says until `decay_steps`."""
+    """The rate at each optimiser step, counted from 0: a warm-up, then what `schedule` says."""
     peak, warmup = settings.learning_rate, settings.warmup_steps
     after: optax.ScalarOrSchedule = peak
     if settings.decay_steps is not None:
