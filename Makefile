@@ -77,7 +77,7 @@ $(BIN)/python:
 # The package too, editable: its commands (ngrpo-train, ...) are then in the virtual environment.
 $(VENV)/.requirements: requirements.txt | $(BIN)/python
 	$(call install,requirements.txt)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable . || { rm -f $@; exit 1; }
 
 $(VENV)/.requirements-dev: requirements-dev.txt $(VENV)/.requirements
 	$(call install,requirements-dev.txt)
