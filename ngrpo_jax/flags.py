@@ -146,7 +146,10 @@ def _unknown(flag: str, kinds: Collection[str], options: Collection[str]) -> str
     """The sentence about a flag that is none, with those that it may have meant."""
     leaf = flag.lstrip("-")
     meant = [f"--config.{name}" for name in kinds if name == leaf or name.endswith(f".{leaf}")]
-    known = [*(f"--config.{name}" for name in kinds), *(f"--{option.replace('_', '-')}" for option in options)]
+    known = [
+        *(f"--config.{name}" for name in kinds),
+        *(f"--{option.replace('_', '-')}" for option in options),
+    ]
     # The settings of the small model that a run makes come last: few mean them.
     near = sorted(meant, key=lambda name: "warm_start." in name) or difflib.get_close_matches(
         flag, known, n=1

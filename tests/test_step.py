@@ -138,6 +138,15 @@ def test_sample_rows_stay_within_their_bytes(monkeypatch):
     assert all(row["mixtures"] == [] and len(row["mixed"]) == 2 for row in rows)
 
 
+def test_a_response_that_is_not_finite_is_kept_for_inspection(monkeypatch):
+    policy, rollout = _sampled([2, 2, 2, 2, 2, 2], [[1, 0], [0, 0], [1, 1]], monkeypatch)
+    nonfinite_B = np.array([False, False, True, False, False, True])
+    rollout = rollout._replace(trajectories=rollout.trajectories._replace(nonfinite_B=nonfinite_B))
+    rows = samples.sample_rows(policy, rollout, 1)
+    assert [(row["id"], row["sample"]) for row in rows if row.get("nonfinite")] == [("1", 1), ("2", 2)]
+    assert [row["id"] for row in rows] == ["0", "0", "1", "1", "2"]
+
+
 def test_largest_bound_is_the_largest_that_fits():
     for sizes, total in (([5, 9, 2], 12), ([5, 9, 2], 100), ([], 5), ([4, 4], 0), ([7, 7, 1], 13)):
         bound = samples.largest_bound(sizes, total)

@@ -8,7 +8,7 @@ nothing is left to compile once a rollout begins. Must not know which sequence i
 import dataclasses
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import jax

@@ -30,18 +30,21 @@ def sample_rows(policy: Policy, rollout: Rollout, step: int) -> list[Row]:
     A row holds the text, its reward, and for each mixed token its span of characters (`mixed`) and its
     mixture (`mixtures`): the cosine of the input to its anchor, then text and weight of every candidate, the
     anchor first. Beyond STEP_BYTES the second group is left out, then mixtures are (their spans stay), then
-    the ends of the longest texts (`cut`: how many characters).
+    the ends of the longest texts (`cut`: how many characters). Besides these, for inspection, each response
+    that ended in logits that are not finite (`nonfinite`).
     """
     group = rollout.rewards_PG.shape[1]
-    budget, kept = STEP_BYTES, list[Row]()
+    budget, kept, ended = STEP_BYTES, list[Row](), set(np.flatnonzero(rollout.trajectories.nonfinite_B))
     for number in chosen(rollout.rewards_PG, GROUPS):
-        rows = _group(policy, rollout, number, group, step)
+        indices = range(number * group, (number + 1) * group)
+        rows = _rows(policy, rollout, indices, step)
         size = sum(map(_size, rows))
         if kept and size > budget:
             break
         kept += rows if size <= budget else fitted(rows, budget)
         budget -= size
-    return kept
+        ended -= set(indices)
+    return kept + _rows(policy, rollout, sorted(ended), step)
 
 
 def chosen(rewards_PG: np.ndarray, most: int) -> list[int]:
@@ -94,36 +97,34 @@ def _shortened(row: Row, text_bytes: int | None, mixture_bytes: int) -> Row:
     return row | {"response": response, "mixed": mixed, "mixtures": mixtures} | ({"cut": cut} if cut else {})
 
 
-def _group(policy: Policy, rollout: Rollout, number: int, group: int, step: int) -> list[Row]:
-    """The rows of one problem's responses, whole."""
-    tokenizer, problem = policy.tokenizer_info.tokenizer, rollout.batch.problems[number]
-    written = rollout.trajectories.part(number * group, (number + 1) * group)
+def _rows(policy: Policy, rollout: Rollout, indices: Sequence[int], step: int) -> list[Row]:
+    """The rows of these responses, whole."""
+    tokenizer, group = policy.tokenizer_info.tokenizer, rollout.rewards_PG.shape[1]
+    written = jax.tree.map(lambda leaf: leaf[np.asarray(indices, int)], rollout.trajectories)
     positions, cosines = mixed_cosines(policy, written)
     cosine_at = {(int(i), int(t)): float(c) for (i, t), c in zip(positions, cosines, strict=True)}
     spelled = functools.cache(lambda token: tokenizer.decode([token], skip_special_tokens=False))
     rows = []
-    for index in range(group):
-        tokens = written.response(index)
-        text, places = prompts.mixed_places(tokenizer, tokens, written.mixed_BT[index, : len(tokens)])
-        rows.append(
-            {
-                "step": step,
-                "id": problem.id,
-                "problem": problem.problem,
-                "answer": problem.answer,
-                "sample": index + 1,
-                "response": text,
-                "reward": float(rollout.rewards_PG[number, index]),
-                "tokens": len(tokens),
-                "stopped": bool(written.stopped_B[index]),
-                "logprob": round(float(written.logprobs_BT[index, : len(tokens)].sum()), 3),
-                "mixed": [[start, end] for start, end, _ in places],
-                "mixtures": [
-                    [round(cosine_at[index, at], 4), *_candidates(written, index, at, spelled)]
-                    for _, _, at in places
-                ],
-            }
-        )
+    for own, index in enumerate(indices):
+        problem, tokens = rollout.batch.problems[index // group], written.response(own)
+        text, places = prompts.mixed_places(tokenizer, tokens, written.mixed_BT[own, : len(tokens)])
+        row = {
+            "step": step,
+            "id": problem.id,
+            "problem": problem.problem,
+            "answer": problem.answer,
+            "sample": index % group + 1,
+            "response": text,
+            "reward": float(rollout.rewards_PG[index // group, index % group]),
+            "tokens": len(tokens),
+            "stopped": bool(written.stopped_B[own]),
+            "logprob": round(float(written.logprobs_BT[own, : len(tokens)].sum()), 3),
+            "mixed": [[start, end] for start, end, _ in places],
+            "mixtures": [
+                [round(cosine_at[own, at], 4), *_candidates(written, own, at, spelled)] for _, _, at in places
+            ],
+        }
+        rows.append(row | ({"nonfinite": True} if written.nonfinite_B[own] else {}))
     return rows
 
 
