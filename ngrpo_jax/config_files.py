@@ -8,7 +8,7 @@ import inspect
 import pathlib
 import runpy
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from ngrpo_jax import files
@@ -81,8 +81,8 @@ def put(config: Any, name: str, value: Any) -> None:
 
 def _with_files(config: Any, path: pathlib.Path) -> Any:
     """A file that the config names, and that is not there from the working directory, beside the config."""
-    data = config.get("data") if isinstance(config, Mapping) or hasattr(config, "get") else None
-    named = data.get(_NAMES_A_FILE) if data is not None else None
+    data: Any = config.get("data") if hasattr(config, "get") else None
+    named = None if data is None else data.get(_NAMES_A_FILE)
     if named and not pathlib.Path(named).is_file():
         for beside in (path.parent / named, path.parent / pathlib.Path(named).name):
             if beside.is_file():

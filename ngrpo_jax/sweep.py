@@ -68,7 +68,8 @@ def parse_set(text: str) -> tuple[str, list[str]]:
         bool(equals and values), f"--set {text!r} has no values; write --set {name or 'NAME'}=VALUE,VALUE."
     )
     # The parser of Python finds where a bracket or a quote ends.
-    parts, part = [], ""
+    parts: list[str] = []
+    part = ""
     for piece in values.split(","):
         part = f"{part},{piece}" if part else piece
         if not re.search(r"[(\[{'\"]", part) or _is_literal(part):

@@ -81,7 +81,7 @@ def problems(run: Run) -> dict[str, Any] | None:
     rows = [row for row in run.evaluations if row.get("correct")]
     if not rows:
         return None
-    texts = next((row["problems"] for row in rows if row.get("problems")), {})
+    texts: dict[str, str] = next((row["problems"] for row in rows if row.get("problems")), {})
     of_problem = {key: [row["correct"].get(key) for row in rows] for key in rows[-1]["correct"]}
     shown = [_problem(key, texts.get(key, ""), counts) for key, counts in of_problem.items()]
     return {

@@ -34,7 +34,11 @@ def sample_rows(policy: Policy, rollout: Rollout, step: int) -> list[Row]:
     that ended in logits that are not finite (`nonfinite`).
     """
     group = rollout.rewards_PG.shape[1]
-    budget, kept, ended = STEP_BYTES, list[Row](), set(np.flatnonzero(rollout.trajectories.nonfinite_B))
+    budget, kept, ended = (
+        STEP_BYTES,
+        list[Row](),
+        set(np.flatnonzero(rollout.trajectories.nonfinite_B).tolist()),
+    )
     for number in chosen(rollout.rewards_PG, GROUPS):
         indices = range(number * group, (number + 1) * group)
         rows = _rows(policy, rollout, indices, step)
