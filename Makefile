@@ -74,8 +74,10 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: $(PYTHON) cannot make a virtual environment;" \
 		"on Debian and Ubuntu install its venv package first: apt install python3-venv" >&2; exit 1; }
 
+# The package too, editable: its commands (ngrpo-train, ...) are then in the virtual environment.
 $(VENV)/.requirements: requirements.txt | $(BIN)/python
 	$(call install,requirements.txt)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable . || { rm -f $@; exit 1; }
 
 $(VENV)/.requirements-dev: requirements-dev.txt $(VENV)/.requirements
 	$(call install,requirements-dev.txt)

@@ -13,6 +13,7 @@ AGGREGATES = ("sequence", "token", "constant")  # objective.aggregate
 OVERLONG = ("keep", "mask", "penalize")  # objective.overlong
 QUANTIZATIONS = ("int8",)  # rollout.quantize
 OLD_LOGPROBS = ("learner", "sampler")  # objective.old_logprobs
+SCHEDULES = ("constant", "linear", "cosine", "wsd")  # optimizer.schedule
 REMAT = ("none", "full", "dots")  # train.remat
 ATTENTION = ("auto", "plain", "chunked", "cudnn", "splash")  # train.attention
 OFFLOAD = ("none", "optimizer", "reference", "both")  # train.offload

@@ -1,12 +1,13 @@
 """The evaluation command: Mean@n, Pass@k and other metrics of a checkpoint, or responses to one prompt.
 
-    python -m ngrpo_jax.evaluate --config=configs/NAME.py --workdir=DIR [--step=N|best|latest|start]
-        [--sets="tfds:aime25; tfds:gpqa_diamond prompt=choice reward=choice"] [--generations=DIR]
-    python -m ngrpo_jax.evaluate --config=... --workdir=... --prompt="What is 1+1?" --config.eval.mixing=true
+    python -m ngrpo_jax.evaluate --workdir=DIR [--step=N|best|latest|start] [--generations=DIR]
+        [--sets="tfds:aime25; tfds:gpqa_diamond prompt=choice reward=choice"] [--config=configs/NAME.py]
+    python -m ngrpo_jax.evaluate --workdir=DIR --prompt="What is 1+1?" --config.eval.mixing=true
     python -m ngrpo_jax.evaluate --from FILE|DIR ... [--pass_k=1,8] [--regrade]
     python -m ngrpo_jax.evaluate --compare RUN_A RUN_B
 
-`--step` is the best checkpoint by default, and the starting model where the workdir has no checkpoint. Graded
+`--step` is the best checkpoint by default, and the starting model where the workdir has no checkpoint. The
+settings are those of the run, by WORKDIR/config.json; `--config` takes others. Graded
 responses are stored in generations_STEP_SET.jsonl in the workdir, or in --generations; an evaluation that was
 interrupted is continued there. docs/evaluation.md has the rest.
 """
@@ -42,7 +43,9 @@ def main(argv: Sequence[str]) -> None:
     if any(argument.partition("=")[0] in _OF_STORED for argument in argv[1:]):
         _read_stored(argv)
         return
-    config, options = flags.parse_flags(argv, step="best", prompt=None, sets=None, generations=None)
+    config, options = flags.parse_flags(
+        argv, of_run=True, step="best", prompt=None, sets=None, generations=None
+    )
     if options["sets"] is not None:
         config.eval.sets = parse_flag(options["sets"])
     settings, workdir = resolve(config), pathlib.Path(options["workdir"])
@@ -64,6 +67,7 @@ def main(argv: Sequence[str]) -> None:
         for one in sets:
             grader.check(one.settings.reward.kind)
         step, weights, policy = _open_policy(settings, model_spec, devices, *checkpoint)
+        print(f"checkpoint step {step} of {workdir} ({options['step']})", flush=True)
         policy = dataclasses.replace(policy, longest_prompt=max(one.longest_prompt for one in held_out))
         evaluations = []
         for one, problems in zip(sets, held_out, strict=True):
@@ -114,5 +118,10 @@ def _numbers(text: str) -> tuple[int, ...]:
     return numbers
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """The console script ngrpo-evaluate."""
     flags.run_command(main)
+
+
+if __name__ == "__main__":
+    cli()

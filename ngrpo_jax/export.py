@@ -1,12 +1,18 @@
 """The export command: a checkpoint of a workdir as a Hugging Face directory.
 
-python -m ngrpo_jax.export --config=configs/NAME.py --workdir=DIR [--step=N|best|latest] [--out=DIR]
+    python -m ngrpo_jax.export --workdir=DIR [--step=N|best|latest] [--out=DIR]
+        [--push=ORG/NAME] [--config=configs/NAME.py] [--config.a.b=value]
+
+The step is that of the best checkpoint by default, the directory WORKDIR/export. The settings are those of
+the run, by WORKDIR/config.json; `--config` takes others. `--push` uploads the directory to the Hugging Face
+hub, as the user of `hf auth login`; a repository that it makes is private.
 """
 
 import pathlib
 from collections.abc import Sequence
 
 from ngrpo_jax import flags
+from ngrpo_jax.errors import explained, require
 from ngrpo_jax.model import decoder
 from ngrpo_jax.runtime import console, distributed, mesh
 from ngrpo_jax.settings import resolve
@@ -16,11 +22,13 @@ from ngrpo_jax.setup.resume import best_key
 
 def main(argv: Sequence[str]) -> None:
     """Writes WORKDIR/export (or --out) from the chosen checkpoint, in `model.dtype`."""
-    config, options = flags.parse_flags(argv, step="latest", out=None)
+    config, options = flags.parse_flags(argv, of_run=True, step="best", out=None, push=None)
     settings = resolve(config)
     workdir = pathlib.Path(options["workdir"])
     out = pathlib.Path(options["out"] or workdir / "export")
     distributed.require_alone("export")
+    push = options["push"]
+    require(push is None or push.count("/") == 1, f"--push={push} must be ORG/NAME.")
     devices = mesh.make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
     model_spec = open_model_spec(settings, workdir)
     step, params = open_checkpoint(model_spec, workdir, devices, options["step"], best_key(settings))
@@ -29,7 +37,32 @@ def main(argv: Sequence[str]) -> None:
     count = console.format_count(decoder.parameter_count(model_spec.config))
     print(f"exported   step {step} of {workdir}: {count} parameters in {model_spec.config.dtype}")
     print(f"directory  {out} ({console.format_bytes(size)}); transformers reads it with from_pretrained")
+    if push is not None:
+        print(f"hub        {upload(out, push, step)}")
+
+
+def upload(directory: pathlib.Path, repository: str, step: int) -> str:
+    """Uploads a directory to a model repository of the hub, made where it is missing; the commit's address.
+
+    UserError where the hub refuses: no login, no right, no network.
+    """
+    import huggingface_hub
+
+    # HTTPError: that of the HTTP library, whichever this version of the hub's client has.
+    refused = (OSError, huggingface_hub.errors.HTTPError)
+    fault = f"{repository} cannot be written on the hub"
+    with explained(refused, fault, "log in by hf auth login, and check the name and your rights"):
+        huggingface_hub.create_repo(repository, private=True, exist_ok=True)
+        commit = huggingface_hub.upload_folder(
+            repo_id=repository, folder_path=directory, commit_message=f"step {step}"
+        )
+    return str(commit)
+
+
+def cli() -> None:
+    """The console script ngrpo-export."""
+    flags.run_command(main)
 
 
 if __name__ == "__main__":
-    flags.run_command(main)
+    cli()

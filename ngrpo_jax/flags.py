@@ -1,25 +1,25 @@
 """Flags in, exit status out: what is the same for every command line.
 
-A ConfigDict comes from `--config=FILE`, each of its leaves can be overridden by `--config.a.b=value`, and
-an exception becomes an exit status and, where the user can mend it, one sentence on stderr.
+A ConfigDict comes from `--config=FILE` (config_files.py). Each of its leaves can be overridden by
+`--config.a.b=value`. An exception becomes an exit status and, where the user can mend it, one sentence on
+stderr.
 """
 
 import argparse
 import contextlib
 import difflib
 import inspect
-import io
 import os
 import pathlib
-import runpy
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NoReturn
 
+from ngrpo_jax.config_files import config_of_run, load_config, put
 from ngrpo_jax.errors import Preempted, UserError, exit_of, require
-from ngrpo_jax.former_settings import former, former_in
-from ngrpo_jax.runtime import ending
+from ngrpo_jax.former_settings import former
+from ngrpo_jax.runtime import console, ending
 
 DEBUG = "NGRPO_DEBUG"  # set in the environment: every exception shows its traceback
 # What all processes of a run raise at the same place, or none of them.
@@ -33,12 +33,15 @@ def run_command(command: Callable[[Sequence[str]], None], argv: Sequence[str] | 
     128 + signal for a run that was preempted, 1 with a traceback for everything else.
     """
     words = sys.argv if argv is None else argv
+    console.spell_out_symbols()
     if not {"--help", "-h"}.isdisjoint(words[1:]):
-        print(inspect.getdoc(sys.modules[command.__module__]))
+        text = inspect.getdoc(sys.modules[command.__module__]) or ""
+        print(text)
+        if "--config" in text:
+            from ngrpo_jax.settings_text import for_terminal  # here alone: settings import jax
+
+            print(f"\n{for_terminal()}")
         return
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal without × or é is no reason to end
-            stream.reconfigure(errors="backslashreplace")
     try:
         with report_fatal():
             command(words)
@@ -95,11 +98,14 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message}; {self.prog} --help says what there is.")
 
 
-def parse_flags(argv: Sequence[str], **extra: str | bool | None) -> tuple[Any, dict[str, Any]]:
+def parse_flags(
+    argv: Sequence[str], *, of_run: bool = False, **extra: str | bool | None
+) -> tuple[Any, dict[str, Any]]:
     """Command line -> (ConfigDict, other flags). UserError with one sentence on anything wrong.
 
     Args:
       argv: program name first, then `--config=FILE`, `--workdir=DIR`, `--config.a.b=value`, extra flags.
+      of_run: without `--config` the settings are those of the run in the workdir, by its config.json.
       extra: further flags with their defaults; one whose default is False is a switch without a value.
 
     Returns:
@@ -113,41 +119,41 @@ def parse_flags(argv: Sequence[str], **extra: str | bool | None) -> tuple[Any, d
         parser.add_argument(f"--{name.replace('_', '-')}", action=action, default=default)
     options, rest = parser.parse_known_args(argv[1:])
     values = vars(options)
-    path = values.pop("config")
-    require(path is not None, "--config=configs/NAME.py is missing; configs/tiny.py is a good first one.")
-    require(
-        pathlib.Path(path).is_file(), f"the config {path!r} does not exist; see configs/ for those that do."
-    )
-    config, kinds = load_config(path), Settings.kinds()
-    flags = {f"--config.{name}": name for name in kinds}
-    for argument in rest:
-        require(argument.startswith("-"), f"unexpected argument {argument!r}; write --FLAG=VALUE.")
-        flag, equals, text = argument.partition("=")
-        name = flag.removeprefix("--config.")
-        require(
-            flag in flags,
-            former(name) or _unknown(flag, [*flags, *(f"--{option.replace('_', '-')}" for option in values)]),
-        )
-        require(bool(equals), f"{flag} has no value; write {flag}=VALUE.")
-        section, _, leaf = name.rpartition(".")
-        (config[section] if section else config)[leaf] = kinds[name].read(name, text)
     without = values.get("target") is not None  # nothing is written where a target is compiled for
-    require(without or bool(values["workdir"]), "--workdir=DIR is missing; it names the folder of the run.")
+    path, workdir, kinds = values.pop("config"), values["workdir"], Settings.kinds()
+    if path is None and of_run and workdir is not None:
+        config = config_of_run(pathlib.Path(workdir))
+    else:
+        require(path is not None, "--config=configs/NAME.py is missing; configs/tiny.py is a good first one.")
+        config = load_config(path)
+    for argument in rest:
+        name, text = _override(argument, kinds, values)
+        put(config, name, kinds[name].read(name, text))
+    require(without or bool(workdir), "--workdir=DIR is missing; it names the folder of the run.")
     return config, values
 
 
-def _unknown(flag: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(flag, known, n=1)
-    return f"unknown setting {flag}" + (f"; did you mean {near[0]}?" if near else ".")
+def _override(argument: str, kinds: Collection[str], options: Collection[str]) -> tuple[str, str]:
+    """(name, text of the value) of a `--config.a.b=value`."""
+    require(argument.startswith("-"), f"unexpected argument {argument!r}; write --FLAG=VALUE.")
+    flag, equals, text = argument.partition("=")
+    name = flag.removeprefix("--config.")
+    if name == flag or name not in kinds:
+        raise UserError(former(name) or _unknown(flag, kinds, options))
+    require(bool(equals), f"{flag} has no value; write {flag}=VALUE.")
+    return name, text
 
 
-def load_config(path: str) -> Any:
-    """The ConfigDict that a file of configs/ makes."""
-    try:
-        defined = runpy.run_path(path)
-        require("get_config" in defined, "it defines no get_config().")
-        return defined["get_config"]()
-    except Exception as error:  # a config is the user's own code, so that any exception is the user's to mend
-        text = pathlib.Path(path).read_text(encoding="utf-8", errors="replace")
-        raised = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        raise UserError(f"the config {path} cannot be loaded: {former_in(text) or raised}") from error
+def _unknown(flag: str, kinds: Collection[str], options: Collection[str]) -> str:
+    """The sentence about a flag that is none, with those that it may have meant."""
+    leaf = flag.lstrip("-")
+    meant = [f"--config.{name}" for name in kinds if name == leaf or name.endswith(f".{leaf}")]
+    known = [
+        *(f"--config.{name}" for name in kinds),
+        *(f"--{option.replace('_', '-')}" for option in options),
+    ]
+    # The settings of the small model that a run makes come last: few mean them.
+    near = sorted(meant, key=lambda name: "warm_start." in name) or difflib.get_close_matches(
+        flag, known, n=1
+    )
+    return f"unknown setting {flag}" + (f"; did you mean {' or '.join(near)}?" if near else ".")

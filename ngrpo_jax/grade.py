@@ -109,5 +109,10 @@ def _short(text: str | None) -> str:
     return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """The console script ngrpo-grade."""
     flags.run_command(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -88,6 +88,11 @@ class DataSettings(Section, prefix="data."):
     chat_template: str | None = None  # None: the tokenizer's own; a Jinja file; or "plain"
     # Tokens, or their ids, that end a response besides those of the model's files.
     stop: tuple[str, ...] = ()
+    system_prompt: str | None = None  # a system turn before each problem; None: none
+    # NAME=VALUE each, for the chat template, such as "enable_thinking=false".
+    template_options: Annotated[
+        tuple[str, ...], Check(lambda options: all("=" in one for one in options), "each NAME=VALUE")
+    ] = ()
     max_prompt_tokens: Count = 4096  # longer prompts are left out and counted
     overlap_with: str | None = None  # further sources, joined by ";", whose problems are not to be trained on
     drop_overlap: bool = False  # true: leaves problems out of training that `eval` or `overlap_with` contain
@@ -210,15 +215,32 @@ class ObjectiveSettings(Section, prefix="objective."):
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings(Section, prefix="optimizer."):
-    """AdamW with a constant rate after a linear warm-up."""
+    """AdamW with a linear warm-up."""
 
-    learning_rate: Positive = 1e-6
-    warmup_steps: Natural = 0
+    learning_rate: Positive = 1e-6  # the peak
+    warmup_steps: Natural = 0  # optimiser steps
     b1: Decay = 0.9
     b2: Decay = 0.999
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.01
     clip_norm: Positive = 1.0  # of the global gradient
+    # Of the rate after the warm-up; wsd: constant, then linear to 0 in the last fifth.
+    schedule: Annotated[str, one_of(choices.SCHEDULES)] = "constant"
+    # Optimiser steps until the rate is 0, warm-up included; None with schedule "constant".
+    decay_steps: Count | None = None
+
+    def rules(self) -> Iterator[tuple[bool, str]]:
+        decays = self.schedule != "constant"
+        yield (
+            decays == (self.decay_steps is not None),
+            f"optimizer.schedule is {self.schedule!r} and optimizer.decay_steps is {self.decay_steps}; "
+            "a schedule other than 'constant' needs a number of steps, and 'constant' none.",
+        )
+        yield (
+            self.decay_steps is None or self.decay_steps > self.warmup_steps,
+            f"optimizer.decay_steps is {self.decay_steps}; it must be above optimizer.warmup_steps "
+            f"{self.warmup_steps}.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,6 +269,14 @@ class TrainSettings(Section, prefix="train."):
     # First step that is traced into WORKDIR/profile; None: no trace.
     profile_from: Annotated[Count | None, MAY_CHANGE] = None
     profile_steps: Annotated[Count, MAY_CHANGE] = 1  # steps that are traced
+
+
+@dataclasses.dataclass(frozen=True)
+class LogSettings(Section, prefix="log.", may_change=True):
+    """Services that a run reports to; `train.loggers` has what needs no name."""
+
+    # Project of Weights & Biases, or ENTITY/PROJECT; None: nothing is sent there.
+    wandb: Annotated[str, Check(bool, "the name of a project")] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,6 +362,7 @@ class Settings(Section, prefix=""):
     objective: ObjectiveSettings = ObjectiveSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     train: TrainSettings = TrainSettings()
+    log: LogSettings = LogSettings()
     mesh: MeshSettings = MeshSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     eval: EvalSettings = EvalSettings()
@@ -371,6 +402,12 @@ class Settings(Section, prefix=""):
             f"objective.overlong_interval is {self.objective.overlong_interval}; it must be below "
             f"rollout.max_new_tokens {rollout.max_new_tokens}.",
         )
+
+    @property
+    def loggers(self) -> tuple[str, ...]:
+        """Where metrics go besides metrics.jsonl."""
+        chosen = (*self.train.loggers, *(["wandb"] if self.log.wandb else []))
+        return tuple(dict.fromkeys(chosen))
 
     @property
     def mini_batches(self) -> int:

@@ -29,7 +29,7 @@ from ngrpo_jax.run import summary
 from ngrpo_jax.run.loop import train
 from ngrpo_jax.run.start import begin, compose
 from ngrpo_jax.run.state import check_finished
-from ngrpo_jax.runtime import distributed, mesh
+from ngrpo_jax.runtime import console, distributed, loggers, mesh
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.runtime.lock import held
 from ngrpo_jax.settings import resolve
@@ -48,6 +48,7 @@ def main(argv: Sequence[str]) -> None:
     if options["preflight"]:
         raise SystemExit(checks.run(config, workdir))
     settings, allowed = resolve(config), allowed_changes(options["allow_changes"])
+    loggers.require_installed(settings.loggers)
     ending.last_words(lambda: summary.how_to_go_on(workdir))
     process = distributed.initialize()
     fit.check_hosts(settings, process.count)
@@ -69,8 +70,9 @@ def main(argv: Sequence[str]) -> None:
     ):
         grader.check(settings.reward.kind)
         run = dataclasses.replace(compose(settings, workdir, devices), allowed=allowed)
-        params = load_params(run.model_spec, devices)
-        identity = model_identity(run.model_spec, params)
+        with console.Progress("reading the model", keep=False, enabled=process.primary):
+            params = load_params(run.model_spec, devices)
+            identity = model_identity(run.model_spec, params)
         own = settings.checkpoint
         with Checkpoints(
             workdir / "checkpoints",
@@ -88,5 +90,10 @@ def main(argv: Sequence[str]) -> None:
                 train(run, state, grader, checkpoints, lock, begun)
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """The console script ngrpo-train."""
     flags.run_command(main)
+
+
+if __name__ == "__main__":
+    cli()

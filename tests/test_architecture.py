@@ -29,6 +29,9 @@ MAY_IMPORT = {
     "former_settings": set(),
     "schema": {"errors"},
     "settings": {"algo", "errors", "choices", "schema", "former_settings", "runtime.loggers"},
+    "library": PARTS,
+    "settings_text": {"settings", "schema"},
+    "config_files": {"settings", "schema", "former_settings", "errors", "files"},
     "model": {"algo", "errors", "choices", "files"},
     "rollout": {"algo", "model", "settings", "errors", "choices"},
     "learner": {"algo", "model", "settings", "errors", "choices", "rollout.trajectory"},
@@ -40,7 +43,7 @@ MAY_IMPORT = {
     "run": PARTS | {"setup", "evaluation", "preflight"},
     "analysis": {"evaluation.statistics"},
 }
-COMMANDS = {"train", "evaluate", "export", "grade", "report", "flags", "__init__"}
+COMMANDS = {"train", "evaluate", "export", "grade", "sweep", "report", "flags", "__init__"}
 FLAX_MODULES = ("flax.linen", "flax.nnx")
 
 

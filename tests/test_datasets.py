@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from ngrpo_jax.errors import UserError
+from ngrpo_jax.tasks import rows
 from ngrpo_jax.tasks.datasets import Problem, fingerprint, load_problems, problem_order
 
 ROWS = [{"problem": "1+1?", "answer": "2"}, {"id": "b", "problem": "Is 3 odd?\u2028Say.", "answer": "yes"}]
@@ -259,3 +260,25 @@ def test_the_fingerprint_differs_with_every_change_of_problems_order_or_seed():
     ]
     found = {fingerprint(PROBLEMS, 0), fingerprint(PROBLEMS, 1), *(fingerprint(one, 0) for one in changed)}
     assert len(found) == 7 and fingerprint(list(PROBLEMS), 0) in found
+
+
+def test_verls_parquet_files_are_read(tmp_path):
+    """Nested fields and chats: data_source, prompt as turns, reward_model.ground_truth."""
+    row = {"prompt": [{"role": "user", "content": "2+2?"}], "reward_model": {"ground_truth": "4"}}
+    path = tmp_path / "train.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+    source = f"parquet:{path}?problem=prompt&answer=reward_model.ground_truth"
+    (problem,) = load_problems(source, split="train", seed=0)
+    assert (problem.problem, problem.answer) == ("2+2?", "4")
+    with pytest.raises(UserError, match=r"row 1: no field 'reward_model\.truth'"):
+        load_problems(source.replace("ground_truth", "truth"), split="train", seed=0)
+    chat = [{"role": "system", "content": "Be brief."}, *row["prompt"]]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row | {"prompt": chat}]), path)
+    with pytest.raises(UserError, match=r"row 1: field 'prompt' is a chat of the turns system, user"):
+        load_problems(source, split="train", seed=0)
+
+
+def test_a_field_whose_own_name_has_a_dot_is_that_field():
+    row = {"a.b": "own", "a": {"b": "nested"}}
+    assert rows.opened("place", row, ["a.b"])["a.b"] == "own"
+    assert rows.opened("place", {"a": 1}, ["a.b"]) == {"a": 1}

@@ -40,14 +40,14 @@ def test_graded_rewards_keep_their_mean_and_count_as_right_above_a_half():
 def test_without_answers_there_is_no_majority():
     found = estimates.estimate_metrics(_graded(answers=[[None] * 4] * 4), (1,))
     assert "maj_at_n" not in found and found["no_answer"].value == 1.0
-    assert estimates.training_metrics(_graded(answers=[[None] * 4] * 4), 2)["maj_at_n"] == 0.0
+    assert estimates.training_estimates(_graded(answers=[[None] * 4] * 4), 2)["maj_at_n"].value == 0.0
 
 
 def test_a_training_run_records_values_under_names_without_a_k():
-    found, every = estimates.training_metrics(_graded(), 4), estimates.estimate_metrics(_graded(), (1, 4))
-    assert found["pass_at_k"] == every["pass_at_4"].value
+    found, every = estimates.training_estimates(_graded(), 4), estimates.estimate_metrics(_graded(), (1, 4))
+    assert found["pass_at_k"] == every["pass_at_4"]
     same = ("mean_at_n", "maj_at_n", "truncated", "length_mean")
-    assert {name: found[name] for name in same} == {name: every[name].value for name in same}
+    assert {name: found[name] for name in same} == {name: every[name] for name in same}
     assert set(found) == {*same, "pass_at_k"}
 
 

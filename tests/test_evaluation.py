@@ -343,7 +343,7 @@ def test_report_lists_neighbours_and_draws_the_plane(model, tmp_path, capsys):
     status, _, err = _reported(capsys, "neighbors", *settings)
     assert status == 2 and "--tokens is missing" in err
     status, _, err = _reported(capsys, "neighbours", *settings)
-    assert status == 2 and "it has neighbors, pca, diversity" in err
+    assert status == 2 and "it has compare, neighbors, pca, diversity" in err
 
 
 def test_no_token_is_listed_unseen():

@@ -183,7 +183,8 @@ def test_two_processes_have_the_metrics_of_one(alone, tmp_path):
         assert ours[name] == pytest.approx(theirs[name], abs=1e-6)
     steps = {path.name for path in (workdir / "checkpoints").iterdir()}
     assert "4" in steps and not any("tmp" in name for name in steps)
-    assert len((workdir / "samples.jsonl").read_text().split("\n")) == 4 * 2 + 1
+    # Two groups of four responses a step, of the first process's problems.
+    assert len((workdir / "samples.jsonl").read_text().split("\n")) == 4 * 2 * 4 + 1
     assert not list(workdir.glob(".host-*"))
 
 

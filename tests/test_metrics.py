@@ -3,6 +3,10 @@
 import io
 import json
 import os
+import re
+import sys
+import time
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +38,24 @@ def test_the_files_of_a_resumed_run_equal_those_of_an_uninterrupted_one(tmp_path
         with (tmp_path / "b" / name).open("a") as file:
             file.write('{"step": 6, "re')
     assert _run(tmp_path / "b", range(4, 8), resume_step=3) == whole
+
+
+def test_evaluations_and_restarts_have_files_of_their_own(tmp_path):
+    with RunLog(tmp_path) as log:
+        log.write_evaluation(0, {"mean_at_n": 0.5}, {"eval/mean_at_n": 0.5})
+        for step in (1, 2):
+            log.write(step, {"a": 1.0})
+        log.write_evaluation(2, {"mean_at_n": 0.6}, {})
+    assert not (tmp_path / "restarts.jsonl").exists()
+    with RunLog(tmp_path, resume_step=1) as log:  # the row of step 2 is made again
+        log.write(2, {"a": 1.0})
+        log.write_evaluation(2, {"mean_at_n": 0.7}, {})
+    with RunLog(tmp_path, resume_step=2) as log:  # and not a second time
+        log.write_evaluation(2, {"mean_at_n": 0.8}, {})
+    rows = read_rows(tmp_path / "evaluations.jsonl")
+    assert rows == [{"step": 0, "mean_at_n": 0.5}, {"step": 2, "mean_at_n": 0.7}]
+    assert [row["step"] for row in read_rows(tmp_path / "restarts.jsonl")] == [1, 2]
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
 def test_a_new_run_drops_all_rows(tmp_path):
@@ -91,7 +113,7 @@ def test_a_logger_of_ones_own_gets_every_step_and_is_closed(tmp_path, monkeypatc
         def __init__(self, workdir, first_step):
             events.append((workdir, first_step))
 
-        def write(self, step, metrics):
+        def write(self, step, metrics, samples=()):
             events.append((step, metrics))
 
         def close(self):
@@ -134,9 +156,13 @@ def _progress(stream, ticks, **options):
 
 def test_progress_off_a_terminal_prints_now_and_then():
     lines = _progress(io.StringIO(), 50).split("\n")
-    assert lines[0] == "rollout 20/50 sequences · 2 sequences/s · 10 s · 15 s left"
-    assert lines[1] == "rollout 40/50 sequences · 2 sequences/s · 20 s · 5.0 s left"
-    assert lines[2:] == ["rollout 50/50 sequences · 2 sequences/s · 25 s", ""]
+    assert lines[0] == "rollout 16/50 sequences · 2 sequences/s · 8.0 s · 17 s left"
+    assert lines[1] == "rollout 32/50 sequences · 2 sequences/s · 16 s · 9.0 s left"
+    assert lines[2:] == [
+        "rollout 48/50 sequences · 2 sequences/s · 24 s · 1.0 s left",
+        "rollout 50/50 sequences · 2 sequences/s · 25 s",
+        "",
+    ]
     assert _progress(io.StringIO(), 5) == ""  # too short to speak of
     assert _progress(io.StringIO(), 50, enabled=False) == ""
 
@@ -190,3 +216,117 @@ def test_table_stands_in_columns():
 )
 def test_numbers_are_readable(call, text):
     assert call == text
+
+
+class _Screen(io.StringIO):
+    """80 columns: keeps the rows of the screen, as a terminal that wraps would show them."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows, self.column = [""], 0
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        for part in re.split("(\r|\n|\x1b\\[K)", text):
+            if part == "\r":
+                self.column = 0
+            elif part == "\n":
+                self.rows.append("")
+                self.column = 0
+            elif part == "\x1b[K":
+                self.rows[-1] = self.rows[-1][: self.column]
+            else:
+                for c in part:
+                    if self.column == 80:
+                        self.rows.append("")
+                        self.column = 0
+                    self.rows[-1] = self.rows[-1][: self.column] + c + self.rows[-1][self.column + 1 :]
+                    self.column += 1
+
+
+def test_a_redrawn_line_never_takes_two_rows_of_a_terminal():
+    screen, now = _Screen(), [0.0]
+    label = "warm start on 3439 worked solutions"
+    with console.Progress(label, 300, "steps", stream=screen, clock=lambda: now[0]) as bar:
+        for done in range(1, 300):
+            now[0] += 7.3
+            bar.update(done, f"loss {1 / done:.3f} nats/token, {done} of 300 steps busy")
+            assert len(screen.rows) == 1 and screen.rows[0].startswith(label)
+    assert len(screen.rows) == 2 and screen.rows[1] == ""
+
+
+def test_work_that_reports_nothing_is_not_silent():
+    stream = io.StringIO()
+    with console.Progress("compiling", stream=stream, every=0.0):
+        deadline = time.monotonic() + 30
+        while not stream.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert stream.getvalue().startswith("compiling · ")
+
+
+def test_symbols_that_the_encoding_lacks_are_spelled_out(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    console.spell_out_symbols()
+    print("32 prompts × 8 · 5 − 3 … ⟦a⟧ 语", flush=True)
+    assert raw.getvalue() == b"32 prompts x 8 - 5 - 3 ... [a] \\u8bed\n"
+
+
+def test_a_table_that_is_too_wide_goes_on_below(monkeypatch):
+    assert console.column_blocks([10, 30, 30, 30, 8], 79) == [[0, 1, 2], [0, 3, 4]]
+    assert console.column_blocks([60, 60], 79) == [[0, 1]]  # a column is never cut in two
+    screen = _Screen()
+    monkeypatch.setattr("sys.stdout", screen)
+    text = console.table([("a", "x" * 40, "y" * 40, 7)], ("name", "first", "second", "count"))
+    assert max(map(len, text.splitlines())) <= 79 and "count" in text and text.count("name") == 2
+
+
+def test_weights_and_biases_gets_metrics_and_groups_and_goes_on_in_the_same_run(tmp_path, monkeypatch):
+    """By a stand-in for the library, which records what it is told."""
+    calls = []
+
+    class Run:
+        def define_metric(self, name, **_):
+            pass
+
+        def log(self, row):
+            calls.append(row)
+
+        def finish(self):
+            calls.append("finished")
+
+    def init(**given):
+        calls.append({name: given[name] for name in ("project", "entity", "id", "resume")})
+        return Run()
+
+    def table(columns, data):
+        return [dict(zip(columns, row, strict=True)) for row in data]
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Table=table))
+    (tmp_path / "config.json").write_text(json.dumps({"log": {"wandb": "team/project"}}))
+    sample = {"step": 1, "response": "<b>", "reward": 1.0}
+    with RunLog(tmp_path, loggers=("wandb",)) as log:
+        log.write_evaluation(0, {"mean_at_n": 0.5}, {"eval/mean_at_n": 0.5})
+        log.write(1, {"reward/mean": 0.5, "kl": float("nan")}, [sample])
+        log.write(2, {"reward/mean": 0.6}, [sample | {"step": 2}])
+    first, *rows = calls
+    assert (first["project"], first["entity"], first["resume"]) == ("project", "team", "allow")
+    assert rows[0] == {"step": 0, "eval/mean_at_n": 0.5}
+    assert rows[1]["groups"][0]["response"] == "<b>" and "kl" not in rows[1]
+    assert rows[2:] == [{"step": 2, "reward/mean": 0.6}, "finished"]
+    calls.clear()
+    with RunLog(tmp_path, resume_step=1, loggers=("wandb",)):
+        pass
+    assert calls[0]["id"] == first["id"]
+    with RunLog(tmp_path, loggers=("wandb",)):
+        pass
+    assert calls[2]["id"] != first["id"]  # a new run in the same folder
+
+
+def test_a_logger_that_is_not_installed_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None)
+    loggers.require_installed(("tensorboard",))
+    with pytest.raises(UserError, match="pip install wandb"):
+        loggers.require_installed(("tensorboard", "wandb"))

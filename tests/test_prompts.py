@@ -141,6 +141,24 @@ def test_a_template_file_takes_the_place_of_the_tokenizers_own(tiny, tmp_path):
     assert tiny.decode(prompts.encode_prompt(tiny, "1+1?", str(file))) == "<bos>Q: 1+1? A:"
 
 
+def test_a_system_turn_and_options_reach_the_template(tiny, tmp_path):
+    file = tmp_path / "template.jinja"
+    file.write_text(
+        "{% for turn in messages %}{{ turn['role'][0] }}:{{ turn['content'] }} {% endfor %}"
+        "{{ 'on' if think else 'off' }}{{ n + 1 }}{{ word }}"
+    )
+    options = ("think=false", "n=2", "word=1")
+    ids = prompts.encode_prompt(tiny, "1+1?", str(file), "2+2", options)
+    assert tiny.decode(ids) == "s:2+2 u:1+1? off31"
+    problems = [Problem("0", "1+1?", "2")]
+    _, encoded, _ = prompts.encode_problems(tiny, problems, "plain", str(file), 99, "2+2", options)
+    assert encoded == [ids]
+    with pytest.raises(UserError, match="'plain', which has no turns"):
+        prompts.encode_prompt(tiny, "1+1?", "plain", "2+2")
+    with pytest.raises(UserError, match="does not render"):
+        prompts.encode_prompt(tiny, "1+1?", str(file), None, ("tokenize=true",))
+
+
 @pytest.mark.parametrize(
     "template", ["{% if %}", "{{ raise_exception('no') }}", "{{ messages[5]['content'] }}"]
 )

@@ -1,18 +1,23 @@
 """The report: what it shows, what it says is missing, what it refuses, and that a run's text stays text."""
 
 import html.parser
+import http.client
 import json
 import re
+import threading
 
 import numpy as np
 import pytest
 
 from ngrpo_jax import flags
 from ngrpo_jax.report import __main__ as report
-from ngrpo_jax.report import charts, panels
-from ngrpo_jax.report.samples import highlight, spread
+from ngrpo_jax.report import charts, compare, held_out, numbers, panels, samples, serve
+from ngrpo_jax.report.curves import Points
+from ngrpo_jax.report.page import render
+from ngrpo_jax.report.samples import Encoder
+from ngrpo_jax.report.workdir import Run, read
 
-VOID = {"meta", "br", "path", "use", "rect"}
+VOID = {"meta", "br", "input"}
 
 
 class _Checker(html.parser.HTMLParser):
@@ -20,7 +25,7 @@ class _Checker(html.parser.HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.open, self.text = [], []
+        self.open, self.text, self.scripts = [], [], []
 
     def handle_starttag(self, tag, attrs):
         if tag not in VOID:
@@ -31,7 +36,7 @@ class _Checker(html.parser.HTMLParser):
             assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.text.append(data)
+        (self.scripts if self.open[-1:] == ["script"] else self.text).append(data.replace("\u00a0", " "))
 
 
 def _write(workdir, steps=3, **files):
@@ -63,7 +68,7 @@ def _page(workdir, capsys):
     checker = _Checker()
     checker.feed(page)
     assert not checker.open
-    return page, " ".join(checker.text)
+    return json.loads(checker.scripts[0]), " ".join(checker.text)
 
 
 def test_a_whole_run(tmp_path, capsys):
@@ -94,23 +99,33 @@ def test_a_whole_run(tmp_path, capsys):
         config_json=json.dumps(config),
         samples_jsonl=json.dumps(sample) + "\n",
     )
-    page, text = _page(tmp_path, capsys)
+    data, text = _page(tmp_path, capsys)
     for words in ("Held-out Mean@8", "75.0 %", "+50.0 points", "Held-out Pass@4", "\u221210.0 points"):
         assert words in text
     for words in ("3 min 05 s", "ck/3", "out/export", "neighbor mixing, ρ = 0.1, k = 3", "odd/thing"):
         assert words in text
-    assert "&lt;think&gt;<mark>two</mark> &amp; two&lt;/think&gt;\\boxed{4}" in page
+    (group,) = data["groups"]
+    assert (group["step"], group["problem"], group["answer"]) == (1, "2+2?", "4")
+    assert group["responses"][0]["parts"] == ["<think>", ["two"], " & two</think>\\boxed{4}"]
     assert "Not in this workdir" not in text
-    assert page.count("<svg") == 5  # reward, mixed, gap, phases, and the metric that no panel knows
+    assert len(data["charts"]) == 5  # reward, mixed, gap, phases, and the metric that no panel knows
+    assert data["charts"][0]["lines"][0] == {
+        "label": "training rollouts",
+        "color": 0,
+        "x": 0,
+        "y": [0.1, 0.2, 0.3],
+    }
+    assert data["axes"] == [[1, 2, 3]]
 
 
 def test_the_page_needs_nothing_else(tmp_path, capsys):
     _write(tmp_path)
-    page, _ = _page(tmp_path, capsys)
+    _page(tmp_path, capsys)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
     links = re.findall(r'(?:src|href)="([^"]*)"|url\(([^)]*)\)|@import', page)
     assert links and all((one or other).startswith("#") for one, other in links)
-    assert "<script" not in page
-    used = set(re.findall(r'(?:href="#|url\(#)([\w.-]+)', page))
+    assert "default-src 'none'" in page  # a browser then loads nothing, whatever the page holds
+    used = set(re.findall(r'href="#([\w.-]+)', page))
     assert used <= set(re.findall(r' id="([\w.-]+)"', page))
 
 
@@ -147,9 +162,22 @@ def test_text_of_the_run_is_never_markup(tmp_path, capsys):
     )
     with (workdir / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 9, f"x/{evil}": 1.0}) + "\n")
-    page, _ = _page(workdir, capsys)
-    assert "<script" not in page
+    _page(workdir, capsys)
+    page = (workdir / "report.html").read_text(encoding="utf-8")
+    assert page.count("<script") == 3 and page.count("</script") == 3  # data, library, our own
     assert "<h1>&lt;b&gt;</h1>" in page
+
+
+def test_text_that_hides_or_reorders_text_is_shown(tmp_path, capsys):
+    """Control characters, marks of direction and halves of characters in what the page itself shows."""
+    odd = "a\u202eb\x07c\ud800" + "x" * 100_000
+    sample = {"step": 1, "id": "1", "problem": odd, "answer": "4", "response": odd, "reward": 0.0}
+    _write(
+        tmp_path, samples_jsonl=json.dumps(sample) + "\n", config_json=json.dumps({"model": {"path": odd}})
+    )
+    data, text = _page(tmp_path, capsys)
+    assert "a⟨U+202E⟩b⟨U+0007⟩c" in text
+    assert data["groups"][0]["responses"][0]["parts"] == [odd.replace("\ud800", "?")]
 
 
 @pytest.mark.parametrize(
@@ -182,23 +210,46 @@ def test_bad_workdirs_are_one_sentence_and_status_2(tmp_path, capsys, files, wor
 
 
 @pytest.mark.parametrize(
-    ("spans", "marked"),
+    ("spans", "parts"),
     [
-        ([], "a&lt;b cd"),
-        ([[1, 3]], "a<mark>&lt;b</mark> cd"),
-        ([[4, 6], [0, 1]], "<mark>a</mark>&lt;b <mark>cd</mark>"),
-        ([[0, 2], [1, 3]], "<mark>a&lt;</mark><mark>b</mark> cd"),
-        ([[-5, 1], [5, 99], [50, 60]], "<mark>a</mark>&lt;b c<mark>d</mark>"),
+        ([], ["a<b cd"]),
+        ([[1, 3]], ["a", ["<b"], " cd"]),
+        ([[0, 1], [4, 6]], [["a"], "<b ", ["cd"]]),
+        ([[0, 2], [1, 3]], [["a<"], ["b"], " cd"]),
+        ([[-5, 1], [5, 99], [50, 60]], [["a"], "<b c", ["d"]]),
     ],
 )
-def test_spans_are_marked_inside_escaped_text(spans, marked):
-    assert highlight("a<b cd", spans) == marked
+def test_a_response_in_parts_is_whole(spans, parts):
+    row = {"response": "a<b cd", "mixed": spans}
+    assert Encoder().group([row])["responses"][0]["parts"] == parts
 
 
-def test_shown_responses_are_spread_over_the_run():
-    assert spread(range(5), 24) == [0, 1, 2, 3, 4]
-    shown = spread(range(1000), 24)
-    assert len(shown) == 24 and (shown[0], shown[-1]) == (0, 999)
+def test_mixtures_keep_their_candidates_and_texts_are_kept_once():
+    encoder = Encoder()
+    mixtures = [[0.99, "a", 0.9, "b", 0.1], [0.8, "b", 0.7, "a", 0.3]]
+    rows = [{"response": "ab", "mixed": [[0, 1], [1, 2]], "mixtures": mixtures}]
+    parts = encoder.group(rows)["responses"][0]["parts"]
+    assert parts == [["a", 0.99, [0, 0.9, 1, 0.1]], ["b", 0.8, [1, 0.7, 0, 0.3]]]
+    assert list(encoder.texts) == ["a", "b"]
+
+
+def test_groups_that_fit_are_spread_over_the_run(monkeypatch):
+    groups = [(n, [(10 * n, 10 * n + 10)]) for n in range(100)]
+    assert samples.spread(groups) == groups
+    monkeypatch.setattr(samples, "MOST_BYTES", 50)
+    assert [n for n, _ in samples.spread(groups)] == [0, 25, 50, 74, 99]
+    assert samples.spread([("too long", [(0, 60)])]) == [("too long", [(0, 60)])]
+
+
+def test_mixtures_are_counted_over_the_whole_file(tmp_path):
+    row = {"step": 1, "response": "x", "mixtures": [[0.9995, "a", 0.9, "b", 0.1], [0.94, "a", 0.7, "b", 0.3]]}
+    path = tmp_path / "samples.jsonl"
+    path.write_text((json.dumps(row) + "\n") * 3)
+    found = samples.read(path).mixtures
+    assert (found.count, found.least, found.anchors["a"][0]) == (6, 0.94, 6)
+    assert found.total / 6 == pytest.approx(0.96975) and found.partners["a"]["b"] == pytest.approx(1.2)
+    counted = dict(zip(samples.EDGES, found.cosines, strict=False))
+    assert counted[0.999] == 3 and counted[0.9] == 3
 
 
 def test_every_metric_is_drawn_once():
@@ -214,13 +265,118 @@ def test_every_metric_is_drawn_once():
     assert panels.present(["time/step"]) == []  # the chart of its phases shows as much
 
 
-def test_running_mean_is_the_mean_of_what_lies_within():
-    values = np.arange(10.0) ** 2
-    found = charts.running_mean(values, 3)
-    assert found[4] == pytest.approx(values[3:6].mean())
-    assert found[0] == pytest.approx(values[:2].mean())
+def test_numbers_are_for_people():
+    shown = [numbers.number(value) for value in (25840.3, 0.30000000000000004, 2.4e-5, -3, 0.0, float("nan"))]
+    assert shown == ["25\u202f840", "0.3", "2.40 × 10⁻⁵", "\u22123", "0", "–"]
+    assert numbers.quantity(0.1234, "%") == "12.3 %" and numbers.quantity(3.2e9, "bytes") == "2.98 GiB"
 
 
-def test_axis_labels_are_readable():
-    assert [charts.tick(v, "%") for v in (0.5, -0.025)] == ["50 %", "\u22122.5 %"]
-    assert [charts.tick(v, "") for v in (0.30000000000000004, 2e-6, 12000)] == ["0.3", "2e\u221206", "12.0 k"]
+def test_labels_of_a_scatter_do_not_overlap():
+    cloud = charts.Cloud("points", np.random.default_rng(0).normal(size=(50, 2)), 0, 2.0)
+    crowd = [(f"token {n}", np.array([0.01 * n, 0.0])) for n in range(30)]
+    drawn = charts.scatter_chart([cloud], crowd, ("first", "second"), "points")
+    placed = [
+        (float(x), float(y), len(text))
+        for x, y, text in re.findall(r'<text x="([\d.]+)" y="([\d.]+)">([^<]*)', drawn)
+    ]
+    assert 1 < len(placed) < 30 and drawn.count("<title>") == 30 - len(placed)
+    for n, (x, y, letters) in enumerate(placed):
+        for other_x, other_y, other in placed[:n]:
+            assert abs(y - other_y) >= 14 or x + 7.2 * letters <= other_x or other_x + 7.2 * other <= x
+
+
+def _run(name, seed, rate, correct, *, steps=(0, 4)):
+    """A run with two evaluations of three problems, eight responses each."""
+    rows = [{"step": step, "reward/mean": 0.5} for step in range(1, steps[-1] + 1)]
+    evaluations = [
+        {
+            "step": step,
+            "mean_at_n": sum(counts) / 24,
+            "samples": 8,
+            "correct": dict(zip("abc", counts, strict=True)),
+        }
+        for step, counts in zip(steps, correct, strict=True)
+    ]
+    config = {"seed": seed, "mixing": {"rate": rate}, "mesh": {"data": seed + 1}}
+    return Run(name, rows, evaluations=evaluations, config=config)
+
+
+def test_the_verdict_says_what_is_known():
+    risen = _run("risen", 0, 0.1, [(0, 1, 2), (6, 7, 8)])
+    assert held_out.verdict(risen).startswith(
+        "Held-out accuracy rose from 12.5 % to 87.5 % after 4 steps (+75.0 points"
+    )
+    same = _run("same", 0, 0.1, [(1, 4, 2), (2, 3, 2)])
+    assert held_out.verdict(same).startswith("No change beyond chance")
+    assert held_out.verdict(Run("none", risen.rows)) == ""
+
+
+def test_held_out_problems_never_solved_learnt_and_lost():
+    found = held_out.problems(_run("run", 0, 0.1, [(0, 0, 3), (0, 5, 0)]))
+    assert [(row["id"], row["kind"], row["best"]) for row in found["rows"]] == [
+        ("a", "never", 0),
+        ("b", "learnt", 5),
+        ("c", "lost", 3),
+    ]
+    assert found["counts"] == {"never": 1, "learnt": 1, "lost": 1}
+
+
+def test_seeds_of_one_setting_are_joined():
+    runs = [
+        _run(f"{rate}-{seed}", seed, rate, [(0, 0, 0), (seed, 0, 8)])
+        for rate in (0.0, 0.1)
+        for seed in range(3)
+    ]
+    named = compare.differing(runs)
+    assert named == ["seed", "mixing.rate", "mesh.data"]
+    joined = compare.settings_of(runs, ["mixing.rate"])
+    assert [(one.name, len(one.runs)) for one in joined] == [("rate 0.0", 3), ("rate 0.1", 3)]
+    curve = compare.joined(
+        [Points((0, 4), [0.0, v]) for v in (0.1, 0.2, 0.6)] + [Points((0, 2, 4), [0.0, 9.0, 0.3])]
+    )
+    assert curve == Points((0, 4), [0.0, pytest.approx(0.3)], [0.0, 0.1], [0.0, 0.6])
+    page = compare.render(runs)
+    assert "rate 0.0 against rate 0.1" in page and "rate 0.1 against rate 0.0" in page
+
+
+def test_pairs_count_the_problems_that_one_setting_alone_solves():
+    a = compare.Setting("A", [_run("a", 0, 0.0, [(0, 0, 0), (0, 8, 0)])])
+    b = compare.Setting("B", [_run("b", 0, 0.1, [(0, 0, 0), (4, 8, 0)])])
+    (row,) = compare._pairs([a, b])
+    assert row[0] == "B against A" and row[1].startswith("+16.7")
+    assert row[2:] == ["1", "0", "1", "1", "1.000"]  # both, A alone, B alone, neither
+
+
+def test_compare_takes_folders_and_globs_and_refuses_one(tmp_path, capsys):
+    for name in ("a", "b"):
+        _write(tmp_path / name)
+    (tmp_path / "other").mkdir()
+    out = tmp_path / "page.html"
+    flags.run_command(report.main, ["report", "compare", str(tmp_path / "*"), f"--out={out}"])
+    assert "2 runs compared" in out.read_text(encoding="utf-8")
+    with pytest.raises(SystemExit) as refusal:
+        flags.run_command(report.main, ["report", "compare", str(tmp_path / "a")])
+    assert refusal.value.code == 2 and "two workdirs" in capsys.readouterr().err
+
+
+def test_a_served_page_follows_the_run_and_answers_to_this_machine_alone(tmp_path):
+    _write(tmp_path, steps=2)
+    with serve.make_server(tmp_path, lambda: render(read(tmp_path)), 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert server.server_address[0] == "127.0.0.1"
+
+        def get(path, host="localhost"):
+            connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
+            connection.request("GET", path, headers={"Host": f"{host}:{server.server_port}"})
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode()
+
+        status, page = get("/")
+        assert status == 200 and '"axes":[[1,2]]' in page
+        before = get("/stamp")
+        _write(tmp_path, steps=3)
+        assert get("/stamp") != before and '"axes":[[1,2,3]]' in get("/")[1]
+        assert get("/", host="evil.example")[0] == 403 and get("/metrics.jsonl")[0] == 404
+        (tmp_path / "metrics.jsonl").write_text("")
+        assert get("/")[0] == 503
+        server.shutdown()

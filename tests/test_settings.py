@@ -2,12 +2,13 @@
 
 import ast
 import dataclasses
+import json
 import pathlib
 
 import pytest
 
 from configs import base
-from ngrpo_jax import flags
+from ngrpo_jax import flags, settings_text
 from ngrpo_jax.algo.mixture import Mixing
 from ngrpo_jax.algo.objectives import LossConfig
 from ngrpo_jax.errors import UserError
@@ -28,6 +29,61 @@ def test_every_config_resolves_and_says_how_it_is_run(path):
     if path.stem != "base":
         for word in (f"--config={path.relative_to(ROOT).as_posix()}", "ardware", "Expect"):
             assert word in text, f"{path.name}: its docstring does not say {word}"
+
+
+def test_configs_are_found_by_name_path_and_argument(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert flags.load_config("tiny").model.path == "warm-start"
+    assert flags.load_config("released/ngrpo_1_5b").mixing.weights == "probs"
+    # A file that a config names is found beside it.
+    assert pathlib.Path(flags.load_config("smollm2").data.chat_template).is_file()
+    own = tmp_path / "own.py"
+    own.write_text(
+        "from configs import base\n\ndef get_config(rate='0.2'):\n"
+        "    config = base.get_config()\n    config.mixing.rate = float(rate)\n    return config\n"
+    )
+    assert flags.load_config("own.py").mixing.rate == 0.2
+    assert flags.load_config("own.py:0.7").mixing.rate == 0.7
+    with pytest.raises(UserError, match="takes no argument"):
+        flags.load_config("tiny:fast")
+    with pytest.raises(UserError, match=r"'tinx' does not exist; give a path, or one of .*tiny"):
+        flags.load_config("tinx")
+
+
+def test_the_settings_of_a_run_are_read_from_its_workdir(tmp_path):
+    config = flags.load_config("tiny")
+    config.eval.pass_k = (2, 4)
+    tree = config.to_dict()
+    tree["rollout"] |= {"top_p": 1.0, "group": 6}  # a setting that has been removed, at its last default
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    argv = ["evaluate", f"--workdir={tmp_path}", "--config.seed=7"]
+    settings = resolve(flags.parse_flags(argv, of_run=True)[0])
+    assert (settings.eval.pass_k, settings.rollout.group, settings.seed) == ((2, 4), 6, 7)
+    assert settings.train.steps == 36  # as the run had it
+    with pytest.raises(UserError, match=r"--config=configs/NAME\.py is missing"):
+        flags.parse_flags(["train", f"--workdir={tmp_path}"])
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        flags.parse_flags(["evaluate", f"--workdir={tmp_path / 'none'}"], of_run=True)
+
+
+def test_an_unknown_flag_names_the_settings_that_end_so():
+    with pytest.raises(UserError, match=r"--config\.train\.steps or --config\.warm_start\.steps\?"):
+        flags.parse_flags(["train", "--config", "tiny", "--workdir=w", "--steps=3"])
+
+
+def test_docs_settings_is_made_from_the_declarations():
+    text = settings_text.as_markdown()
+    assert text == (ROOT / "docs" / "settings.md").read_text(encoding="utf-8"), (
+        "make it again: python -m ngrpo_jax.settings_text > docs/settings.md"
+    )
+    for name in Settings.kinds():
+        assert f"| `{name}`" in text
+
+
+def test_help_fits_a_terminal_and_has_every_setting():
+    text = settings_text.for_terminal()
+    assert max(map(len, text.splitlines())) <= 110
+    assert all(f"  {name}=" in text for name in Settings.kinds())
 
 
 SECTIONS = {

@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import pytest
 
+from ngrpo_jax.algo.mixture import Mixture
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.model.flops import forward_flops
 from ngrpo_jax.rollout.trajectory import Trajectories
-from ngrpo_jax.run import metrics
+from ngrpo_jax.run import metrics, samples
 from ngrpo_jax.run.step import problems_of
 from ngrpo_jax.runtime import distributed, hardware
 from ngrpo_jax.setup.problems import ProblemSet
@@ -89,23 +90,68 @@ def test_what_the_system_does_not_tell_is_left_out(monkeypatch):
     assert found.keys() == {"speed/update_tokens"}
 
 
-def test_sample_rows_show_the_first_response_to_the_first_problems():
+def _sampled(lengths_B, rewards_PG, monkeypatch):
+    """(policy, rollout) of responses whose first two tokens are mixed, with cosine 0.5 + position / 100."""
     run = _run()
-    rollout = _rollout(run, [2, 1, 3, 1, 1, 1])
-    tokens_BT = np.arange(18, dtype=np.int32).reshape(6, 3)
-    mixed_BT = np.zeros((6, 3), bool)
-    mixed_BT[2, 1] = True
-    trajectories = rollout.trajectories._replace(tokens_BT=tokens_BT, mixed_BT=mixed_BT)
-    rewards_PG = np.array([[1, 0], [0, 1], [1, 1]], np.float32)
+    rollout = _rollout(run, lengths_B)
+    shape = (len(lengths_B), max(lengths_B))
+    written = Trajectories.empty(*shape, 2)._replace(lengths_B=np.array(lengths_B, np.int32))
+    tokens_BT = np.arange(np.prod(shape), dtype=np.int32).reshape(shape) % 26
+    weights_BTC = np.broadcast_to(np.array([0.75, 0.25], np.float32), (*shape, 2))
+    mixtures = Mixture(np.stack([tokens_BT, (tokens_BT + 1) % 26], axis=-1), weights_BTC)
+    mixed_BT = np.broadcast_to(np.arange(shape[1]) < 2, shape)
+    written = written._replace(tokens_BT=tokens_BT, mixed_BT=mixed_BT, mixtures=mixtures)
     tokenizer = types.SimpleNamespace(decode=lambda ids, **_: "".join(chr(97 + int(i)) for i in ids))
-    run.model_spec.tokenizer_info = types.SimpleNamespace(tokenizer=tokenizer)
-    rows = metrics.sample_rows(run, rollout._replace(trajectories=trajectories, rewards_PG=rewards_PG), 7)
-    assert [(row["step"], row["id"], row["reward"], row["tokens"]) for row in rows] == [
-        (7, "0", 1.0, 2),
-        (7, "1", 0.0, 3),
-    ]
-    assert [row["response"] for row in rows] == ["ab", "ghi"]
-    assert [row["mixed"] for row in rows] == [[], [(1, 2)]]
+    policy = types.SimpleNamespace(tokenizer_info=types.SimpleNamespace(tokenizer=tokenizer))
+
+    def cosines(policy, part):
+        positions = np.argwhere(part.mixed_BT)
+        return positions, 0.5 + positions[:, 1] / 100
+
+    monkeypatch.setattr(samples, "mixed_cosines", cosines)
+    return policy, rollout._replace(trajectories=written, rewards_PG=np.array(rewards_PG, np.float32))
+
+
+def test_sample_rows_are_whole_groups_with_their_mixtures(monkeypatch):
+    policy, rollout = _sampled([2, 3, 3, 3, 3, 3], [[1, 1], [1, 0], [0, 0]], monkeypatch)
+    rows = samples.sample_rows(policy, rollout, 7)
+    assert [(row["id"], row["sample"], row["reward"]) for row in rows] == [
+        ("1", 1, 1.0),
+        ("1", 2, 0.0),
+        ("2", 1, 0.0),
+        ("2", 2, 0.0),
+    ]  # the group whose rewards differ, then that of least reward
+    first = rows[0]
+    assert (first["step"], first["response"], first["tokens"]) == (7, "ghi", 3)
+    assert first["mixed"] == [[0, 1], [1, 2]]
+    assert first["mixtures"] == [[0.5, "g", 0.75, "h", 0.25], [0.51, "h", 0.75, "i", 0.25]]
+
+
+def test_sample_rows_stay_within_their_bytes(monkeypatch):
+    policy, rollout = _sampled([400, 900, 3, 3], [[1, 0], [0, 0]], monkeypatch)
+    whole = samples.sample_rows(policy, rollout, 1)
+    assert [len(row["response"]) for row in whole] == [400, 900, 3, 3]
+    monkeypatch.setattr(samples, "STEP_BYTES", 1000)
+    rows = samples.sample_rows(policy, rollout, 1)
+    assert [row["id"] for row in rows] == ["0", "0"]  # no room for the second group
+    assert [len(row["response"]) for row in rows] == [400, 598] and rows[1]["cut"] == 302
+    assert all(row["mixtures"] == [] and len(row["mixed"]) == 2 for row in rows)
+
+
+def test_a_response_that_is_not_finite_is_kept_for_inspection(monkeypatch):
+    policy, rollout = _sampled([2, 2, 2, 2, 2, 2], [[1, 0], [0, 0], [1, 1]], monkeypatch)
+    nonfinite_B = np.array([False, False, True, False, False, True])
+    rollout = rollout._replace(trajectories=rollout.trajectories._replace(nonfinite_B=nonfinite_B))
+    rows = samples.sample_rows(policy, rollout, 1)
+    assert [(row["id"], row["sample"]) for row in rows if row.get("nonfinite")] == [("1", 1), ("2", 2)]
+    assert [row["id"] for row in rows] == ["0", "0", "1", "1", "2"]
+
+
+def test_largest_bound_is_the_largest_that_fits():
+    for sizes, total in (([5, 9, 2], 12), ([5, 9, 2], 100), ([], 5), ([4, 4], 0), ([7, 7, 1], 13)):
+        bound = samples.largest_bound(sizes, total)
+        fits = [b for b in range(12) if sum(min(size, b) for size in sizes) <= total]
+        assert min(bound, max(sizes, default=0)) == min(max(fits), max(sizes, default=0))
 
 
 def test_cosines_are_of_mixed_inputs_spread_over_all_hosts(monkeypatch):

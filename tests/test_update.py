@@ -11,10 +11,11 @@ import pytest
 
 from ngrpo_jax.algo.mixture import Mixing, embed
 from ngrpo_jax.learner import packing, update
-from ngrpo_jax.learner.optimizer import make_optimizer
+from ngrpo_jax.learner.optimizer import learning_rate, make_optimizer
 from ngrpo_jax.model import decoder
 from ngrpo_jax.rollout import engine
 from ngrpo_jax.runtime import mesh as meshes
+from ngrpo_jax.settings import OptimizerSettings
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (8, 1, 1), (1, 8, 1), (1, 4, 2), (4, 1, 2)])
@@ -270,6 +271,20 @@ def test_no_reference_logprobs_without_a_kl_term():
     objective = dataclasses.replace(case.OBJECTIVE, kl_coef=0.0)
     _, metrics, calls, _ = case.step_gradients(objective=objective)
     assert all(call.ref_logprobs_MRT is None for call in calls) and "learner/kl" not in metrics
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("linear", [0.5, 1, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0, 0]),
+        ("cosine", [0.5, 1, *(0.5 + 0.5 * np.cos(np.pi * np.arange(9) / 8)), 0]),
+        ("wsd", [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 0.5, 0, 0]),
+    ],
+)
+def test_rates_follow_their_schedule(schedule, expected):
+    settings = OptimizerSettings(learning_rate=2.0, warmup_steps=2, schedule=schedule, decay_steps=10)
+    found = [float(learning_rate(settings)(step)) / 2.0 for step in range(12)]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_optimizer_warms_up_linearly():

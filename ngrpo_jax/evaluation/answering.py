@@ -12,7 +12,7 @@ import numpy as np
 from ngrpo_jax.evaluation.answers import final_answer, graded_responses
 from ngrpo_jax.evaluation.generations import by_problem
 from ngrpo_jax.evaluation.sets import EvalSet, set_name
-from ngrpo_jax.evaluation.statistics.estimates import GradedResponses, training_metrics
+from ngrpo_jax.evaluation.statistics.estimates import Estimate, GradedResponses, training_estimates
 from ngrpo_jax.rollout.trajectory import Trajectories
 from ngrpo_jax.runtime import console, distributed
 from ngrpo_jax.settings import Settings
@@ -39,14 +39,18 @@ class Responses:
 
 def evaluate_set(
     policy: Policy, problems: ProblemSet, settings: Settings, grader: Grader, *, label: str
-) -> dict[str, float]:
-    """A model's metrics on `data.eval` (docs/evaluation.md). Each process samples a share; all call this."""
+) -> tuple[dict[str, Estimate], list[int]]:
+    """A model's metrics on `data.eval` (docs/evaluation.md), and each problem's count of correct responses.
+
+    Each process samples a share; all call this.
+    """
     process, eval_set = distributed.process(), EvalSet(set_name(settings.data.eval), settings)
     share = process.share(len(problems.problems))
     count = len(share) * settings.eval.samples
     with console.Progress(label, count, "sequences", keep=False, enabled=process.primary) as progress:
         responses = sample_and_grade(policy, eval_set, problems, share, grader, progress)
-    return training_metrics(gather(responses, settings.reward.kind), settings.eval.largest_k)
+    graded = gather(responses, settings.reward.kind)
+    return training_estimates(graded, settings.eval.largest_k), graded.correct_PG.sum(axis=1).tolist()
 
 
 def sample_and_grade(

@@ -19,7 +19,8 @@ from ngrpo_jax.tasks import prompts
 def print_responses(settings: Settings, policy: Policy, text: str, step: int) -> None:
     """Prints `eval.samples` responses of the checkpoint of `step` to `text`."""
     tokenizer, data = policy.tokenizer_info.tokenizer, settings.data
-    prompt = prompts.encode_prompt(tokenizer, prompts.user_text(text, data.prompt), data.chat_template)
+    chat = data.chat_template, data.system_prompt, data.template_options
+    prompt = prompts.encode_prompt(tokenizer, prompts.user_text(text, data.prompt), *chat)
     require(
         len(prompt) <= data.max_prompt_tokens,
         f"--prompt has {len(prompt)} tokens, more than data.max_prompt_tokens = {data.max_prompt_tokens}.",

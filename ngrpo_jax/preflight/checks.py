@@ -95,7 +95,9 @@ def _tokenizer(settings: Settings, model: tuple[pathlib.Path, ModelConfig | None
     directory, config = model
     tokenizer = prompts.load_tokenizer(arithmetic.TOKENIZER if config is None else directory)
     text = prompts.user_text("1 + 1 = ?", settings.data.prompt)
-    ids = prompts.encode_prompt(tokenizer, text, settings.data.chat_template)
+    data = settings.data
+    chat = data.chat_template, data.system_prompt, data.template_options
+    ids = prompts.encode_prompt(tokenizer, text, *chat)
     return tokenizer, f"{len(tokenizer)} tokens; a prompt ends {tokenizer.decode(ids)[-24:]!r}"
 
 

@@ -1,168 +1,86 @@
-"""Charts as SVG text for an HTML page. Owns how charts look; must not know what a metric means.
+"""A scatter of points as SVG, whose colours are those of the page. Must not know what the points are.
 
-Matplotlib draws with its SVG backend, which needs no display. Text stays text in the SVG, so that it has the
-page's font, and equal data give equal bytes.
+The curves are drawn in the browser (templates/charts.js); points of a plane need neither zoom nor hover.
 """
 
-import io
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from markupsafe import Markup
 
-from ngrpo_jax.runtime.console import format_count
-
-# The hues of Okabe and Ito, darkened for lines on white: distinguishable with any colour vision.
-COLORS = ("#2563c9", "#d9730d", "#0e8f76", "#a5447f", "#6b7280")
-_INK, _GRID = "#5b6470", "#e8eaee"
-_SIZE = (4.4, 2.3)  # inches; the page scales a chart to the width of its panel
-_SMOOTH_FROM = 30  # a line of at least so many points gets a running mean
-
-
-class Series(NamedTuple):
-    """One line: its steps and values, and its colour."""
-
-    label: str
-    steps: Sequence[int]
-    values: Sequence[float]
-    color: str
+_WIDTH, _HEIGHT, _MARGIN = 760, 520, 24
+_LETTER, _LINE = 7.2, 14  # the room of a label's letter, and its height
+_PLACES = ((5, -4), (5, 12), (-5, -4), (-5, 12), (5, -18), (-5, -18), (5, 26), (-5, 26))
 
 
 class Cloud(NamedTuple):
-    """Points of one kind in a plane [N, 2], their colour and their size in square points."""
+    """Points of one kind in a plane [N, 2], the number of their colour on the page, their radius."""
 
     label: str
     points: np.ndarray
-    color: str
-    size: float
-
-
-def window(points: int) -> int:
-    """Width of the running mean of a line with so many points; 1 means that none is drawn."""
-    return max(3, points // 15) if points >= _SMOOTH_FROM else 1
-
-
-def line_chart(series: Sequence[Series], *, unit: str = "", log: bool = False) -> str:
-    """Lines over steps, as SVG; a long one is thin, with its running mean in bold."""
-    figure, axes = _axes(unit)
-    for one in series:
-        steps, values = np.asarray(one.steps), np.asarray(one.values, dtype=float)
-        width = window(len(values))
-        if width > 1:
-            axes.plot(steps, values, color=one.color, linewidth=0.8, alpha=0.35)
-            axes.plot(steps, running_mean(values, width), color=one.color, linewidth=1.9)
-        else:
-            marker = 4.0 if len(values) <= 12 else 0.0
-            axes.plot(steps, values, color=one.color, linewidth=1.7, marker="o", markersize=marker)
-    _set_steps(axes, {step for one in series for step in one.steps})
-    if log and all(value > 0 for one in series for value in one.values):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(numticks=5))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value, unit)))
-    else:
-        _set_range(axes, [value for one in series for value in one.values])
-    return _svg(figure)
-
-
-def stack_chart(series: Sequence[Series], *, unit: str = "") -> str:
-    """Stacked areas over the steps that all series have, as SVG."""
-    figure, axes = _axes(unit)
-    steps = sorted(set.intersection(*(set(one.steps) for one in series)))
-    found = [dict(zip(one.steps, one.values, strict=True)) for one in series]
-    layers = [[values[step] for step in steps] for values in found]
-    colors = [one.color for one in series]
-    if len(steps) > 1:
-        axes.stackplot(steps, layers, colors=colors, linewidth=0, alpha=0.85)
-        axes.set_xlim(steps[0], steps[-1])
-    else:
-        bottom = 0.0
-        for values, color in zip(layers, colors, strict=True):
-            axes.bar(steps, values, 0.5, bottom=bottom, color=color, alpha=0.85)
-            bottom += sum(values)
-        _set_steps(axes, set(steps))
-    axes.set_ylim(bottom=0)
-    return _svg(figure)
+    color: int
+    radius: float
 
 
 def scatter_chart(
-    clouds: Sequence[Cloud], labels: Sequence[tuple[str, np.ndarray]], axis_labels: tuple[str, str]
-) -> str:
-    """Clouds of points, later ones drawn over earlier ones, with text at some points [2], as SVG."""
-    figure, axes = _axes("")
-    figure.set_size_inches(7.2, 5.0)
-    for cloud in clouds:
-        axes.scatter(
-            cloud.points[:, 0], cloud.points[:, 1], s=cloud.size, color=cloud.color, alpha=0.55, linewidths=0
-        )
+    clouds: Sequence[Cloud],
+    labels: Sequence[tuple[str, np.ndarray]],
+    axis_labels: tuple[str, str],
+    described: str,
+) -> Markup:
+    """Clouds of points, later ones over earlier ones, and text at some points [2], as SVG.
+
+    A label is moved until it covers no other; one that finds no room is left out, its point has it as title.
+    """
+    everything = np.concatenate([cloud.points for cloud in clouds])
+    low, high = everything.min(axis=0), everything.max(axis=0)
+    scale = np.array([_WIDTH - 2 * _MARGIN, _HEIGHT - 2 * _MARGIN]) / np.maximum(high - low, 1e-9)
+
+    def place(points: np.ndarray) -> np.ndarray:
+        at = _MARGIN + (points - low) * scale
+        return np.stack([at[..., 0], _HEIGHT - at[..., 1]], axis=-1)
+
+    groups = Markup("").join(_cloud(cloud, place(cloud.points)) for cloud in clouds)
+    texts = Markup("").join(_labels([(text, place(point)) for text, point in labels]))
+    return Markup(
+        '<svg class="scatter" viewBox="0 0 {} {}" role="img" aria-label="{}">{}{}'
+        '<text class="axis" x="{}" y="{}" text-anchor="end">{} →</text>'
+        '<text class="axis" x="4" y="14">↑ {}</text></svg>'
+    ).format(_WIDTH, _HEIGHT, described, groups, texts, _WIDTH - 4, _HEIGHT - 4, *axis_labels)
+
+
+def _cloud(cloud: Cloud, points: np.ndarray) -> Markup:
+    circles = Markup("").join(
+        Markup('<circle cx="{}" cy="{}" r="{}"/>').format(f"{x:.1f}", f"{y:.1f}", cloud.radius)
+        for x, y in points
+    )
+    return Markup('<g style="fill:var(--c{})" fill-opacity=".5">{}</g>').format(cloud.color, circles)
+
+
+def _labels(labels: Sequence[tuple[str, np.ndarray]]) -> list[Markup]:
+    taken: list[tuple[float, float, float, float]] = []
+    found = []
     for text, (x, y) in labels:
-        # Matplotlib would read a dollar sign as the start of a formula.
-        name = text.replace("$", r"\$")
-        axes.annotate(name, (x, y), xytext=(3, 3), textcoords="offset points", fontsize=8)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.set_xlabel(axis_labels[0], fontsize=9, color=_INK)
-    axes.set_ylabel(axis_labels[1], fontsize=9, color=_INK)
-    return _svg(figure)
+        width = _LETTER * len(text)
+        for dx, dy in _PLACES:
+            left = x + dx if dx > 0 else x + dx - width
+            box = (left, y + dy - _LINE, left + width, y + dy + 2)
+            inside = box[0] >= 0 and box[2] <= _WIDTH and box[1] >= 0 and box[3] <= _HEIGHT
+            if inside and not any(_overlap(box, other) for other in taken):
+                taken.append(box)
+                found.append(
+                    Markup('<text x="{}" y="{}">{}</text>').format(f"{left:.1f}", f"{y + dy:.1f}", text)
+                )
+                break
+        else:
+            found.append(
+                Markup('<circle cx="{}" cy="{}" r="4" fill-opacity="0"><title>{}</title></circle>').format(
+                    f"{x:.1f}", f"{y:.1f}", text
+                )
+            )
+    return found
 
 
-def running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """Centred mean over `width` points, at both ends over fewer; [T] -> [T]."""
-    kernel = np.ones(width)
-    return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
-
-
-def tick(value: float, unit: str) -> str:
-    """An axis label: the whole value, without rounding noise."""
-    plain = format_count(value) if abs(value) >= 10_000 else f"{value:.4g}"
-    return (f"{100 * value:.4g} %" if unit == "%" else plain).replace("-", "\u2212")
-
-
-def _axes(unit: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=_SIZE, layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color("#c6ccd4")
-    axes.grid(axis="y", color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, labelsize=9, labelcolor=_INK, pad=4)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value, unit)))
-    axes.margins(x=0.02)
-    return figure, axes
-
-
-def _set_steps(axes: Axes, steps: set[int]) -> None:
-    """Few steps get a tick each: matplotlib's own choice would put ticks between them."""
-    if len(steps) <= 5:
-        axes.set_xticks(sorted(steps))
-        axes.set_xlim(min(steps) - 0.5, max(steps) + 0.5)
-
-
-def _set_range(axes: Axes, values: Sequence[float]) -> None:
-    """Leaves room around the data; a constant line is drawn in the middle, without its rounding noise."""
-    low, high = min(values), max(values)
-    spread = high - low
-    room = 0.08 * spread if spread > 1e-6 * abs(high) else 0.05 * abs(high) or 1.0
-    floor = low - room
-    # The axis of a quantity that is never negative does not go below zero.
-    axes.set_ylim(0 if low >= 0 > floor else floor, high + room)
-
-
-def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ngrpo", "path.simplify": True}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
-    text = re.sub(r' (width|height)="[^"]*"', "", text, count=2)  # of the whole drawing
-    # Charts share a page: ids that nothing refers to are dropped, since they could repeat in another chart.
-    used = set(re.findall(r'(?:href="#|url\(#)([\w.-]+)', text))
-    text = re.sub(r' id="([\w.-]+)"', lambda found: found[0] if found[1] in used else "", text)
-    return re.sub(r"\s*\n\s*", "\n", text).strip()
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

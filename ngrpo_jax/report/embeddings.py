@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 
 from ngrpo_jax import flags
+from ngrpo_jax.algo.neighbors import METRICS
 from ngrpo_jax.errors import UserError, require
 from ngrpo_jax.evaluation.statistics import geometry
 from ngrpo_jax.model import decoder
-from ngrpo_jax.report import charts, templates
-from ngrpo_jax.report.page import labelled
+from ngrpo_jax.report import charts, samples, templates
+from ngrpo_jax.report.mixing import visible
+from ngrpo_jax.report.numbers import number
 from ngrpo_jax.runtime import console, mesh
 from ngrpo_jax.settings import Settings, resolve
 from ngrpo_jax.setup.model_spec import open_checkpoint, open_model_spec
@@ -28,6 +30,7 @@ SIGMA = 0.33  # of STHT's noise, arXiv 2509.19170
 SAMPLES = 200  # of noise and of mixtures, for each token
 BACKGROUND = 2000  # vocabulary rows among the points whose plane is drawn
 DEFAULT_COUNT = 8
+MOST_LISTED = 300  # tokens in the table of neighbours by metric
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +61,6 @@ class Anchors:
         """(ids, nearness) [A, count] of the tokens' neighbours among the rows that rollouts may mix in."""
         metric, eligible = self.settings.mixing.metric, self.tokenizer_info.eligible
         return geometry.nearest_rows(self.table_VD, self.ids, count, metric=metric, eligible=eligible)
-
-
-def visible(text: str) -> str:
-    """Text with a sign for each space, line break and tab, and an escape for other invisible characters."""
-    signs = text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in signs)
 
 
 def neighbor_list(argv: Sequence[str]) -> str:
@@ -102,10 +99,10 @@ def plane_page(argv: Sequence[str]) -> tuple[Path, str]:
         np.concatenate([background_XD, embedding_VD[anchors.ids], *noise, *mixed])
     )
     clouds = [
-        charts.Cloud("vocabulary", plane(background_XD), "#c6ccd4", 4.0),
-        charts.Cloud("Gaussian noise", plane(np.concatenate(noise)), charts.COLORS[1], 7.0),
-        charts.Cloud("neighbour mixing", plane(np.concatenate(mixed)), charts.COLORS[0], 7.0),
-        charts.Cloud("neighbours", plane(embedding_VD[ids_AC.ravel()]), charts.COLORS[2], 26.0),
+        charts.Cloud("vocabulary", plane(background_XD), 4, 1.3),
+        charts.Cloud("Gaussian noise", plane(np.concatenate(noise)), 1, 1.8),
+        charts.Cloud("neighbour mixing", plane(np.concatenate(mixed)), 0, 1.8),
+        charts.Cloud("neighbours", plane(embedding_VD[ids_AC.ravel()]), 2, 3.6),
     ]
     labels = [(anchors.text(token), plane(embedding_VD[token])) for token in [*anchors.ids, *ids_AC.ravel()]]
     first, second = (f"{100 * share:.1f} % of variance" for share in plane.explained)
@@ -121,15 +118,46 @@ def plane_page(argv: Sequence[str]) -> tuple[Path, str]:
         neighbors=k - 1,
         background=len(background_XD),
         clouds=[{"color": cloud.color, "label": cloud.label, "last": ""} for cloud in clouds],
-        drawing=labelled(
-            charts.scatter_chart(clouds, labels, (first, second)), f"Tokens in a plane: {tokens}"
-        ),
+        drawing=charts.scatter_chart(clouds, labels, (first, second), f"Tokens in a plane: {tokens}"),
+        metric=anchors.settings.mixing.metric,
+        mixed=k - 1,
+        columns=("token", "id", *METRICS),
+        neighbors_table=neighbors_by_metric(anchors),
         rows=[
             ("Gaussian noise", *_nearness(anchors, noise, candidates_AC)),
             ("neighbour mixing", *_nearness(anchors, mixed, candidates_AC)),
         ],
     )
     return anchors.workdir / "pca.html", page
+
+
+def neighbors_by_metric(anchors: Anchors) -> list[list[str]]:
+    """(token, id, neighbours by each of METRICS) of the anchors and of the tokens that the run mixed most."""
+    ids = list(dict.fromkeys([*anchors.ids, *_mixed_most(anchors)]))[:MOST_LISTED]
+    columns = []
+    for metric in METRICS:
+        found = geometry.nearest_rows(
+            anchors.table_VD, ids, anchors.count, metric=metric, eligible=anchors.tokenizer_info.eligible
+        )
+        columns.append(
+            [
+                "  ".join(f"{anchors.text(i)} {number(float(x))}" for i, x in zip(near, values, strict=True))
+                for near, values in zip(*found, strict=True)
+            ]
+        )
+    return [[anchors.text(token), str(token), *cells] for token, *cells in zip(ids, *columns, strict=True)]
+
+
+def _mixed_most(anchors: Anchors) -> list[int]:
+    """The anchors of the run's kept mixtures, the most frequent first, as far as a text is one token."""
+    path = anchors.workdir / "samples.jsonl"
+    found = samples.read(path).mixtures.anchors if path.is_file() else {}
+    tokenizer = anchors.tokenizer_info.tokenizer
+    encoded = (
+        tokenizer.encode(text, add_special_tokens=False)
+        for text in sorted(found, key=lambda text: -found[text][0])[:MOST_LISTED]
+    )
+    return [int(ids[0]) for ids in encoded if len(ids) == 1]
 
 
 def _nearness(anchors: Anchors, points_AXD: Sequence[np.ndarray], candidates_AC: np.ndarray) -> list[str]:
@@ -147,7 +175,7 @@ def _nearness(anchors: Anchors, points_AXD: Sequence[np.ndarray], candidates_AC:
 
 
 def _read(argv: Sequence[str]) -> Anchors:
-    config, options = flags.parse_flags(argv, tokens=None, step="best", count=str(DEFAULT_COUNT))
+    config, options = flags.parse_flags(argv, of_run=True, tokens=None, step="best", count=str(DEFAULT_COUNT))
     settings, workdir, count = resolve(config), Path(options["workdir"]), options["count"]
     require(count.isdigit() and int(count) > 0, f"--count={count} must be a whole number above 0.")
     require(bool(options["tokens"]), '--tokens is missing; write --tokens="7, the, Wait".')

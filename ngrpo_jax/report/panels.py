@@ -58,3 +58,11 @@ def _with_metrics(panels: Iterable[Panel], have: set[str]) -> tuple[Panel, ...]:
 
 def _own_panel(key: str) -> Panel:
     return Panel(key, {key: key.partition("/")[2] or key}, "s" if key.startswith("time/") else "")
+
+
+def unit_of(key: str) -> str:
+    """The unit of a metric: that of its panel."""
+    return _UNITS.get(key) or _own_panel(key).unit
+
+
+_UNITS = {key: panel.unit for section in SECTIONS for panel in section.panels for key in panel.series}

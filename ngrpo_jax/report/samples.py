@@ -1,45 +1,144 @@
-"""Responses for the page, with their mixed tokens marked. Owns which responses are shown, and the marking."""
+"""samples.jsonl for a page: which groups are shown, as the script reads them, and what was mixed with what.
 
-from collections.abc import Sequence
+Owns the choice of groups, the form in which a page holds them, and the counts over all mixtures of the file,
+which is read once, a row at a time: it may have hundreds of megabytes.
+"""
+
+import collections
+import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup, escape
+import numpy as np
 
-MOST = 24  # responses on a page; samples.jsonl has all
-_TITLE = 90  # characters
+from ngrpo_jax import files
+from ngrpo_jax.errors import require
+
+MOST_BYTES = 3_000_000  # of the responses that a page holds, as they stand in the file
+MOST_GROUPS = 200
+# Edges of the counted cosines: narrow where the paper's mixtures are.
+EDGES = (-1.0, 0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999, 1.0001)
+Row = dict[str, Any]
 
 
-def spread(items: Sequence[Any], most: int = MOST) -> list[Any]:
-    """At most `most` of the items, evenly spaced, the first and the last among them."""
-    if len(items) <= most:
-        return list(items)
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+@dataclasses.dataclass
+class Mixtures:
+    """Counts over the mixtures of a file.
+
+    Attributes:
+      cosines: how many lie between two of EDGES.
+      total, least, weight: sum of the cosines, the smallest, and the sum of the anchors' weights.
+      anchors: text of an anchor -> times, the sum of its weights.
+      partners: text of an anchor -> text of another candidate -> the sum of its weights.
+    """
+
+    cosines: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(len(EDGES) - 1, int))
+    total: float = 0.0
+    least: float = 1.0
+    weight: float = 0.0
+    anchors: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    partners: dict[str, collections.Counter[str]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """All mixtures."""
+        return int(self.cosines.sum())
+
+    def add(self, mixtures: list[list[Any]]) -> None:
+        """Counts the mixtures of one response: [cosine, text, weight, text, weight, ...] each."""
+        if not mixtures:
+            return
+        found = np.array([mixture[0] for mixture in mixtures])
+        self.cosines += np.histogram(found, EDGES)[0]
+        self.total, self.least = self.total + float(found.sum()), min(self.least, float(found.min()))
+        for _, anchor, weight, *others in mixtures:
+            self.weight += weight
+            of_anchor = self.anchors.setdefault(anchor, [0, 0.0])
+            of_anchor[0] += 1
+            of_anchor[1] += weight
+            partners = self.partners.setdefault(anchor, collections.Counter())
+            for text, share in zip(others[::2], others[1::2], strict=True):
+                partners[text] += share
 
 
-def highlight(text: str, spans: Sequence[Sequence[int]]) -> Markup:
-    """`text` escaped, with `[start, end)` character spans marked; a span that exceeds the text is cut."""
-    pieces, at = [], 0
-    for start, end in sorted((max(0, int(s)), min(len(text), int(e))) for s, e in spans):
-        start = max(start, at)
-        if start < end:
-            pieces += [escape(text[at:start]), Markup("<mark>{}</mark>").format(text[start:end])]
+@dataclasses.dataclass
+class Samples:
+    """What a page needs of a samples.jsonl: groups of rows in order, and counts over all rows."""
+
+    shown: list[list[Row]] = dataclasses.field(default_factory=list)
+    mixtures: Mixtures = dataclasses.field(default_factory=Mixtures)
+    groups: int = 0
+    responses: int = 0
+
+
+def read(path: Path) -> Samples:
+    """Reads a file of samples. UserError where a row holds no response; the sentence names its line."""
+    found, places, at = Samples(), dict[tuple[Any, Any], list[tuple[int, int]]](), 0
+    for line in files.read_jsonl(path, unfinished=True):
+        row = line.value if isinstance(line.value, dict) else {}
+        fault = f"{path} line {line.number} has no `response` text; remove that line."
+        require(isinstance(row.get("response"), str), fault)
+        places.setdefault((str(row.get("step")), str(row.get("id", line.number))), []).append((at, line.end))
+        found.mixtures.add(row.get("mixtures") or [])
+        found.responses, at = found.responses + 1, line.end
+    found.groups = len(places)
+    kept = [spans for _, spans in spread(list(places.items()))]
+    with path.open("rb") as file:
+        found.shown = [[_row_at(file, *span) for span in spans] for spans in kept]
+    return found
+
+
+def spread(groups: list[tuple[Any, list[tuple[int, int]]]]) -> list[tuple[Any, list[tuple[int, int]]]]:
+    """As many groups as fit a page, evenly spaced over the run, the first and the last step among them."""
+    for most in range(min(len(groups), MOST_GROUPS), 0, -1):
+        chosen = [groups[round(i * (len(groups) - 1) / max(most - 1, 1))] for i in range(most)]
+        if sum(end - start for _, spans in chosen for start, end in spans) <= MOST_BYTES:
+            return chosen
+    return groups[:1]
+
+
+def _row_at(file: Any, start: int, end: int) -> Row:
+    file.seek(start)
+    return json.loads(file.read(end - start))
+
+
+class Encoder:
+    """Groups as the script reads them; candidates' texts are kept once, in `texts`."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, int] = {}
+
+    def group(self, rows: list[Row]) -> dict[str, Any]:
+        """A group: what its rows share, and its responses."""
+        first = rows[0]
+        return {
+            **{name: first.get(name) for name in ("step", "id", "problem", "answer")},
+            "responses": [self._response(row) for row in rows],
+        }
+
+    def _response(self, row: Row) -> dict[str, Any]:
+        names = ("sample", "reward", "tokens", "stopped", "logprob", "cut")
+        return {name: row[name] for name in names if name in row} | {"parts": self._parts(row)}
+
+    def _parts(self, row: Row) -> list[Any]:
+        """The text in pieces: plain, and [text, cosine, [candidate, weight, ...]] of each mixed token."""
+        text, mixtures, at = row["response"], row.get("mixtures") or [], 0
+        parts: list[Any] = []
+        for number, (start, end) in enumerate(row.get("mixed") or []):
+            start, end = max(at, min(int(start), len(text))), min(int(end), len(text))
+            if start >= end:
+                continue
+            parts += [text[at:start]] if start > at else []
+            parts.append(
+                [text[start:end], *self._mixture(mixtures[number] if number < len(mixtures) else [])]
+            )
             at = end
-    return Markup("").join([*pieces, escape(text[at:])])
+        return parts + ([text[at:]] if at < len(text) else [])
 
-
-def shown(sample: dict[str, Any]) -> dict[str, Any]:
-    """What the page shows of a row of samples.jsonl."""
-    reward, spans, problem = sample.get("reward"), sample.get("mixed") or [], str(sample.get("problem", ""))
-    title = problem if len(problem) <= _TITLE else problem[: _TITLE - 3] + "…"
-    facts = [("problem", problem)] if title != problem else []
-    facts += [("expected", sample["answer"])] if sample.get("answer") is not None else []
-    if sample.get("tokens") is not None:
-        cut = "" if sample.get("stopped", True) else ", cut off at the limit"
-        facts += [("length", f"{sample['tokens']} tokens{cut}")]
-    return {
-        "badge": "" if reward is None else f"reward {reward:g}",
-        "tone": "" if reward is None else "good" if reward > 0 else "bad",
-        "title": title if sample.get("step") is None else f"step {sample['step']} · {title}",
-        "facts": [*facts, ("mixed", f"{len(spans)} places" if spans else "nowhere")],
-        "response": highlight(sample["response"], spans),
-    }
+    def _mixture(self, mixture: list[Any]) -> list[Any]:
+        if not mixture:
+            return []
+        cosine, *candidates = mixture
+        numbered = [self.texts.setdefault(text, len(self.texts)) for text in candidates[::2]]
+        return [cosine, [x for pair in zip(numbered, candidates[1::2], strict=True) for x in pair]]

@@ -2,24 +2,31 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ngrpo_jax import files
 from ngrpo_jax.errors import require
+from ngrpo_jax.report import samples
+from ngrpo_jax.report.samples import Row, Samples
 from ngrpo_jax.runtime.metrics import read_rows
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Run:
-    """What the files of one run hold; `missing` has a sentence for each file that the workdir lacks."""
+    """What the files of one run hold; `missing` has a sentence for each file that the workdir lacks.
+
+    Attributes:
+      rows: of metrics.jsonl.
+      evaluations: of evaluations.jsonl, in order of steps.
+      restarts: of restarts.jsonl: the steps from which the run was resumed.
+    """
 
     name: str
     rows: list[Row]
-    summary: dict[str, Any] = field(default_factory=dict)
-    samples: list[Row] = field(default_factory=list)
-    config: dict[str, Any] = field(default_factory=dict)
+    summary: Row = field(default_factory=dict)
+    evaluations: list[Row] = field(default_factory=list)
+    restarts: list[Row] = field(default_factory=list)
+    samples: Samples = field(default_factory=Samples)
+    config: Row = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
 
     def values(self, key: str) -> tuple[list[int], list[float]]:
@@ -29,14 +36,14 @@ class Run:
 
     @property
     def keys(self) -> list[str]:
-        """Every metric that has a value in some row, in order of first appearance."""
-        return list(
-            dict.fromkeys(k for row in self.rows for k, v in row.items() if k != "step" and v is not None)
-        )
+        """Every metric that has a value in some row, in order of first appearance; held-out ones last."""
+        of_steps = [k for row in self.rows for k, v in row.items() if k != "step" and v is not None]
+        held_out = [f"eval/{k}" for row in self.evaluations for k, v in row.items() if isinstance(v, float)]
+        return list(dict.fromkeys([*of_steps, *held_out]))
 
 
-def read(workdir: Path) -> Run:
-    """Reads a workdir.
+def read(workdir: Path, *, with_samples: bool = True) -> Run:
+    """Reads a workdir; `with_samples` false leaves its responses out.
 
     Raises:
         UserError: it is no directory, metrics.jsonl is missing or has no rows, or a file is damaged; the
@@ -50,27 +57,29 @@ def read(workdir: Path) -> Run:
     missing: list[str] = []
     summary = _object(workdir / "summary.json", "the run has not ended (or was stopped)", missing)
     config = _object(workdir / "config.json", "the settings of the run are not shown", missing)
-    samples = _samples(workdir / "samples.jsonl", "no responses are shown", missing)
-    return Run(workdir.resolve().name, rows, summary, samples, config, missing)
+    evaluations = sorted(_rows(workdir / "evaluations.jsonl"), key=lambda row: row["step"])
+    restarts = _rows(workdir / "restarts.jsonl")
+    found = _samples(workdir / "samples.jsonl", missing) if with_samples else Samples()
+    return Run(workdir.resolve().name, rows, summary, evaluations, restarts, found, config, missing)
 
 
-def _object(path: Path, consequence: str, missing: list[str]) -> dict[str, Any]:
+def _rows(path: Path) -> list[Row]:
+    """The rows of a file that earlier versions did not write."""
+    return read_rows(path) if path.is_file() else []
+
+
+def _object(path: Path, consequence: str, missing: list[str]) -> Row:
     if not path.is_file():
         missing.append(f"There is no {path.name}: {consequence}.")
         return {}
     return files.read_json(path, "remove it or make it again")
 
 
-def _samples(path: Path, consequence: str, missing: list[str]) -> list[Row]:
+def _samples(path: Path, missing: list[str]) -> Samples:
     if not path.is_file():
-        missing.append(f"There is no {path.name}: {consequence}.")
-        return []
-    samples = []
-    for line in files.read_jsonl(path, unfinished=True):
-        response = line.value.get("response") if isinstance(line.value, dict) else None
-        fault = f"{path} line {line.number} has no `response` text; remove that line."
-        require(isinstance(response, str), fault)
-        samples.append(line.value)
-    if not samples:
-        missing.append(f"{path.name} is empty: {consequence}.")
-    return samples
+        missing.append(f"There is no {path.name}: no responses are shown.")
+        return Samples()
+    found = samples.read(path)
+    if not found.responses:
+        missing.append(f"{path.name} is empty: no responses are shown.")
+    return found

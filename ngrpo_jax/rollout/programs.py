@@ -8,7 +8,7 @@ nothing is left to compile once a rollout begins. Must not know which sequence i
 import dataclasses
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import jax
@@ -185,7 +185,12 @@ class Programs:
         return dict(model=self.model, sampling=request.sampling, steps=request.chunk, sharding=self.sharding)
 
 
-def compile_ahead(params: Any, request: RolloutRequest, table_VC: Any | None = None) -> float:
+def compile_ahead(
+    params: Any,
+    request: RolloutRequest,
+    table_VC: Any | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> float:
     """Runs every program that a rollout of this request may need once, without a sequence; seconds.
 
     They are run because `jax.jit` does not find programs again that `.lower().compile()` has compiled.
@@ -193,14 +198,23 @@ def compile_ahead(params: Any, request: RolloutRequest, table_VC: Any | None = N
     Args:
       params: in the inference layout.
       table_VC: as of `engine.rollout`; where it is missing, a table of the same shape stands in.
+      progress: called with the number of sizes that are compiled, and of all.
     """
     begun = time.perf_counter()
     programs, mixing = Programs.of(request, params), request.sampling.mixing
+    halves = [programs.shapes[half] for _, half in itertools.pairwise(programs.shapes)]
+    total, done = (
+        len(programs.prompt_lengths) + len(programs.cache_sizes) + sum(map(len, halves)),
+        itertools.count(1),
+    )
     if not mixing.uses_table:
         table_VC = None
     elif table_VC is None:
         table_VC = programs.sharding.whole(np.zeros((request.config.vocab_size, mixing.k), np.int32))
-    prefixes = [programs.prefill(params, [[0] * length]) for length in programs.prompt_lengths]
+    prefixes = []
+    for length in programs.prompt_lengths:
+        prefixes.append(programs.prefill(params, [[0] * length]))
+        progress(next(done), total)
     nothing = Insertions.none(programs.slots, programs.shards)
     slots = programs.empty()
     for columns in programs.cache_sizes:
@@ -209,6 +223,7 @@ def compile_ahead(params: Any, request: RolloutRequest, table_VC: Any | None = N
             if prefix.cache.columns <= columns:
                 slots = programs.insert(slots, prefix, nothing)
         slots, _ = programs.decode(params, table_VC, slots)
+        progress(next(done), total)
     slots = programs.resize(slots, 1)
     for count, half in itertools.pairwise(programs.shapes):
         for columns in programs.shapes[half]:
@@ -216,6 +231,7 @@ def compile_ahead(params: Any, request: RolloutRequest, table_VC: Any | None = N
             slots = slot_state.empty(columns, **programs.of_empty() | {"count": count})
             slots = programs.keep(slots, half, np.zeros(half, np.int32), columns)
             slots, _ = programs.decode(params, table_VC, slots)
+            progress(next(done), total)
         slots = programs.resize(programs.resize(slots, 1), programs.shapes[half][-1])
     jax.block_until_ready(slots)
     return time.perf_counter() - begun

@@ -8,7 +8,7 @@ import math
 import pathlib
 import time
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -48,21 +48,27 @@ def train(
         policy = policy_of(run, state.train_state.params, None, quantize)
         compile_rollouts(policy, [request_of(policy, settings) for request_of in requests_of])
         del policy  # a copy of the parameters
+    before: HeldOut | None = None
     if not state.initial_evaluation:
         before = evaluate(run, state, grader, "evaluation before")
-        state = dataclasses.replace(state, initial_evaluation=before)
+        before.row["problems"] = {one.id: one.problem[:SHOWN] for one in run.held_out.problems}
+        state = dataclasses.replace(state, initial_evaluation=before.metrics)
     written = state.step if state.unfinished is None else state.step - 1  # rows of metrics.jsonl
     log = metrics.RunLog(
         run.workdir,
         resume_step=written or None,
-        loggers=settings.train.loggers,
+        loggers=settings.loggers,
         primary=process.primary,
     )
     with log:
+        if before is not None:
+            log.write_evaluation(state.step, before.row, before.logged)
         state, after = take_steps(run, state, grader, checkpoints, log, lock)
+        if after is None:
+            after = evaluate(run, state, grader, "evaluation after")
+            log.write_evaluation(state.step, after.row, after.logged)
     checkpoints.wait()
-    after = after or evaluate(run, state, grader, "evaluation after")
-    summary.finish(run, state, after, checkpoints, time.monotonic() - begun)
+    summary.finish(run, state, after.metrics, checkpoints, time.monotonic() - begun)
 
 
 def take_steps(
@@ -72,12 +78,12 @@ def take_steps(
     checkpoints: Checkpoints,
     log: metrics.RunLog,
     lock: Lock | None,
-) -> tuple[RunState, dict[str, float]]:
-    """The state after `train.steps`, and the held-out metrics of the last step where it was evaluated."""
+) -> tuple[RunState, "HeldOut | None"]:
+    """The state after `train.steps`, and the evaluation of the last step; None where no step was left."""
     settings, steps = run.settings, run.settings.train.steps
     began_at, clock = state.step, time.monotonic()
     seconds = {"step": math.inf, "evaluation": math.inf}  # of the one before
-    after: dict[str, float] = {}
+    after: HeldOut | None = None
     bad = 0  # steps in a row with an update that was skipped
     again = state.unfinished is not None  # its checkpoint was made without its evaluation
     with ending.Deferred(
@@ -94,7 +100,8 @@ def take_steps(
                 # What a step's row holds depends on the schedule alone, not on whether this is the command's
                 # last step: a resumed run then has the rows of one that never stopped.
                 scheduled = settings.eval.every is not None and state.step % settings.eval.every == 0
-                if scheduled:
+                last, after = state.step == steps, None
+                if scheduled or last:
                     state = dataclasses.replace(state, unfinished=(metrics.scalars(row), samples))
                     with signals.expected("evaluation", seconds):
                         after = evaluate(run, state, grader, "evaluation")
@@ -103,24 +110,24 @@ def take_steps(
                 if state.step and not checkpoints.holds(state.step):
                     save(state, run, checkpoints, None)
                 raise stopped(run, checkpoints, signals.received) from None
-            after = after if scheduled else {}
-            row |= {f"eval/{name}": value for name, value in after.items()}
             if lock is not None:
                 lock.check()
-            log.write(state.step, row, samples)
+            found = {} if after is None else after.logged
+            log.write(state.step, row | (found if scheduled else {}), samples)
+            if after is not None:
+                log.write_evaluation(state.step, after.row, {} if scheduled else found)
             bad = bad + 1 if row["learner/skipped"] else 0
             if bad == settings.train.max_bad_steps:
                 raise not_finite(run, bad, state.step)
             stop = max(distributed.allgather("signals", signals.received))
-            last = state.step == steps
             if last or scheduled or state.step % settings.checkpoint.every == 0 or stop:
                 if again:
                     checkpoints.delete(state.step)
-                save(state, run, checkpoints, row if scheduled else None)
+                save(state, run, checkpoints, found or None)
             again = False
             if distributed.process().primary:
                 pace = (time.monotonic() - clock) / max(state.step - began_at, 1)
-                print(summary.step_line(state.step, row, steps, pace), flush=True)
+                print(summary.step_line(state.step, row | found, steps, pace), flush=True)
             if stop:
                 raise stopped(run, checkpoints, stop)
     return state, after
@@ -141,12 +148,33 @@ def stopped(run: Run, checkpoints: Checkpoints, number: int) -> Preempted:
     return Preempted(number, summary.how_to_go_on(run.workdir))
 
 
-def evaluate(run: Run, state: RunState, grader: Grader, label: str) -> dict[str, float]:
-    """Held-out metrics of the current parameters."""
+SHOWN = 300  # characters of a held-out problem in the first row of evaluations.jsonl
+
+
+class HeldOut(NamedTuple):
+    """An evaluation of a run: metrics by name, and its row of evaluations.jsonl without the step."""
+
+    metrics: dict[str, float]
+    row: dict[str, Any]
+
+    @property
+    def logged(self) -> dict[str, float]:
+        """The metrics by their names in metrics.jsonl."""
+        return {f"eval/{name}": value for name, value in self.metrics.items()}
+
+
+def evaluate(run: Run, state: RunState, grader: Grader, label: str) -> HeldOut:
+    """The current parameters on held-out problems: metrics, 95 % intervals, correct responses of each."""
     settings = run.settings
     table = refresh_table(run, state)[0] if settings.eval.mixing else None
     policy = policy_of(run, state.train_state.params, table)
-    return evaluate_set(policy, run.held_out, settings, grader, label=label)
+    estimates, correct = evaluate_set(policy, run.held_out, settings, grader, label=label)
+    metrics = {name: estimate.value for name, estimate in estimates.items()}
+    intervals = {name: [e.low, e.high] for name, e in estimates.items() if e.low is not None}
+    solved = {problem.id: n for problem, n in zip(run.held_out.problems, correct, strict=True)}
+    return HeldOut(
+        metrics, {**metrics, "intervals": intervals, "samples": settings.eval.samples, "correct": solved}
+    )
 
 
 def profiled(settings: TrainSettings, step: int, workdir: pathlib.Path) -> AbstractContextManager[Any]:

@@ -1,10 +1,10 @@
-"""A training step in numbers: its row of metrics.jsonl, and its sample responses for samples.jsonl.
+"""A training step in numbers: its row of metrics.jsonl.
 
 Owns the names of these metrics but for those of the learner and the neighbour table, and how the numbers of
 several hosts become one. Must not know the order of a step, nor decide anything by what it measures.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,10 +17,7 @@ from ngrpo_jax.runtime import distributed, hardware, mesh
 from ngrpo_jax.setup.learner import old_logprobs
 from ngrpo_jax.setup.policy import Policy, sequence_numbers
 from ngrpo_jax.setup.problems import ProblemSet
-from ngrpo_jax.tasks import prompts
 from ngrpo_jax.tasks.rewards import Counts
-
-SAMPLES_A_STEP = 2  # responses of each step that go to samples.jsonl
 
 
 class Rollout(NamedTuple):
@@ -156,34 +153,3 @@ def device_metrics(run: Run, rollout: Rollout, seconds: dict[str, float]) -> dic
         metrics["speed/update_mfu"] = 3 * sum(of_work) / seconds["update"] / (peak * run.mesh.size)
     held = [memory for memory in of_memory if memory is not None]
     return {**metrics, "memory/peak": float(max(held))} if held else metrics
-
-
-def sample_rows(run: Run, rollout: Rollout, step: int) -> list[dict[str, Any]]:
-    """A step's rows of samples.jsonl: the first response to each of its first SAMPLES_A_STEP problems.
-
-    Besides these, each response that ended in logits that are not finite, for inspection.
-    A row holds the text, its reward, and the spans of characters whose tokens were read as mixed inputs.
-    """
-    tokenizer, written = run.model_spec.tokenizer_info.tokenizer, rollout.trajectories
-    rows = []
-    group = rollout.rewards_PG.shape[1]
-    first = [number * group for number in range(min(SAMPLES_A_STEP, len(rollout.batch.problems)))]
-    for index in dict.fromkeys([*first, *np.flatnonzero(written.nonfinite_B).tolist()]):
-        problem = rollout.batch.problems[index // group]
-        tokens = written.response(index)
-        text, spans = prompts.mixed_spans(tokenizer, tokens, written.mixed_BT[index, : len(tokens)])
-        rows.append(
-            {
-                "step": step,
-                "id": problem.id,
-                "problem": problem.problem,
-                "answer": problem.answer,
-                "response": text,
-                "reward": float(rollout.rewards_PG[index // group, index % group]),
-                "mixed": spans,
-                "tokens": len(tokens),
-                "stopped": bool(written.stopped_B[index]),
-            }
-            | ({"nonfinite": True} if written.nonfinite_B[index] else {})
-        )
-    return rows

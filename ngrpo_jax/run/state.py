@@ -58,12 +58,12 @@ class RunState:
     unfinished: tuple[dict[str, Any], list[dict[str, Any]]] | None = None  # rows of a step to be evaluated
 
 
-def save(state: RunState, run: Run, checkpoints: Checkpoints, row: dict[str, float] | None) -> None:
+def save(state: RunState, run: Run, checkpoints: Checkpoints, scores: dict[str, float] | None) -> None:
     """Starts to write a checkpoint of `state`.
 
     Args:
-      row: the step's row of metrics.jsonl where the step was evaluated, None elsewhere; the best checkpoint
-        is chosen by its `eval/` metrics.
+      scores: `eval/` metrics where the step was evaluated, None elsewhere; the best checkpoint is chosen by
+        one of them.
     """
     arrays: dict[str, Any] = {"train": state.train_state}
     if state.table is not None:
@@ -75,7 +75,6 @@ def save(state: RunState, run: Run, checkpoints: Checkpoints, row: dict[str, flo
         "initial_evaluation": state.initial_evaluation,
         "unfinished": state.unfinished,
     }
-    scores = None if row is None else {name: row[name] for name in row if name.startswith("eval/")}
     checkpoints.save(state.step, arrays, host, scores)
 
 

@@ -16,8 +16,9 @@ import numpy as np
 from ngrpo_jax.learner import packing, update
 from ngrpo_jax.learner.advantages import compute_advantages
 from ngrpo_jax.rollout.trajectory import Trajectories
-from ngrpo_jax.run.metrics import Rollout, gather_responses, response_metrics, sample_rows, step_row
+from ngrpo_jax.run.metrics import Rollout, gather_responses, response_metrics, step_row
 from ngrpo_jax.run.neighbor_table import add_drift, copy_rows, neighbors, refresh_table
+from ngrpo_jax.run.samples import sample_rows
 from ngrpo_jax.run.state import Run, RunState, Table
 from ngrpo_jax.runtime import console, distributed
 from ngrpo_jax.setup.learner import old_logprobs, row_layout
@@ -51,10 +52,11 @@ def train_step(
         rollout = grade(run, grader, batch, trajectories)
     responses = gather_responses(rollout)
     metrics = table_metrics | response_metrics(policy, rollout, responses)
+    samples = sample_rows(policy, rollout, step) if distributed.process().primary else []
     del policy  # the rollout's copy of the parameters must not outlive the rollout
     train_state, table, learner_metrics = learn(run, state.train_state, table, rollout, seconds)
     row = step_row(run, rollout, responses, metrics | learner_metrics, seconds)
-    return RunState(step, train_state, table, state.initial_evaluation), row, sample_rows(run, rollout, step)
+    return RunState(step, train_state, table, state.initial_evaluation), row, samples
 
 
 def problems_of(run: Run, step: int) -> ProblemSet:
@@ -145,9 +147,23 @@ def learn(
     return train_state, table, {**metrics, "rows/fill": packing.fill_fraction(rows, allgather)}
 
 
+# Phases that report nothing of their own while they go on.
+_PHASES = {
+    "table": "neighbour table",
+    "reward": "grading",
+    "logprobs": "log-probabilities (the first time compiles)",
+    "update": "update (the first time compiles)",
+}
+
+
 @contextmanager
 def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Adds the block's wall time to that of a phase; the block's results must be on the host at its end."""
+    """Adds the block's wall time to that of a phase; the block's results must be on the host at its end.
+
+    A phase that takes long, as its first time does, in which it compiles, says that it goes on.
+    """
     start = time.monotonic()
-    yield
+    label = _PHASES.get(name)
+    with console.Progress(label or name, keep=False, enabled=bool(label) and distributed.process().primary):
+        yield
     seconds[name] = seconds.get(name, 0.0) + time.monotonic() - start

@@ -78,6 +78,7 @@ def announce(run: Run, state: RunState) -> None:
     )
     print(f"stops at   {_stops(run)}")
     print(f"steps      {state.step} of {settings.train.steps} done; workdir {run.workdir}", flush=True)
+    explain_steps()
 
 
 def _stops(run: Run) -> str:
@@ -92,23 +93,33 @@ def _stops(run: Run) -> str:
 
 
 def step_line(step: int, row: dict[str, float], steps: int, pace: float) -> str:
-    """The line of a step: what was learnt, what it cost, how long the rest takes (`pace`: seconds a step)."""
+    """The line of a step, at most 100 characters: what was learnt, its time, how long the rest takes.
+
+    `pace`: seconds a step.
+    """
     parts = [
         f"step {step}/{steps}",
         f"reward {row['reward/mean']:.3f}",
         f"length {row['rollout/length_mean']:.0f}",
         f"mixed {100 * row['rollout/mixed_fraction']:.1f} %",
-        f"gap {row['gap/max']:.1e}",
-        f"{console.format_seconds(row['time/step'])} (rollout {console.format_seconds(row['time/rollout'])}, "
-        f"update {console.format_seconds(row['time/logprobs'] + row['time/update'])})",
+        f"gap {row['gap/max']:.0e}",
+        console.format_seconds(row["time/step"]),
     ]
-    if "table/cost" in row:
-        parts.append(f"table at {100 * row['table/cost']:.1f} % of a build")
     if "eval/mean_at_n" in row:
         parts.insert(2, f"held out {row['eval/mean_at_n']:.3f}")
     if step < steps:
         parts.append(f"{console.format_seconds(pace * (steps - step))} left")
     return " · ".join(parts)
+
+
+def explain_steps() -> None:
+    """Prints what the words of a step's line mean."""
+    print(
+        "           reward: mean of the training rollouts; held out: Mean@n; length: tokens a\n"
+        "           response; mixed: of them; gap: largest difference of log-probability between\n"
+        "           sampler and learner; then the step's time. docs/metrics.md has the rest.",
+        flush=True,
+    )
 
 
 def finish(
@@ -122,10 +133,15 @@ def finish(
       after: held-out metrics of the last parameters.
       seconds: since the command began.
     """
-    save_model(run.model_spec, state.train_state.params, run.workdir / "export")
-    if distributed.process().primary:
+    primary = distributed.process().primary
+    with console.Progress("exporting the model", keep=False, enabled=primary):
+        save_model(run.model_spec, state.train_state.params, run.workdir / "export")
+    if primary:
         rows = metrics.read_rows(run.workdir / "metrics.jsonl")
-        summary = summarize(run, state, after, rows, checkpoints.best_step()) | {"seconds": seconds}
+        evaluated = run.workdir / "evaluations.jsonl"
+        evaluations = metrics.read_rows(evaluated) if evaluated.exists() else []
+        found = summarize(run, state, after, rows, checkpoints.best_step(), evaluations)
+        summary = found | {"seconds": seconds}
         files.write_json(run.workdir / "summary.json", summary)
         print_summary(summary, run.settings, run.workdir)
     distributed.allgather("the run is summed up", None)
@@ -137,16 +153,19 @@ def summarize(
     after: dict[str, float],
     rows: Sequence[dict[str, Any]],
     best_step: int | None,
+    evaluations: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
     """A finished run in numbers and paths, but for its time: what summary.json holds.
 
     Args:
       rows: those of metrics.jsonl.
       best_step: the step of the best checkpoint, None where no step was evaluated.
+      evaluations: rows of evaluations.jsonl; a run of an earlier version has none of its first part.
     """
     before, checkpoints = state.initial_evaluation, run.workdir / "checkpoints"
     mixed = [row for row in rows if "rollout/mix_cosine_mean" in row]
     scores = {row["step"]: row.get(best_key(run.settings)) for row in rows}
+    scores |= {row["step"]: row[run.settings.checkpoint.best_metric] for row in evaluations}
 
     def mean(name: str, rows: Sequence[dict[str, Any]]) -> float | None:
         return float(np.mean([row[name] for row in rows])) if rows else None

@@ -1,6 +1,7 @@
-"""What a run writes at every step: metrics.jsonl, samples.jsonl, and the loggers of `train.loggers`.
+"""What a run writes as it goes: metrics.jsonl, samples.jsonl, evaluations.jsonl, and to its loggers.
 
-Owns these two files. Must not know what any metric means.
+Owns these files, and restarts.jsonl, which has a row for each time that the run was resumed. Must not know
+what any metric means.
 
 Names of metrics are `group/name`. Times go under `time/` (seconds), rates under `speed/` (units a second) and
 bytes under `memory/`, and nothing else does: without these three groups, the metrics.jsonl of a run that was
@@ -8,6 +9,7 @@ stopped and resumed is byte for byte that of a run that was not.
 """
 
 import contextlib
+import datetime
 import math
 import os
 import pathlib
@@ -51,14 +53,17 @@ class RunLog:
         self._loggers: list[Logger] = []
         folder = pathlib.Path(workdir)
         self._metrics, self._samples = folder / "metrics.jsonl", folder / "samples.jsonl"
+        self._evaluations, restarts = folder / "evaluations.jsonl", folder / "restarts.jsonl"
         if not primary:
             return
         with storage(folder, "written"):
             folder.mkdir(parents=True, exist_ok=True)
-        for path in (self._metrics, self._samples):
+        for path in (self._metrics, self._samples, self._evaluations, restarts):
             _cut(path, self._last)
         if resume_step is not None:
             _warn_of_gaps(self._metrics, resume_step)
+            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            files.append_jsonl(restarts, [{"step": resume_step, "time": now}])
         self._loggers = [LOGGERS[name](folder, self._last + 1) for name in loggers]
 
     def __enter__(self) -> Self:
@@ -91,11 +96,28 @@ class RunLog:
         files.append_jsonl(self._metrics, [{"step": step, **row}])
         files.append_jsonl(self._samples, samples)
         for logger in self._loggers:
-            logger.write(step, row)
+            logger.write(step, row, samples)
+
+    def write_evaluation(self, step: int, row: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """Writes a row `{"step": step, ...}` of evaluations.jsonl, and these metrics to the loggers.
+
+        Nothing where the file has a row of this step: a run that is resumed at its last step evaluates again.
+
+        Args:
+            row: JSON-able.
+            metrics: what no row of metrics.jsonl holds of this evaluation, which may be nothing.
+        """
+        if not self._primary:
+            return
+        if self._evaluations.exists() and any(r["step"] == step for r in read_rows(self._evaluations)):
+            return
+        files.append_jsonl(self._evaluations, [{"step": step, **row}])
+        for logger in self._loggers if metrics else ():
+            logger.write(step, metrics)
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl in order, without an unfinished last line.
+    """The rows of a metrics.jsonl or evaluations.jsonl in order, without an unfinished last line.
 
     Raises:
         UserError: there is no such file, or another line is not an object with an integer `step`.

@@ -127,8 +127,12 @@ def _request(
 
 def compile_rollouts(policy: Policy, requests: Sequence[RolloutRequest]) -> None:
     """Compiles everything that rollouts of these requests need, and prints how long it took."""
-    seconds = sum(programs.compile_ahead(policy.params, one, policy.table_VC) for one in requests)
-    if requests and distributed.process().primary:
+    primary, seconds = distributed.process().primary, 0.0
+    for number, request in enumerate(requests, 1):
+        label = f"compiling rollouts {number} of {len(requests)}"
+        with console.Progress(label, 1, "sizes", keep=False, enabled=primary) as progress:
+            seconds += programs.compile_ahead(policy.params, request, policy.table_VC, progress.count)
+    if requests and primary:
         print(f"rollouts   compiled for every size in {console.format_seconds(seconds)}", flush=True)
 
 

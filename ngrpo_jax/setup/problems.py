@@ -51,7 +51,13 @@ def load_set(settings: Settings, tokenizer: Any, split: str) -> ProblemSet:
         problems = load_problems(source, split=split, seed=settings.seed, size=settings.eval.problems)
     check_golds(settings, source, problems)
     kept, encoded, dropped = prompts.encode_problems(
-        tokenizer, problems, data.prompt, data.chat_template, data.max_prompt_tokens
+        tokenizer,
+        problems,
+        data.prompt,
+        data.chat_template,
+        data.max_prompt_tokens,
+        data.system_prompt,
+        data.template_options,
     )
     return ProblemSet(kept, encoded, dropped)
 

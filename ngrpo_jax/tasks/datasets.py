@@ -14,7 +14,7 @@ import numpy as np
 from ngrpo_jax.errors import require
 
 from . import cleaning
-from .rows import RowReader
+from .rows import RowReader, opened
 from .sources import read_rows
 
 
@@ -79,9 +79,10 @@ def _problems(
     reader = RowReader(rows.origin, rows.names, "every row", "row-{}", tolerant, spelling=str)
     number = 0
     for number, row in rows.numbered:
-        texts = reader.read(number, row)
+        place = f"{rows.origin}, row {number}"
+        texts = reader.read(number, opened(place, row, (name for (name,) in rows.names.values())))
         if texts and rows.answer_after:
-            texts["answer"] = _after(f"{rows.origin}, row {number}", texts["answer"], rows.answer_after)
+            texts["answer"] = _after(place, texts["answer"], rows.answer_after)
         yield Problem(**texts) if texts else None
     require(number > 0, f"data source {source!r} (split {split!r}) is empty; give one with at least one row")
 

@@ -60,17 +60,25 @@ def user_text(problem: str, kind: str = "math") -> str:
     return problem + _ENDINGS[kind]
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str, chat_template: str | None = None) -> list[int]:
-    """Token ids of a prompt: one user turn and the beginning of the assistant turn, without a system turn.
+def encode_prompt(
+    tokenizer: Tokenizer,
+    text: str,
+    chat_template: str | None = None,
+    system_prompt: str | None = None,
+    template_options: Sequence[str] = (),
+) -> list[int]:
+    """Token ids of a prompt: perhaps a system turn, one user turn, and the beginning of the assistant turn.
 
     Args:
       text: the user turn, see `user_text`.
       chat_template: None = the tokenizer's own; "plain" = the text alone, after BOS if the tokenizer adds one
         to texts; otherwise the path of a Jinja file.
+      system_prompt: the system turn; None for none.
+      template_options: "NAME=VALUE" each, variables of the template.
     Raises UserError for a tokenizer without a template, for a template that does not render, and for a Jinja
     file that does not exist.
     """
-    return _encode(tokenizer, [text], chat_template)[0]
+    return _encode(tokenizer, [text], chat_template, system_prompt, template_options)[0]
 
 
 def encode_problems(
@@ -79,12 +87,15 @@ def encode_problems(
     kind: str,
     chat_template: str | None,
     limit: int,
+    system_prompt: str | None = None,
+    template_options: Sequence[str] = (),
 ) -> tuple[list[Problem], list[list[int]], int]:
     """Encode every problem and drop those of more than `limit` tokens.
 
     Returns (problems kept, their prompts' ids, number dropped). Raises UserError where none is left.
     """
-    prompts = _encode(tokenizer, [user_text(p.problem, kind) for p in problems], chat_template)
+    texts = [user_text(p.problem, kind) for p in problems]
+    prompts = _encode(tokenizer, texts, chat_template, system_prompt, template_options)
     kept = [(problem, ids) for problem, ids in zip(problems, prompts, strict=True) if len(ids) <= limit]
     require(
         bool(kept),
@@ -94,19 +105,36 @@ def encode_problems(
     return [problem for problem, _ in kept], [ids for _, ids in kept], len(prompts) - len(kept)
 
 
-def _encode(tokenizer: Tokenizer, texts: list[str], chat_template: str | None) -> list[list[int]]:
+def _encode(
+    tokenizer: Tokenizer,
+    texts: list[str],
+    chat_template: str | None,
+    system_prompt: str | None,
+    template_options: Sequence[str],
+) -> list[list[int]]:
     if not texts:
         return []
     if chat_template == PLAIN:
+        require(
+            system_prompt is None and not template_options,
+            "data.chat_template is 'plain', which has no turns: leave data.system_prompt and "
+            "data.template_options out, or name a template.",
+        )
         bos = tokenizer.bos_token if tokenizer.encode("a")[0] == tokenizer.bos_token_id else ""
         rendered = [bos + text for text in texts]
     else:
-        rendered = _render(tokenizer, texts, chat_template)
+        rendered = _render(tokenizer, texts, chat_template, system_prompt, template_options)
     # The rendered text has BOS already: no further special tokens.
     return tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
 
-def _render(tokenizer: Tokenizer, texts: list[str], chat_template: str | None) -> list[str]:
+def _render(
+    tokenizer: Tokenizer,
+    texts: list[str],
+    chat_template: str | None,
+    system_prompt: str | None,
+    template_options: Sequence[str],
+) -> list[str]:
     template = None
     if chat_template is not None:
         fault = f"data.chat_template = {chat_template!r} is neither 'plain' nor a readable Jinja file"
@@ -117,11 +145,13 @@ def _render(tokenizer: Tokenizer, texts: list[str], chat_template: str | None) -
             f"the tokenizer of {tokenizer.name_or_path} has no chat template; "
             "set data.chat_template to a Jinja file or to 'plain'"
         )
-    turns = [[{"role": "user", "content": text}] for text in texts]
+    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    turns = [[*system, {"role": "user", "content": text}] for text in texts]
+    options = dict(_option(text) for text in template_options)
     fault = "the chat template does not render one user turn"
     with explained((jinja2.TemplateError, TypeError), fault, "set data.chat_template to another"):
         rendered = tokenizer.apply_chat_template(
-            turns, chat_template=template, tokenize=False, add_generation_prompt=True
+            turns, chat_template=template, tokenize=False, add_generation_prompt=True, **options
         )
     for text, prompt in zip(texts, rendered, strict=True):
         require(
@@ -130,6 +160,15 @@ def _render(tokenizer: Tokenizer, texts: list[str], chat_template: str | None) -
             "parts; set data.chat_template to one that takes it as text",
         )
     return rendered
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """NAME=VALUE -> (NAME, value): true, false, none, a number, or the text itself."""
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 # Characters that may precede and follow the text in a response; they can share a token with its ends.
@@ -270,31 +309,36 @@ def response_text(tokenizer: Tokenizer, tokens: Ids) -> str:
     return tokenizer.decode(kept, skip_special_tokens=False)
 
 
-def mixed_spans(tokenizer: Tokenizer, tokens: Ids, mixed: Flags) -> tuple[str, list[tuple[int, int]]]:
-    """The text of `tokens`, special ones included, and the (start, end) characters of its mixed tokens.
+def mixed_places(tokenizer: Tokenizer, tokens: Ids, mixed: Flags) -> tuple[str, list[tuple[int, int, int]]]:
+    """The text of `tokens`, special ones included, and (start, end, position) of its mixed tokens.
 
-    A span never splits a character: tokens that share a character are mixed if any of them is.
+    Start and end are characters of the text, position is the token's. A span never splits a character:
+    tokens that share one have one span, with the position of the first mixed one of them.
     """
-    pieces = _display_pieces(tokenizer, [int(t) for t in tokens], [bool(m) for m in mixed])
-    text, spans = "", []
-    for is_mixed, run in itertools.groupby(pieces, key=lambda piece: piece[1]):
-        start = len(text)
-        text += "".join(piece for piece, _ in run)
-        if is_mixed:
-            spans.append((start, len(text)))
-    return text, spans
+    text, places, position = "", [], 0
+    for piece, count in _display_pieces(tokenizer, [int(t) for t in tokens]):
+        of_piece = [at for at in range(position, position + count) if mixed[at]]
+        if of_piece:
+            places.append((len(text), len(text) + len(piece), of_piece[0]))
+        text, position = text + piece, position + count
+    return text, places
 
 
 def marked_text(tokenizer: Tokenizer, tokens: Ids, mixed: Flags) -> str:
     """The text of `tokens` with each span of mixed tokens between ⟦ and ⟧."""
-    text, spans = mixed_spans(tokenizer, tokens, mixed)
+    text, places = mixed_places(tokenizer, tokens, mixed)
+    spans: list[tuple[int, int]] = []
+    for start, end, _ in places:
+        if spans and spans[-1][1] == start:
+            start = spans.pop()[0]
+        spans.append((start, end))
     for start, end in reversed(spans):
         text = f"{text[:start]}⟦{text[start:end]}⟧{text[end:]}"
     return text
 
 
-def _display_pieces(tokenizer: Tokenizer, tokens: list[int], mixed: list[bool]) -> list[tuple[str, bool]]:
-    """(text, any mixed?) of each token, or of several that are whole characters only together.
+def _display_pieces(tokenizer: Tokenizer, tokens: list[int]) -> list[tuple[str, int]]:
+    """(text, 1) of each token, (text, count) of several that are whole characters only together.
 
     The text of a piece is what it adds to the piece before it; alone, some tokenizers would drop its leading
     space.
@@ -303,13 +347,13 @@ def _display_pieces(tokenizer: Tokenizer, tokens: list[int], mixed: list[bool]) 
     def decode(ids: list[int]) -> str:
         return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    pieces: list[tuple[str, bool]] = []
+    pieces: list[tuple[str, int]] = []
     context: list[int] = []
     start = 0
     for end in range(1, len(tokens) + 1):
         before, through = decode(context), decode(context + tokens[start:end])
         if end < len(tokens) and through.endswith("\N{REPLACEMENT CHARACTER}"):
             continue  # the rest of this character is in the next token
-        pieces.append((through[len(before) :], any(mixed[start:end])))
+        pieces.append((through[len(before) :], end - start))
         context, start = tokens[start:end], end
     return pieces

@@ -89,6 +89,35 @@ class RowReader:
         return texts | {"id": own}
 
 
+def opened(place: str, row: Any, names: Iterable[str]) -> Any:
+    """The row with the fields `names` at its top: A.B is field B of the object A, a chat its one user turn.
+
+    Raises UserError, naming the place, for a chat that is not one user turn.
+    """
+    if not isinstance(row, Mapping):
+        return row
+    found = dict(row)
+    for name in names:
+        value: Any = row
+        for part in [name] if name in row else name.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if isinstance(value, Sequence) and value and all(isinstance(turn, Mapping) for turn in value):
+            value = _user_turn(f"{place}: field {name!r}", value)
+        if name in row or value is not None:
+            found[name] = value
+    return found
+
+
+def _user_turn(field: str, turns: Sequence[Mapping[str, Any]]) -> Any:
+    if [turn.get("role") for turn in turns] != ["user"]:
+        roles = ", ".join(str(turn.get("role")) for turn in turns)
+        raise UserError(
+            f"{field} is a chat of the turns {roles}; give the one user turn, and a system turn by "
+            "data.system_prompt"
+        )
+    return turns[0].get("content")
+
+
 def is_null(value: Any) -> bool:
     """Whether a field is empty: None, NaN, or text of spaces alone."""
     value = _scalar(value)

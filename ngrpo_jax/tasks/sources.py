@@ -11,8 +11,9 @@ of this project, `datasets` the fields that a problem needs.
     package.module:function                   called with split= and seed=; gives dicts
 
 After "?", `problem=`, `answer=` and `id=` name the fields of the file where they have other names, and
-`answer_after=TEXT` takes of each answer what follows the last TEXT, such as ####. A file is read whole
-whatever the split.
+`answer_after=TEXT` takes of each answer what follows the last TEXT, such as ####. A.B names the field B of
+the object A, and a problem may be a chat of one user turn: files of verl are read by
+parquet:F?problem=prompt&answer=reward_model.ground_truth. A file is read whole whatever the split.
 """
 
 import dataclasses

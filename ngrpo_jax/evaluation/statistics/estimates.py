@@ -67,12 +67,12 @@ def estimate_metrics(graded: GradedResponses, pass_k: Sequence[int]) -> dict[str
     return metrics
 
 
-def training_metrics(graded: GradedResponses, largest_k: int) -> dict[str, float]:
-    """What a training run records of an evaluation: values alone, one Pass@k; maj_at_n 0 without answers."""
+def training_estimates(graded: GradedResponses, largest_k: int) -> dict[str, Estimate]:
+    """What a training run records of an evaluation: one Pass@k; maj_at_n 0 without answers."""
     found = {"maj_at_n": Estimate(0.0), **estimate_metrics(graded, (largest_k,))}
     found["pass_at_k"] = found[f"pass_at_{largest_k}"]
     names = ("mean_at_n", "pass_at_k", "maj_at_n", "truncated", "length_mean")
-    return {name: found[name].value for name in names}
+    return {name: found[name] for name in names}
 
 
 def cosine_metrics(cosines: np.ndarray) -> dict[str, float]:

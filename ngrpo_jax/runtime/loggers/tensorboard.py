@@ -1,7 +1,8 @@
 """WORKDIR/tensorboard: the metrics as event files, each metric a scalar."""
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ngrpo_jax.errors import storage
 
@@ -19,7 +20,9 @@ class TensorBoard:
             # TensorBoard drops the events of an earlier attempt from the purge step on.
             self._events = SummaryWriter(str(self._folder), purge_step=first_step, filename_suffix=suffix)
 
-    def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
+    def write(
+        self, step: int, metrics: Mapping[str, float | None], samples: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
         """Adds one point to every metric that has a finite value."""
         with storage(self._folder, "written"):
             for name, value in metrics.items():

@@ -1,0 +1,204 @@
+"""Several runs -> one page: overlaid curves, seeds of one setting joined, final tables, settings that differ.
+
+Owns which runs belong together, and the words of the comparison. Reads and writes no file.
+"""
+
+import dataclasses
+import itertools
+import math
+import statistics
+from collections.abc import Sequence
+
+import numpy as np
+
+from ngrpo_jax.evaluation.statistics import paired
+from ngrpo_jax.report import curves, panels, templates
+from ngrpo_jax.report.curves import Axes, Line, Points
+from ngrpo_jax.report.numbers import number, percent, points, quantity
+from ngrpo_jax.report.workdir import Run
+from ngrpo_jax.runtime.console import format_seconds
+from ngrpo_jax.schema import flatten
+
+# Settings that make no other experiment of a run: seeds are joined, the others say where and how it ran.
+_NO_EXPERIMENT = ("seed", "mesh.", "checkpoint.", "train.loggers", "train.profile", "reward.workers", "log.")
+_COLORS = 8  # of the style sheet
+_T_95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t by degrees of freedom
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Runs that differ by their seed alone; `name` says what sets them apart from the other runs."""
+
+    name: str
+    runs: list[Run]
+
+
+def settings_of(runs: Sequence[Run], named: Sequence[str]) -> list[Setting]:
+    """The runs, joined where all of `named` (the settings that differ) are equal, in order of appearance."""
+    groups: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        values = flatten(run.config)
+        groups.setdefault(tuple(str(values.get(name)) for name in named), []).append(run)
+    short = [name.split(".")[-1] for name in named]
+    names = [", ".join(map(" ".join, zip(short, key, strict=True))) or "all runs" for key in groups]
+    return [Setting(name, members) for name, members in zip(names, groups.values(), strict=True)]
+
+
+def differing(runs: Sequence[Run]) -> list[str]:
+    """Names of the settings that are not the same in all runs."""
+    tables = [flatten(run.config) for run in runs]
+    names = dict.fromkeys(name for table in tables for name in table)
+    return [name for name in names if len({str(table.get(name)) for table in tables}) > 1]
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The whole page."""
+    every = differing(runs)
+    settings = settings_of(runs, [name for name in every if not name.startswith(_NO_EXPERIMENT)])
+    axes, keys = Axes(), list(dict.fromkeys(key for run in runs for key in run.keys))
+    sections = []
+    charts = []
+    for section in panels.present(keys):
+        shown = []
+        for panel, lines in _panels(section, settings):
+            charts.append(curves.as_json(panel, lines, axes))
+            shown.append(
+                {
+                    "panel": panel,
+                    "legend": curves.legend(panel, lines),
+                    "described": curves.described(panel, lines),
+                }
+            )
+        sections.append((section, shown))
+    return templates.fill(
+        "compare.html",
+        title=" against ".join(one.name for one in settings) if len(settings) < 4 else f"{len(runs)} runs",
+        runs=len(runs),
+        verdict=_verdict(settings),
+        sections=sections,
+        finals=[_final(setting) for setting in settings],
+        pairs=_pairs(settings),
+        differing=every,
+        settings=[(run.name, [flatten(run.config).get(name, "–") for name in every]) for run in runs],
+        data={"axes": list(axes.known), "charts": charts},
+    )
+
+
+def _panels(section: panels.Section, settings: Sequence[Setting]) -> list[tuple[panels.Panel, list[Line]]]:
+    """A panel for each metric: several runs in one panel leave no room for several metrics."""
+    found = []
+    for panel in section.panels:
+        for key, label in panel.series.items():
+            title = panel.title if len(panel.series) == 1 else f"{panel.title}: {label}"
+            lines = [line for n, one in enumerate(settings) for line in _lines(one, key, n)]
+            kind = "log" if panel.kind == "log" else "lines"
+            if lines:
+                found.append((panel._replace(title=title, kind=kind), lines))
+    return found
+
+
+def _lines(setting: Setting, key: str, color: int) -> list[Line]:
+    """The mean over seeds with the band from the least to the largest; of one run its own line."""
+    found = [curve for curve in (curves.points(run, key) for run in setting.runs) if curve.steps]
+    lines = [joined(found)] if len(found) > 1 else found
+    return [Line(setting.name, curve, color % _COLORS) for curve in lines if curve.steps]
+
+
+def joined(of_seeds: Sequence[Points]) -> Points:
+    """Mean, least and largest value at every step that all seeds have."""
+    tables = [dict(zip(one.steps, one.values, strict=True)) for one in of_seeds]
+    steps = tuple(sorted(set.intersection(*(set(table) for table in tables))))
+    columns = [[v for table in tables if (v := table[step]) is not None] for step in steps]
+    means = [statistics.fmean(column) if column else None for column in columns]
+    low, high = ([pick(column) if column else None for column in columns] for pick in (min, max))
+    return Points(steps, means, low, high)
+
+
+def _last(run: Run, key: str) -> float | None:
+    curve = curves.points(run, f"eval/{key}")
+    return curve.values[-1] if curve.values else run.summary.get(f"{key}_after")
+
+
+def _interval_over_seeds(values: Sequence[float]) -> str:
+    """95 % interval of the mean by Student's t; empty for a single value."""
+    if len(values) < 2:
+        return ""
+    t = _T_95[len(values) - 2] if len(values) - 2 < len(_T_95) else 1.96
+    half = t * statistics.stdev(values) / math.sqrt(len(values))
+    mean = statistics.fmean(values)
+    return f"{percent(mean - half)} to {percent(mean + half)}"
+
+
+def _final(setting: Setting) -> list[str]:
+    """A row of the final table."""
+    means = [value for run in setting.runs if (value := _last(run, "mean_at_n")) is not None]
+    passes = [value for run in setting.runs if (value := _last(run, "pass_at_k")) is not None]
+    lengths = [value for run in setting.runs if (value := _last(run, "length_mean")) is not None]
+    seconds = [s for run in setting.runs if isinstance(s := run.summary.get("seconds"), int | float)]
+    best = [max(v for v in found if v is not None) for run in setting.runs if (found := _means(run))]
+    return [
+        setting.name,
+        number(len(setting.runs)),
+        percent(statistics.fmean(means)) if means else "–",
+        _interval_over_seeds(means) or (_own_interval(setting.runs[0]) if means else "") or "–",
+        percent(statistics.fmean(best)) if best else "–",
+        percent(statistics.fmean(passes)) if passes else "–",
+        quantity(statistics.fmean(lengths), "") if lengths else "–",
+        format_seconds(statistics.fmean(seconds)) if seconds else "–",
+    ]
+
+
+def _means(run: Run) -> list[float | None]:
+    return curves.points(run, "eval/mean_at_n").values
+
+
+def _own_interval(run: Run) -> str:
+    curve = curves.points(run, "eval/mean_at_n")
+    if not curve.low or curve.low[-1] is None or curve.high is None:
+        return ""
+    return f"{percent(curve.low[-1])} to {percent(curve.high[-1] or 0)}"
+
+
+def _solved(setting: Setting) -> dict[str, tuple[float, bool]]:
+    """Problem -> (share of correct responses over all seeds, solved by any) at the last evaluation."""
+    found: dict[str, list[float]] = {}
+    for run in setting.runs:
+        rows = [row for row in run.evaluations if row.get("correct")]
+        for key, count in (rows[-1]["correct"] if rows else {}).items():
+            found.setdefault(key, []).append(count / rows[-1]["samples"])
+    return {key: (statistics.fmean(shares), max(shares) > 0) for key, shares in found.items()}
+
+
+def _pairs(settings: Sequence[Setting]) -> list[list[str]]:
+    """A row for each pair of settings: what each alone solves, McNemar's test, the difference of Mean@n."""
+    rows = []
+    for a, b in itertools.combinations(settings, 2):
+        of_a, of_b = _solved(a), _solved(b)
+        common = [key for key in of_a if key in of_b]
+        if not common:
+            continue
+        table = paired.paired_table(*(np.array([of[key][1] for key in common]) for of in (of_a, of_b)))
+        values = (np.array([of[key][0] for key in common]) for of in (of_a, of_b))
+        gap, low, high = paired.difference_interval(*values)
+        p_value = paired.mcnemar(table.only_a, table.only_b)
+        rows.append(
+            [
+                f"{b.name} against {a.name}",
+                f"{points(gap)} ({points(low)} to {points(high)})",
+                *map(number, table),
+                "below 0.001" if p_value < 0.001 else f"{p_value:.3f}",
+            ]
+        )
+    return rows
+
+
+def _verdict(settings: Sequence[Setting]) -> str:
+    """The comparison of two settings in a sentence; empty where there are not two, or nothing to pair."""
+    rows = _pairs(settings) if len(settings) == 2 else []
+    if not rows:
+        return ""
+    seeds = " and ".join(f"{len(one.runs)} of {one.name}" for one in settings)
+    return (
+        f"Held-out accuracy at the last evaluation, {rows[0][0]}: {rows[0][1]} points, 95 % interval over "
+        f"problems in brackets; runs: {seeds}."
+    )

@@ -1,0 +1,60 @@
+"""What was mixed with what, over all mixtures of samples.jsonl, beside the paper's Appendix E."""
+
+import itertools
+from typing import Any
+
+from ngrpo_jax.report.numbers import number, percent
+from ngrpo_jax.report.samples import EDGES, Mixtures
+
+MOST_TOKENS = 300  # rows of the table of anchors
+PARTNERS = 4  # of an anchor
+# arXiv 2606.10768, Appendix E: mean, minimum and share below 0.95 of the cosines.
+PAPER = ("0.9985", "0.8813", "1.2 %")
+
+
+def summary(mixtures: Mixtures) -> dict[str, Any] | None:
+    """The tables of the mixing section; None where the file has no mixture."""
+    if not mixtures.count:
+        return None
+    below = mixtures.cosines[: EDGES.index(0.95)].sum() / mixtures.count
+    ours = (f"{mixtures.total / mixtures.count:.4f}", f"{mixtures.least:.4f}", percent(below))
+    return {
+        "count": number(mixtures.count),
+        "weight": percent(mixtures.weight / mixtures.count),
+        "appendix": [("mean cosine", "least", "below 0.95"), ours, PAPER],
+        "histogram": _histogram(mixtures),
+        "tokens": _tokens(mixtures),
+    }
+
+
+def _histogram(mixtures: Mixtures) -> list[tuple[str, str, float]]:
+    """(range, share in words, share) of the cosines, from the first range that has any."""
+    shares = mixtures.cosines / mixtures.count
+    bounds = [f"{max(low, -1):g} to {min(high, 1):g}" for low, high in itertools.pairwise(EDGES)]
+    rows = [(bound, percent(share), float(share)) for bound, share in zip(bounds, shares, strict=True)]
+    return rows[int(shares.nonzero()[0][0]) :]
+
+
+def _tokens(mixtures: Mixtures) -> list[tuple[str, str, str, str]]:
+    """(anchor, times, its mean weight, its partners with their mean weights), the most frequent first."""
+    ordered = sorted(mixtures.anchors.items(), key=lambda item: -item[1][0])[:MOST_TOKENS]
+    return [
+        (
+            visible(anchor),
+            number(int(times)),
+            percent(weight / times),
+            ", ".join(
+                f"{visible(text)} {percent(total / times)}"
+                for text, total in mixtures.partners[anchor].most_common(PARTNERS)
+            ),
+        )
+        for anchor, (times, weight) in ordered
+    ]
+
+
+def visible(text: str) -> str:
+    """Text with a sign for each space, line break and tab, and an escape for other invisible characters."""
+    signs = text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in signs
+    )

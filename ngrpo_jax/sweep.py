@@ -1,0 +1,172 @@
+"""The sweep command: a training run for every combination of settings, then a page that compares them.
+
+    python -m ngrpo_jax.sweep --config=configs/NAME.py --workdir=DIR --set seed=0,1,2
+        [--set mixing.rate=0,0.1] [--jobs=N] [--task=N] [--config.a.b=value]
+
+Each run has a workdir in DIR, named by its values of the swept settings. Runs come one after the other, or
+`--jobs` at a time, each then with its output in DIR/NAME.log. The same command goes on where it was stopped,
+and a run that fails does not keep the others from running. `--task` runs the N-th alone, counted from 0, for
+the array of a cluster's scheduler. At the end DIR/compare.html shows the runs that there are, with the seeds
+of one setting joined.
+"""
+
+import ast
+import itertools
+import pathlib
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from ngrpo_jax import flags
+from ngrpo_jax.errors import UserError, require
+
+
+class Trial(NamedTuple):
+    """One run of a sweep: its workdir's name, and the text of each swept setting."""
+
+    name: str
+    values: Mapping[str, str]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Checks every combination, runs what is left to do, writes the page."""
+    program, *words = argv
+    parser = flags.ArgumentParser("python -m ngrpo_jax.sweep")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE,VALUE")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--task", type=int)
+    given, rest = parser.parse_known_args(words)
+    require(bool(given.set), "--set is missing; write --set seed=0,1,2.")
+    require(given.jobs > 0, f"--jobs={given.jobs} must be above 0.")
+    swept = dict(map(parse_set, given.set))
+    require(len(swept) == len(given.set), "--set names a setting twice; write all its values in one --set.")
+    trials = combinations(swept)
+    folder = check(program, rest, trials)
+    if given.task is not None:
+        last = len(trials) - 1
+        require(
+            0 <= given.task <= last,
+            f"--task={given.task} must be from 0 to {last}: there are {last + 1} runs.",
+        )
+        trials = [trials[given.task]]
+    statuses = run_all([command(rest, folder, trial) for trial in trials], trials, folder, given.jobs)
+    if given.task is None:
+        _write_page(folder)
+    failed = {trial.name: status for trial, status in zip(trials, statuses, strict=True) if status}
+    if failed:
+        print(f"error: these runs did not end well: {', '.join(failed)}.", file=sys.stderr)
+        raise SystemExit(next(iter(failed.values())))
+
+
+def parse_set(text: str) -> tuple[str, list[str]]:
+    """NAME=V1,V2 -> (NAME, [V1, V2]); commas within brackets and quotes divide nothing."""
+    name, equals, values = text.partition("=")
+    require(
+        bool(equals and values), f"--set {text!r} has no values; write --set {name or 'NAME'}=VALUE,VALUE."
+    )
+    # The parser of Python finds where a bracket or a quote ends.
+    parts: list[str] = []
+    part = ""
+    for piece in values.split(","):
+        part = f"{part},{piece}" if part else piece
+        if not re.search(r"[(\[{'\"]", part) or _is_literal(part):
+            parts, part = [*parts, part], ""
+    return name.removeprefix("--config."), parts + [part] * bool(part)
+
+
+def _is_literal(text: str) -> bool:
+    try:
+        ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return False
+    return True
+
+
+def combinations(swept: Mapping[str, Sequence[str]]) -> list[Trial]:
+    """Every combination of the values, the last setting's changing fastest."""
+    leaves = [name.rpartition(".")[2] for name in swept]
+    short = [leaf if leaves.count(leaf) == 1 else name for leaf, name in zip(leaves, swept, strict=True)]
+    trials = []
+    for values in itertools.product(*swept.values()):
+        pairs = ("=".join(pair) for pair in zip(short, values, strict=True))
+        name = re.sub(r"[^\w.=+-]+", "-", "_".join(pairs))
+        trials.append(Trial(name, dict(zip(swept, values, strict=True))))
+    names = [trial.name for trial in trials]
+    require(len(set(names)) == len(names), f"--set has a value twice ({', '.join(names)}).")
+    return trials
+
+
+def check(program: str, rest: Sequence[str], trials: Sequence[Trial]) -> pathlib.Path:
+    """The folder of the sweep; UserError where the settings of a run cannot be right."""
+    from ngrpo_jax.settings import resolve  # here alone: settings import jax
+
+    folder = ""
+    for trial in trials:
+        config, options = flags.parse_flags([program, *rest, *_overrides(trial)])
+        folder = options["workdir"]
+        try:
+            resolve(config)
+        except UserError as error:
+            raise UserError(f"the run {trial.name}: {error}") from error
+    return pathlib.Path(folder)
+
+
+def _overrides(trial: Trial) -> list[str]:
+    return [f"--config.{name}={value}" for name, value in trial.values.items()]
+
+
+def command(rest: Sequence[str], folder: pathlib.Path, trial: Trial) -> list[str]:
+    """The training command of a run."""
+    kept, skip = [], False
+    for word in rest:  # without the sweep's own --workdir
+        if skip or word == "--workdir" or word.startswith("--workdir="):
+            skip = word == "--workdir" and not skip
+            continue
+        kept.append(word)
+    program = [sys.executable, "-m", "ngrpo_jax.train", f"--workdir={folder / trial.name}"]
+    return [*program, *kept, *_overrides(trial)]
+
+
+def run_all(
+    commands: Sequence[list[str]], trials: Sequence[Trial], folder: pathlib.Path, jobs: int
+) -> list[int]:
+    """Runs the commands, `jobs` at a time: their exit statuses. A signal to a run ends the sweep."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stopped: list[int] = []
+
+    def run(number: int) -> int:
+        if stopped:
+            return stopped[0]
+        print(f"run {number + 1} of {len(commands)}: {trials[number].name}", flush=True)
+        if jobs == 1:
+            status = subprocess.run(commands[number], check=False).returncode
+        else:
+            with (folder / f"{trials[number].name}.log").open("a", encoding="utf-8") as log:
+                status = subprocess.run(commands[number], check=False, stdout=log, stderr=log).returncode
+        if status > 128 or status < 0:
+            stopped.append(status)
+        return status
+
+    with ThreadPoolExecutor(jobs) as threads:
+        return list(threads.map(run, range(len(commands))))
+
+
+def _write_page(folder: pathlib.Path) -> None:
+    """DIR/compare.html of the runs that have finished a step."""
+    from ngrpo_jax.report import __main__ as report
+
+    found = sorted(str(path.parent) for path in folder.glob("*/metrics.jsonl") if path.stat().st_size)
+    if len(found) > 1:
+        report.main(["report", "compare", *found, f"--out={folder / 'compare.html'}"])
+
+
+def cli() -> None:
+    """The console script ngrpo-sweep."""
+    flags.run_command(main)
+
+
+if __name__ == "__main__":
+    cli()

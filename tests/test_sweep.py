@@ -1,0 +1,106 @@
+"""Sweeps: every combination once, each in a workdir of its own, checked before the first run starts."""
+
+import json
+import pathlib
+import sys
+
+import pytest
+
+from ngrpo_jax import flags, sweep
+
+
+def test_values_are_divided_by_commas_outside_of_brackets():
+    assert sweep.parse_set("seed=0,1,2") == ("seed", ["0", "1", "2"])
+    assert sweep.parse_set("eval.pass_k=(2,4),(8,)") == ("eval.pass_k", ["(2,4)", "(8,)"])
+    assert sweep.parse_set("--config.optimizer.learning_rate=1e-6,3e-6")[0] == "optimizer.learning_rate"
+
+
+def test_every_combination_has_a_workdir_named_by_its_settings():
+    trials = sweep.combinations({"mixing.rate": ["0", "0.1"], "data.train": ["a/b c", "d"]})
+    assert [trial.name for trial in trials] == [
+        "rate=0_train=a-b-c",
+        "rate=0_train=d",
+        "rate=0.1_train=a-b-c",
+        "rate=0.1_train=d",
+    ]
+    assert dict(trials[2].values) == {"mixing.rate": "0.1", "data.train": "a/b c"}
+    both = sweep.combinations({"train.steps": ["1"], "warm_start.steps": ["2"]})
+    assert both[0].name == "train.steps=1_warm_start.steps=2"
+
+
+def _sweep(*words):
+    flags.run_command(sweep.main, ["sweep", "--config=tiny", *words])
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "--set is missing"),
+        (["--set", "seed"], "has no values"),
+        (["--set", "seed=0,0"], "has a value twice"),
+        (["--set", "sede=0"], "did you mean --config.seed"),
+        (["--set", "rollout.group=8,1"], "the run group=1|rollout.group is 1"),
+        (["--set", "seed=0,1", "--task=2"], "must be from 0 to 1"),
+    ],
+)
+def test_what_cannot_be_right_is_refused_before_any_run(words, sentence, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sweep.subprocess, "run", lambda *_, **__: pytest.fail("a run was started"))
+    with pytest.raises(SystemExit) as refusal:
+        _sweep(f"--workdir={tmp_path}", *words)
+    error = capsys.readouterr().err
+    assert refusal.value.code == 2 and error.count("\n") == 1
+    assert any(part in error for part in sentence.split("|"))
+
+
+class _Runs:
+    """Stands for the training processes: each writes two steps; those of `failing` end with a status."""
+
+    def __init__(self, **failing):
+        self.failing, self.commands = failing, []
+
+    def run(self, command, **_):
+        assert command[:3] == [sys.executable, "-m", "ngrpo_jax.train"]
+        self.commands.append(command)
+        (workdir,) = (word.removeprefix("--workdir=") for word in command if word.startswith("--workdir="))
+        folder = pathlib.Path(workdir)
+        folder.mkdir(exist_ok=True)
+        rows = [{"step": step, "reward/mean": 0.5} for step in (1, 2)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        seed = folder.name.rpartition("seed=")[2]
+        (folder / "config.json").write_text(json.dumps({"seed": int(seed)}))
+        return type("Ended", (), {"returncode": self.failing.get(f"seed{seed}", 0)})
+
+
+def test_runs_come_in_order_and_are_compared(tmp_path, monkeypatch, capsys):
+    runs = _Runs()
+    monkeypatch.setattr(sweep.subprocess, "run", runs.run)
+    _sweep("--workdir", str(tmp_path), "--set", "seed=0,1", "--config.train.steps=4")
+    assert [command[3:] for command in runs.commands] == [
+        [
+            f"--workdir={tmp_path}/seed={seed}",
+            "--config=tiny",
+            "--config.train.steps=4",
+            f"--config.seed={seed}",
+        ]
+        for seed in (0, 1)
+    ]
+    assert "2 runs compared" in (tmp_path / "compare.html").read_text(encoding="utf-8")
+    assert "run 2 of 2: seed=1" in capsys.readouterr().out
+
+
+def test_a_failed_run_does_not_keep_the_others_from_running_but_a_signal_does(tmp_path, monkeypatch, capsys):
+    for status, started in ((2, 3), (143, 1)):
+        runs = _Runs(seed0=status)
+        monkeypatch.setattr(sweep.subprocess, "run", runs.run)
+        with pytest.raises(SystemExit) as ended:
+            _sweep(f"--workdir={tmp_path / str(status)}", "--set", "seed=0,1,2")
+        assert ended.value.code == status and len(runs.commands) == started
+        assert "seed=0" in capsys.readouterr().err
+
+
+def test_one_task_of_an_array_runs_alone(tmp_path, monkeypatch):
+    runs = _Runs()
+    monkeypatch.setattr(sweep.subprocess, "run", runs.run)
+    _sweep(f"--workdir={tmp_path}", "--set", "seed=0,1,2", "--task=1")
+    assert len(runs.commands) == 1 and runs.commands[0][-1] == "--config.seed=1"
+    assert not (tmp_path / "compare.html").exists()
