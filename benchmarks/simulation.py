@@ -164,13 +164,13 @@ def speed(config: ModelConfig, machine: Machine, design: Design, seed: int) -> f
         chunk=CHUNK,
         max_prompt_tokens=design.prompt_tokens,
     )
-    platform = machine.platform if design.held else "cpu"  # where no kernel chooses the cache sizes
-    by_slots = programs.decode_shapes(request, machine.devices, platform)
+    model = InferenceModel(request.config, machine.platform, "ring" if design.held else "plain")
+    by_slots = programs.decode_shapes(request, machine.devices, model)
     if not design.halved:
         by_slots = {design.slots: by_slots[design.slots]}
     compiled = programs.Programs(
         request,
-        InferenceModel(request.config, machine.platform),
+        model,
         by_slots,
         prefill_rows=design.slots // SAMPLES,
         prompt_lengths=programs.prompt_lengths(design.prompt_tokens),

@@ -12,6 +12,7 @@ LAYOUTS = ("tensor", "replicated")  # rollout.layout
 AGGREGATES = ("sequence", "token", "constant")  # objective.aggregate
 OVERLONG = ("keep", "mask", "penalize")  # objective.overlong
 QUANTIZATIONS = ("int8",)  # rollout.quantize
+DECODE_ATTENTION = ("auto", "plain", "ring")  # rollout.attention
 OLD_LOGPROBS = ("learner", "sampler")  # objective.old_logprobs
 SCHEDULES = ("constant", "linear", "cosine", "wsd")  # optimizer.schedule
 REMAT = ("none", "full", "dots")  # train.remat

@@ -120,6 +120,9 @@ class RolloutSettings(Section, prefix="rollout."):
     layout: Annotated[str, one_of(choices.LAYOUTS), MAY_CHANGE] = "tensor"
     # "int8": the layers' matrices rounded in training's rollouts, which read half the bytes of bfloat16 then.
     quantize: Annotated[str, one_of(choices.QUANTIZATIONS)] | None = None
+    # Of a decode step: a kernel for TPU and GPU reads what rows of the "ring" cache hold, "plain" whole rows.
+    # "auto": the kernel on TPU alone; on a GPU it has not been timed yet.
+    attention: Annotated[str, one_of(choices.DECODE_ATTENTION), MAY_CHANGE] = "auto"
 
 
 @dataclasses.dataclass(frozen=True)

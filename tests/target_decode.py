@@ -36,6 +36,7 @@ def main() -> None:
         chunk=2,
         max_prompt_tokens=128,
         sharding=mesh.slots_sharding(grid, "tensor"),
+        attention="ring",
     )
     print(largest_programs(params, request)["decode_chunk"]().as_text())
 

@@ -10,15 +10,19 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_rollout import BASE, CONFIGS, STRATEGIES, UNTIL, _generate, _packed_gap, _params, _same
 
+from ngrpo_jax import choices
 from ngrpo_jax.algo.mixture import Mixing
 from ngrpo_jax.algo.neighbors import neighbor_table
+from ngrpo_jax.errors import UserError
 from ngrpo_jax.model import cache as kv
 from ngrpo_jax.model import inference, ring_attention
 from ngrpo_jax.model.cached_attention import attend_to_valid
 from ngrpo_jax.model.inference import InferenceModel
+from ngrpo_jax.preflight import fit
 from ngrpo_jax.rollout import decode, programs
 from ngrpo_jax.rollout.sharding import ONE_DEVICE, SlotSharding
 from ngrpo_jax.runtime import mesh as meshes
+from ngrpo_jax.settings import RolloutSettings, Settings
 
 COLUMNS = 512
 LENGTHS = np.array([0, 5, 130, 255, 300, 511, 512, 260], np.int32)  # a full row holds the cursor's column
@@ -36,7 +40,7 @@ def _case(dtype):
 
 def _by_kernel(platform, sharding=ONE_DEVICE):
     """(q, keys, values, lengths, cursor) -> attention, as a decode step has it."""
-    model = InferenceModel(dataclasses.replace(BASE, head_dim=64), platform)
+    model = InferenceModel(dataclasses.replace(BASE, head_dim=64), platform, "ring")
 
     @jax.jit
     def attend(q, keys, values, lengths, cursor):
@@ -111,18 +115,43 @@ def test_rings_are_cut_where_a_kernel_takes_them():
         128,
         512,
     ]
+    config = dataclasses.replace(BASE, head_dim=128)
     for platform in PLATFORMS:
         for capacity in (40, 1000, 2500, 9000):
-            (columns,) = programs.cache_sizes(capacity, platform, 128)
+            (columns,) = programs.cache_sizes(capacity, InferenceModel(config, platform, "ring"))
             assert capacity <= columns <= max(capacity + 127, capacity * 17 / 16)
             assert ring_attention.block_width(platform, 128, columns)
+    assert len(programs.cache_sizes(9000, InferenceModel(config, "tpu", "plain"))) == 6
+
+
+def test_a_kernel_attends_where_it_is_asked_for_and_by_default_on_tpu():
+    chosen = {
+        (platform, attention): InferenceModel(BASE, platform, attention).ring
+        for platform in ("cpu", *PLATFORMS)
+        for attention in choices.DECODE_ATTENTION
+    }
+    assert {key for key, ring in chosen.items() if ring} == {
+        ("cpu", "ring"),
+        ("tpu", "ring"),
+        ("gpu", "ring"),
+        ("tpu", "auto"),
+    }
+
+
+def test_a_kernel_that_the_platform_lacks_is_refused_by_the_setting_s_name():
+    settings, devices = Settings(rollout=RolloutSettings(attention="ring")), meshes.make_mesh(8, 1, 1)
+    with pytest.raises(UserError, match=r"rollout\.attention is 'ring', but on cpu no kernel .* heads of 8"):
+        fit.check_decode_attention(settings, BASE, devices)
+    fit.check_decode_attention(Settings(), BASE, devices)
 
 
 def _use_kernel(platform, monkeypatch):
     """Rollouts of the small models on a CPU take this platform's kernel from here on."""
     monkeypatch.setattr(ring_attention, "HEAD_DIMS", {platform: (8,)})
     monkeypatch.setattr(ring_attention, "WIDTHS", {platform: (16,)})
-    monkeypatch.setattr(programs, "InferenceModel", lambda config, _: InferenceModel(config, platform))
+    monkeypatch.setattr(
+        programs, "InferenceModel", lambda config, *_: InferenceModel(config, platform, "ring")
+    )
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

@@ -137,10 +137,18 @@ class InferenceModel:
 
     Attributes:
       platform: of the devices, as jax.Device.platform has it.
+      attention: of a decode step: "plain" over whole rows, "ring" by a kernel over the columns that rows hold
+        (ring_attention.py), "auto" the kernel on TPU alone.
     """
 
     config: ModelConfig
     platform: str
+    attention: str = "auto"
+
+    @property
+    def ring(self) -> bool:
+        """Whether a kernel attends in decode steps, where it takes the heads and the cache."""
+        return self.attention == "ring" or (self.attention == "auto" and self.platform == "tpu")
 
     @property
     def token_axis(self) -> int:

@@ -162,6 +162,7 @@ def _checkpoints(settings: Settings, config: ModelConfig, workdir: pathlib.Path)
 
 def _memory(settings: Settings, devices: jax.sharding.Mesh, config: ModelConfig) -> Found:
     fit.check_offload(settings, devices)
+    fit.check_decode_attention(settings, config, devices)
     allocations = fit.check_memory(settings, config, devices)
     needed, phase = memory.peak(allocations)
     largest = next(one for one in allocations if one.phase in ("always", phase))

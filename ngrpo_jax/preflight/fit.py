@@ -7,6 +7,7 @@ nor read a model or any data.
 import jax
 
 from ngrpo_jax.errors import UserError
+from ngrpo_jax.model import ring_attention
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.preflight import capacity, memory
 from ngrpo_jax.runtime import mesh
@@ -41,6 +42,16 @@ def check_offload(settings: Settings, devices: jax.sharding.Mesh) -> None:
         )
 
 
+def check_decode_attention(settings: Settings, config: ModelConfig, devices: jax.sharding.Mesh) -> None:
+    """Refuses `rollout.attention` "ring" where no kernel takes the heads of this model."""
+    platform, wanted = mesh.device_of(devices).platform, settings.rollout.attention
+    if wanted == "ring" and ring_attention.grain(platform, config.head_dim, 1) is None:
+        raise UserError(
+            f"rollout.attention is {wanted!r}, but on {platform} no kernel takes heads of {config.head_dim} "
+            "entries; set it to auto."
+        )
+
+
 def check_positions(settings: Settings, config: ModelConfig) -> None:
     """Refuses a run whose sequences can become longer than the model's positions."""
     new_tokens = max(settings.rollout.max_new_tokens, settings.eval.max_new_tokens)
@@ -62,6 +73,7 @@ def check_evaluation(settings: Settings, config: ModelConfig, devices: jax.shard
 
     Returns the bytes that it needs on each device, by estimate.
     """
+    check_decode_attention(settings, config, devices)
     _refuse_too_long(settings, config, settings.eval.max_new_tokens, "eval.max_new_tokens")
     allocations = memory.evaluation_estimate(settings, config)
     _refuse_too_large(allocations, devices)

@@ -157,7 +157,7 @@ def decode_chunk(
 def held_attention(model: InferenceModel, cache: KVCache, sharding: SlotSharding) -> CacheAttention | None:
     """Attention that reads the columns that rows hold alone; None where no kernel takes such a cache."""
     platform, columns = model.platform, cache.columns
-    width = ring_attention.block_width(platform, model.config.head_dim, columns)
+    width = ring_attention.block_width(platform, model.config.head_dim, columns) if model.ring else None
     if width is None:
         return None
     rows, heads, whole = P(sharding.rows), P(sharding.rows, sharding.heads), P()

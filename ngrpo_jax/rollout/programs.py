@@ -31,13 +31,13 @@ _HALVED_FROM = 16  # chunks of the longest response: fewer do not repay the prog
 GRAIN = 32  # cache sizes and padded prompt lengths are multiples of it
 
 
-def cache_sizes(capacity: int, platform: str, head_dim: int) -> tuple[int, ...]:
+def cache_sizes(capacity: int, model: InferenceModel) -> tuple[int, ...]:
     """The few cache lengths of a rollout, rising to `capacity`: one where a step reads what rows hold alone.
 
     Elsewhere a step reads the whole of its cache, so that short contexts need a short one; each size is a
     compilation.
     """
-    width = ring_attention.grain(platform, head_dim, capacity)
+    width = ring_attention.grain(model.platform, model.config.head_dim, capacity) if model.ring else None
     if width is not None:
         return (_round_up(capacity, width),)
     sizes, floor = [_round_up(capacity, GRAIN)], 2 * GRAIN
@@ -54,14 +54,13 @@ def prompt_lengths(longest: int) -> tuple[int, ...]:
     return (*lengths[:-1], _round_up(longest, GRAIN))
 
 
-def decode_shapes(request: RolloutRequest, shards: int, platform: str) -> dict[int, tuple[int, ...]]:
+def decode_shapes(request: RolloutRequest, shards: int, model: InferenceModel) -> dict[int, tuple[int, ...]]:
     """Numbers of slots, falling by halves -> the cache sizes that so many slots can have, rising.
 
     When no sequence waits for a slot, the slots are halved as sequences end. The last sequences of a rollout
     are long ones, so that fewer slots have the larger sizes alone: 6 + 3 + 2 + 1 programs at most.
     """
-    capacity = request.max_prompt_tokens + request.max_new_tokens
-    sizes = cache_sizes(capacity, platform, request.config.head_dim)
+    sizes = cache_sizes(request.max_prompt_tokens + request.max_new_tokens, model)
     shapes = {_round_up(request.slots, shards): sizes}
     if request.max_new_tokens >= _HALVED_FROM * request.chunk:
         for parts in range(2, MOST_HALVINGS + 2):
@@ -93,10 +92,11 @@ class Programs:
         """For parameters in the inference layout: arrays, or jax.ShapeDtypeStruct with a sharding."""
         sharding = SlotSharding.of(request.sharding, params)
         device = next(iter(params["final_norm"]["scale"].sharding.device_set))
-        shapes = decode_shapes(request, sharding.shards, device.platform)
+        model = InferenceModel(request.config, device.platform, request.attention)
+        shapes = decode_shapes(request, sharding.shards, model)
         return cls(
             request,
-            InferenceModel(request.config, device.platform),
+            model,
             shapes,
             prefill_rows=_round_up(max(1, max(shapes) // request.samples), sharding.shards),
             prompt_lengths=prompt_lengths(request.max_prompt_tokens),

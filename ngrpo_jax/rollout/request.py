@@ -66,6 +66,7 @@ class RolloutRequest:
       max_prompt_tokens: bound on the tokens of a prompt.
       sharding: of arrays whose leading dimension is the slots; parameters are on the same devices. None: one
         device.
+      attention: of a decode step, as `InferenceModel` has it.
       lookahead: chunks that are started before the results of an earlier one are read; None: 0 on CPU, where
         host and device share the cores, else 1.
 
@@ -80,6 +81,7 @@ class RolloutRequest:
     chunk: int
     max_prompt_tokens: int
     sharding: jax.sharding.NamedSharding | None = None
+    attention: str = "auto"
     lookahead: int | None = None
 
     def __post_init__(self) -> None:

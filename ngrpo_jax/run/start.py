@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ngrpo_jax.learner import update
 from ngrpo_jax.model import decoder, hf
 from ngrpo_jax.preflight import capacity, memory
-from ngrpo_jax.preflight.fit import check_memory, check_offload, check_positions
+from ngrpo_jax.preflight.fit import check_decode_attention, check_memory, check_offload, check_positions
 from ngrpo_jax.run.state import Run, RunState, restore
 from ngrpo_jax.runtime import distributed, mesh
 from ngrpo_jax.runtime.checkpoints import Checkpoints
@@ -42,6 +42,7 @@ def compose(settings: Settings, workdir: pathlib.Path, devices: jax.sharding.Mes
     mesh.param_shardings(devices, decoder.parameter_shapes(config))  # refuses axes that do not divide it
     attention_name(settings, devices)
     check_offload(settings, devices)
+    check_decode_attention(settings, config, devices)
     check_positions(settings, config)
     check_memory(settings, config, devices)
     begun = (workdir / "checkpoints").exists()  # then the disk already holds what it has to

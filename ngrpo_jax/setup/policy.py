@@ -122,6 +122,7 @@ def _request(
         chunk=settings.rollout.chunk,
         max_prompt_tokens=policy.longest_prompt or settings.data.max_prompt_tokens,
         sharding=policy.sharding,
+        attention=settings.rollout.attention,
     )
 
 
