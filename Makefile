@@ -9,8 +9,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKDIR := runs/tiny
 ORACLE := tests/test_learner_oracle.py
+INFERENCE := tests/test_inference.py::test_prefill_and_decode_equal_the_full_forward_for_ragged_rows
 GOLDEN_TESTS := tests/test_decoder.py::test_logits_equal_those_of_transformers \
-	tests/test_inference.py::test_prefill_and_decode_equal_the_full_forward_for_ragged_rows \
+	"$(INFERENCE)[qwen2_untied]" "$(INFERENCE)[llama_tied]" "$(INFERENCE)[qwen3]" \
 	$(ORACLE)::test_gspo_on_a_mesh_of_all_axes "$(ORACLE)::test_the_compiled_step_is_the_objective[as the paper has it]"
 
 .DEFAULT_GOAL := help

@@ -101,7 +101,7 @@ def test_the_loss_is_the_policy_gradient_of_the_first_step(model):
         return total
 
     for ours, expected in zip(
-        jax.tree.leaves(gradient), jax.tree.leaves(jax.grad(by_hand)(params)), strict=True
+        jax.tree.leaves(gradient), jax.tree.leaves(jax.jit(jax.grad(by_hand))(params)), strict=True
     ):
         np.testing.assert_allclose(ours, expected, rtol=2e-3, atol=2e-6)
 
