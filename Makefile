@@ -19,7 +19,7 @@ GOLDEN_TESTS := tests/test_decoder.py::test_logits_equal_those_of_transformers \
 
 help:
 	@echo "make run        train configs/tiny.py in $(WORKDIR): a small model learns by N-GRPO in about five minutes"
-	@echo "make test       the test suite, about fifteen minutes on two cores"
+	@echo "make test       the test suite, about twenty minutes on two cores"
 	@echo "make test-long  the long tests"
 	@echo "make test-targets  compiles for TPUs and GPUs that are not here (extras aot-tpu, aot-cuda12); 20 minutes"
 	@echo "make faults     kills, signals and mutated input, each up to 55 minutes; goes on from its tallies"
