@@ -164,6 +164,8 @@ def test_k3_and_its_gradient_are_finite_for_all_log_probabilities_and_exact_belo
     q = jnp.array([-1e20, -100.0, 0.0, 59.0, 60.0, 89.0, 1e4, 1e20])
     value, gradient = jax.vmap(jax.value_and_grad(lambda x: kl_k3(x, jnp.float32(0))))(-q)
     assert jnp.isfinite(value).all() and jnp.isfinite(gradient).all() and (value >= 0).all()
+    # Descent moves no log-probability away from the reference's.
+    assert (gradient * jnp.sign(q) <= 0).all()
     np.testing.assert_allclose(value[3], np.exp(59.0) - 60, rtol=1e-6)
 
 

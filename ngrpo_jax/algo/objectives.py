@@ -81,11 +81,12 @@ def kl_k2(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
 def kl_k3(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
     """The k3 estimator of KL(π_θ ‖ π_ref), elementwise: exp(q) - q - 1 with q = log π_ref - log π_θ.
 
-    In exp q is at most 60, since float32 ends at 88; beyond, the gradient is that of -q alone.
+    q is cut off at 60, since exp overflows float32 at 88: beyond, the value is constant and its gradient 0.
     """
     chex.assert_equal_shape([logprobs, ref_logprobs])
     q = ref_logprobs - logprobs
-    return jnp.expm1(jnp.minimum(q, _LARGEST_LOG_RATIO)) - q
+    q = jnp.minimum(q, _LARGEST_LOG_RATIO)
+    return jnp.expm1(q) - q
 
 
 KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
