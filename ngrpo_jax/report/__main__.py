@@ -2,7 +2,7 @@
 
 python -m ngrpo_jax.report --workdir=DIR                        DIR/report.html, one page about a run
 python -m ngrpo_jax.report --workdir=DIR --serve [--port=8000]  the same at a local address, as the run grows
-python -m ngrpo_jax.report compare DIR DIR ... [--out=FILE]     several runs side by side: compare.html
+python -m ngrpo_jax.report compare DIR DIR ... [--out=FILE]     several runs side by side: ./compare.html
 python -m ngrpo_jax.report neighbors --tokens="7, the, Wait" --workdir=DIR [--count=8]
 python -m ngrpo_jax.report pca --tokens="7, the, Wait" --workdir=DIR    DIR/pca.html (Figure 1)
 python -m ngrpo_jax.report diversity FILE|DIR ...               how much the responses to a problem differ
