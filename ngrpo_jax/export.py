@@ -1,11 +1,12 @@
 """The export command: a checkpoint of a workdir as a Hugging Face directory.
 
-    python -m ngrpo_jax.export --workdir=DIR [--step=N|best|latest] [--out=DIR]
+    python -m ngrpo_jax.export --workdir=DIR [--step=N|best|latest] [--out=DIR] [--merge]
         [--push=ORG/NAME] [--config=configs/NAME.py] [--config.a.b=value]
 
 The step is that of the best checkpoint by default, the directory WORKDIR/export. The settings are those of
-the run, by WORKDIR/config.json; `--config` takes others. `--push` uploads the directory to the Hugging Face
-hub, as the user of `hf auth login`; a repository that it makes is private.
+the run, by WORKDIR/config.json; `--config` takes others. Of a run with `lora.rank` it is the adapter that is
+written, as a directory of PEFT; `--merge` writes the whole model, adapter included. `--push` uploads the
+directory to the Hugging Face hub, as the user of `hf auth login`; a repository that it makes is private.
 """
 
 import pathlib
@@ -22,21 +23,28 @@ from ngrpo_jax.setup.resume import best_key
 
 def main(argv: Sequence[str]) -> None:
     """Writes WORKDIR/export (or --out) from the chosen checkpoint, in `model.dtype`."""
-    config, options = flags.parse_flags(argv, of_run=True, step="best", out=None, push=None)
+    config, options = flags.parse_flags(argv, of_run=True, step="best", out=None, push=None, merge=False)
     settings = resolve(config)
     workdir = pathlib.Path(options["workdir"])
     out = pathlib.Path(options["out"] or workdir / "export")
     distributed.require_alone("export")
-    push = options["push"]
+    push, merge = options["push"], options["merge"]
+    require(
+        not merge or settings.lora.rank is not None, "--merge is of runs with lora.rank; this one has none."
+    )
     require(push is None or push.count("/") == 1, f"--push={push} must be ORG/NAME.")
     devices = mesh.make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
     model_spec = open_model_spec(settings, workdir)
     step, params = open_checkpoint(model_spec, workdir, devices, options["step"], best_key(settings))
-    save_model(model_spec, params, out)
+    save_model(model_spec, params, out, merge=merge)
     size = sum(file.stat().st_size for file in out.iterdir())
-    count = console.format_count(decoder.parameter_count(model_spec.config))
-    print(f"exported   step {step} of {workdir}: {count} parameters in {model_spec.config.dtype}")
-    print(f"directory  {out} ({console.format_bytes(size)}); transformers reads it with from_pretrained")
+    config = model_spec.config
+    adapter = config.lora is not None and not merge
+    count = console.format_count((decoder.trained_count if adapter else decoder.parameter_count)(config))
+    what = "adapter parameters in float32" if adapter else f"parameters in {config.dtype}"
+    reader = "PEFT reads it with PeftModel" if adapter else "transformers reads it with from_pretrained"
+    print(f"exported   step {step} of {workdir}: {count} {what}")
+    print(f"directory  {out} ({console.format_bytes(size)}); {reader}")
     if push is not None:
         print(f"hub        {upload(out, push, step)}")
 

@@ -9,6 +9,7 @@ module must not know which settings there are.
 import ast
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -48,6 +49,15 @@ def one_of(choices: Collection[str]) -> Check:
 def each_of(choices: Collection[str]) -> Check:
     """The check of a tuple of choices."""
     return Check(lambda values: set(values) <= set(choices), f"a tuple of some of {', '.join(choices)}")
+
+
+def is_pattern(text: str) -> bool:
+    """Whether a text is a regular expression."""
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 def at_least(bound: float) -> Check:

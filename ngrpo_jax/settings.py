@@ -33,6 +33,7 @@ from ngrpo_jax.schema import (
     at_most,
     each_of,
     flatten,
+    is_pattern,
     one_of,
 )
 
@@ -50,8 +51,30 @@ class ModelSettings(Section, prefix="model."):
     path: Annotated[str, MAY_CHANGE] = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
     # Branch, tag or commit of a hub name; None: its default branch.
     revision: Annotated[str | None, MAY_CHANGE] = None
-    # Of matrix products. Master parameters are always float32.
+    # Directory or hub name of an adapter (PEFT) to start from: trained on with lora.rank, else merged.
+    adapter: Annotated[str | None, MAY_CHANGE] = None
+    # Of matrix products, and of the base under adapters. What is trained is always float32.
     dtype: Annotated[str, one_of(choices.DTYPES)] = "bfloat16"
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraSettings(Section, prefix="lora."):
+    """Low-rank adapters (arXiv 2106.09685), trained in the place of the model's own weights."""
+
+    rank: Count | None = None  # of the two factors of an adapter; None: all weights are trained
+    alpha: Positive = 32.0  # the adapters' product is scaled by alpha / rank
+    # Matrices with adapters: "all" of the layers, "attention", "mlp", or a regular expression over paths.
+    targets: Annotated[str, Check(is_pattern, "a regular expression")] = "all"
+    # "rslora": alpha / sqrt(rank) in its place (arXiv 2312.03732), which suits high ranks.
+    scaling: Annotated[str, one_of(choices.LORA_SCALINGS)] = "standard"
+    # Of the first factor: "uniform" in ±1/sqrt(inputs), or "gaussian" with deviation 1/rank; the second is 0.
+    init: Annotated[str, one_of(choices.LORA_INITS)] = "uniform"
+
+    @property
+    def scale(self) -> float:
+        """The factor of the adapters' product; not to be asked without a rank."""
+        assert self.rank is not None
+        return self.alpha / (self.rank if self.scaling == "standard" else self.rank**0.5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,6 +250,8 @@ class OptimizerSettings(Section, prefix="optimizer."):
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.01
     clip_norm: Positive = 1.0  # of the global gradient
+    # Of Adam's first moment. The second is always float32: in bfloat16 its small changes would round to none.
+    moments_dtype: Annotated[str, one_of(choices.DTYPES)] = "float32"
     # Of the rate after the warm-up; wsd: constant, then linear to 0 in the last fifth.
     schedule: Annotated[str, one_of(choices.SCHEDULES)] = "constant"
     # Optimiser steps until the rate is 0, warm-up included; None with schedule "constant".
@@ -358,6 +383,7 @@ class Settings(Section, prefix=""):
     # Of data order, rollouts and, with model.path "warm-start", of the model.
     seed: Annotated[int, at_least(0), at_most(2**63 - 1)] = 0
     model: ModelSettings = ModelSettings()
+    lora: LoraSettings = LoraSettings()
     warm_start: WarmStartSettings = WarmStartSettings()  # read only with model.path "warm-start"
     data: DataSettings = DataSettings()
     rollout: RolloutSettings = RolloutSettings()
@@ -399,6 +425,11 @@ class Settings(Section, prefix=""):
             rollout.quantize is None or objective.importance_cap is not None,
             f"{named} without importance weights, though responses come from another distribution than the "
             "learner's; set objective.importance_cap, such as 2.0.",
+        )
+        yield (
+            self.lora.rank is None or train.offload in ("none", "optimizer"),
+            f"train.offload is {train.offload!r} with lora.rank {self.lora.rank}: under adapters the "
+            "reference model is the base itself, which stays on the devices; use 'optimizer' or 'none'.",
         )
         yield (
             self.objective.overlong_interval < rollout.max_new_tokens,

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 
 from ngrpo_jax import files, flags
 from ngrpo_jax.errors import require
-from ngrpo_jax.model import hf
+from ngrpo_jax.model import hf_directory
 from ngrpo_jax.preflight import capacity, checks, fit, forecast
 from ngrpo_jax.run import summary
 from ngrpo_jax.run.loop import train
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
             summary.print_finished(next(filter(None, summaries)), settings, workdir)
         return
     devices = mesh.make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
-    hf.check_replaceable(workdir / "export")
+    hf_directory.check_replaceable(workdir / "export")
     begun = time.monotonic()
     capacity.check_workdir(workdir)
     with (

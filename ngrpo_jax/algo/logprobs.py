@@ -71,7 +71,12 @@ TokenLoss = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, An
 
 
 def token_loss(
-    loss: TokenLoss, temperature: float, *, vocabulary: Vocabulary = WHOLE, chunk: int = 1024
+    loss: TokenLoss,
+    temperature: float,
+    *,
+    vocabulary: Vocabulary = WHOLE,
+    chunk: int = 1024,
+    train_head: bool = True,
 ) -> Callable[..., Any]:
     """A loss that each token has for itself, as a function of hidden states for which logits exist once.
 
@@ -83,6 +88,7 @@ def token_loss(
       loss: sums over the tokens of a chunk, which keep their order within a row; tokens outside of the mask
         may not count. Its metrics are a tree of scalars.
       temperature, vocabulary, chunk: as for `token_logprobs`.
+      train_head: false: `head_VD` has no gradient, nor the product and the memory that it would take.
 
     Returns:
       (hidden_BTD, head_VD, targets_BT, response_mask_BT, loss_inputs) -> (value, metrics): the loss summed
@@ -116,9 +122,10 @@ def token_loss(
 
     def values_and_gradients(hidden_BTD, head_VD, given):
         def full(to_head_VD, hidden_BtD, *rest):
-            gradient = jax.value_and_grad(of_chunk, argnums=(0, 1), has_aux=True)
-            (value, metrics), (to_hidden, to_head) = gradient(hidden_BtD, head_VD, *rest)
-            return to_head_VD + to_head, value, metrics, to_hidden
+            argnums = (0, 1) if train_head else (0,)
+            gradient = jax.value_and_grad(of_chunk, argnums=argnums, has_aux=True)
+            (value, metrics), (to_hidden, *to_head) = gradient(hidden_BtD, head_VD, *rest)
+            return jax.tree.map(jnp.add, to_head_VD, to_head), value, metrics, to_hidden
 
         def empty(to_head_VD, hidden_BtD, *rest):
             return to_head_VD, *of_empty(*rest), jnp.zeros_like(hidden_BtD)
@@ -129,15 +136,16 @@ def token_loss(
             return (total + value, to_head_VD), to_hidden, metrics
 
         tokens, most = (hidden_BTD, *given), _most(given[1], vocabulary)
-        start = jnp.float32(0), jnp.zeros_like(head_VD)
+        start = jnp.float32(0), [jnp.zeros_like(head_VD)] if train_head else []
         (total, to_head_VD), to_hidden, metrics = _over_chunks(step, start, tokens, chunk, most)
-        return (total, metrics), (to_hidden, to_head_VD)
+        return (total, metrics), (to_hidden, *to_head_VD)
+
+    def scaled_gradients(gradients, grad):
+        to_hidden, *to_head = (grad[0].astype(g.dtype) * g for g in gradients)
+        return to_hidden, to_head[0] if train_head else None, None
 
     summed = jax.custom_vjp(values)
-    summed.defvjp(
-        values_and_gradients,
-        lambda gradients, grad: (*(grad[0].astype(g.dtype) * g for g in gradients), None),
-    )
+    summed.defvjp(values_and_gradients, scaled_gradients)
 
     def from_hidden(hidden_BTD, head_VD, targets_BT, response_mask_BT, loss_inputs):
         head_VD = vocabulary.rows(head_VD)

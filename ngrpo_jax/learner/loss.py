@@ -91,7 +91,13 @@ def row_loss(
             vocabulary=options.vocabulary,
         )
         return loss(logprobs_RT, entropy_RT, rows.response_mask_RT, inputs)
-    fused = token_loss(loss, options.temperature, vocabulary=options.vocabulary, chunk=options.logprob_chunk)
+    fused = token_loss(
+        loss,
+        options.temperature,
+        vocabulary=options.vocabulary,
+        chunk=options.logprob_chunk,
+        train_head=options.config.lora is None,
+    )
     value, of_chunks = fused(hidden_RTD, head_VD, rows.targets_RT, rows.response_mask_RT, inputs)
     return value, metrics.reduce(of_chunks)
 

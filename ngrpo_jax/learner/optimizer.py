@@ -28,6 +28,7 @@ def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
             settings.b2,
             settings.eps,
             weight_decay=settings.weight_decay,
+            mu_dtype=settings.moments_dtype,
         ),
     )
 

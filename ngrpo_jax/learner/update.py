@@ -25,6 +25,7 @@ from ngrpo_jax.algo.metrics import Mean, Metrics
 from ngrpo_jax.algo.shards import Axis, Shards
 from ngrpo_jax.learner.loss import ForwardOptions, row_logprobs, row_loss
 from ngrpo_jax.learner.packing import Rows
+from ngrpo_jax.model import lora
 from ngrpo_jax.settings import ObjectiveSettings
 
 Params = Any
@@ -34,10 +35,24 @@ MICROBATCHES_PER_CALL = 8  # M; where a call has fewer, empty ones fill up the a
 
 
 class TrainState(NamedTuple):
-    """All that an update changes: float32 master parameters (stacked), and the optimiser's state."""
+    """Parameters (stacked) and the optimiser's state.
+
+    What is trained of the parameters is float32: all of them, or where they have adapters (model/lora.py)
+    these alone, and the base stays as it is. The optimiser's state is of what is trained.
+    """
 
     params: Params
     opt_state: Any
+
+    @property
+    def changing(self) -> "TrainState":
+        """What an update changes, and a checkpoint holds: this state without the base of adapters."""
+        return self._replace(params=lora.split(self.params)[0])
+
+    def changed_to(self, changing: "TrainState") -> "TrainState":
+        """This state with another `changing` part."""
+        base = lora.split(self.params)[1]
+        return changing._replace(params=lora.joined(base, changing.params))
 
 
 class Microbatches(NamedTuple):
@@ -57,7 +72,7 @@ class Microbatches(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Sums over the microbatches of an optimiser step; the gradient is sharded as the parameters are."""
+    """Sums over the microbatches of an optimiser step; the gradient is sharded as what is trained."""
 
     gradient: Params
     metrics: Any  # Metrics, or their shardings
@@ -93,7 +108,7 @@ class Programs:
     logprobs: jax.stages.Wrapped  # (Params, Microbatches) -> [M, R, T]
     zeros: jax.stages.Wrapped  # (Params, Microbatches) -> Sums
     accumulate: jax.stages.Wrapped  # (Sums, Params, Microbatches) -> Sums
-    apply: jax.stages.Wrapped  # (TrainState, Sums) -> (TrainState, Metrics)
+    apply: jax.stages.Wrapped  # (TrainState.changing, Sums) -> (the same, Metrics)
     shard: Callable[[Sequence[Rows]], Microbatches]
     optimizer_offload: HostOffload
     reference_offload: HostOffload
@@ -101,7 +116,7 @@ class Programs:
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step; call under `jax.jit` with out_shardings to make it sharded."""
-    return TrainState(params, optimizer.init(params))
+    return TrainState(params, optimizer.init(lora.split(params)[0]))
 
 
 def compile_programs(
@@ -123,14 +138,16 @@ def compile_programs(
     """
     replicated = jax.sharding.NamedSharding(rows_sharding.mesh, jax.sharding.PartitionSpec())
     sharded, of_params = microbatches_sharding(rows_sharding), state_shardings.params
-    of_sums = Sums(of_params, replicated)
+    of_changing = state_shardings.changing
+    of_sums = Sums(of_changing.params, replicated)
     shards = make_shards(rows_sharding.mesh, of_params)
     alone = functools.partial(row_loss, objective=objective, options=options)
     options = options._replace(shards=shards)
 
-    def loss(*given):
+    def loss(trained, base, *given):
         """This device's part of the loss, of which devices along the tensor axis have a share each."""
-        value, measured = row_loss(*given, objective=objective, options=options)
+        params = lora.joined(base, trained)
+        value, measured = row_loss(params, *given, objective=objective, options=options)
         return value / shards.tensor.size, measured
 
     def logprobs(params, microbatches):
@@ -144,14 +161,15 @@ def compile_programs(
     def zeros(params, microbatches):
         rows, _, *given = microbatches
         _, shapes = jax.eval_shape(alone, params, *_at((rows, *given), 0))
-        return Sums(jax.tree.map(jnp.zeros_like, params), metrics.empty(shapes))
+        return Sums(jax.tree.map(jnp.zeros_like, lora.split(params)[0]), metrics.empty(shapes))
 
     def accumulate(sums, params, microbatches):
         rows, count, *given = microbatches
 
         def one(i, sums):
             gradient_of = jax.value_and_grad(loss, has_aux=True)
-            (_, measured), gradient = gradient_of(_of_iteration(params, i), *_at((rows, *given), i))
+            parts = lora.split(_of_iteration(params, i))
+            (_, measured), gradient = gradient_of(*parts, *_at((rows, *given), i))
             total = jax.tree.map(jnp.add, sums.gradient, gradient)
             return Sums(total, metrics.combine(sums.metrics, measured))
 
@@ -179,7 +197,7 @@ def compile_programs(
         logprobs=jax.jit(logprobs, out_shardings=sharded),
         zeros=jax.jit(zeros, out_shardings=of_sums),
         accumulate=jax.jit(accumulate, donate_argnums=0, out_shardings=of_sums),
-        apply=jax.jit(apply, donate_argnums=0, out_shardings=(state_shardings, replicated)),
+        apply=jax.jit(apply, donate_argnums=0, out_shardings=(of_changing, replicated)),
         shard=functools.partial(_shard, sharded=sharded, replicated=replicated),
         optimizer_offload=HostOffload(state_shardings.opt_state, offload in ("optimizer", "both")),
         reference_offload=HostOffload(of_params, offload in ("reference", "both")),
@@ -232,7 +250,7 @@ def _parted(sums: Sums, shards: Shards) -> Sums:
     gradient = jax.tree.map(
         lambda leaf, spec: on_first(leaf, jnp.zeros_like(leaf), shards.absent(spec)),
         sums.gradient,
-        shards.specs,
+        lora.split(shards.specs)[0],
     )
     nothing = metrics.empty(sums.metrics)
     names = shards.of_rows
@@ -248,7 +266,7 @@ def _joined(sums: Sums, shards: Shards) -> Sums:
         names = shards.absent(spec)
         return jax.lax.psum(leaf, names) if names else leaf
 
-    gradient = jax.tree.map(total, sums.gradient, shards.specs)
+    gradient = jax.tree.map(total, sums.gradient, lora.split(shards.specs)[0])
     return Sums(gradient, metrics.over_devices(sums.metrics, shards.of_rows))
 
 
@@ -320,12 +338,16 @@ def gradients(programs: Programs, params: Params, batch: Sequence[Microbatches])
 def update(
     programs: Programs, state: TrainState, batches: Sequence[Sequence[Microbatches]]
 ) -> tuple[TrainState, list[Metrics]]:
-    """One optimiser step for each mini-batch; the state is donated. Each step's metrics are device arrays."""
+    """One optimiser step for each mini-batch; the state is donated, but for the base of adapters.
+
+    Each step's metrics are device arrays.
+    """
     steps = []
     for batch in batches:
         sums = gradients(programs, state.params, batch)
         state = state._replace(opt_state=programs.optimizer_offload.to_devices(state.opt_state))
-        state, measured = programs.apply(state, sums)
+        changing, measured = programs.apply(state.changing, sums)
+        state = state.changed_to(changing)
         state = state._replace(opt_state=programs.optimizer_offload.to_host(state.opt_state))
         steps.append(measured)
     return state, steps

@@ -32,13 +32,31 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters of some matrices (lora.py).
+
+    Attributes:
+      rank: R, the width between the two factors.
+      scale: s, by which the product of the factors is multiplied.
+      targets: paths of the matrices that have one, such as "layers/attention/q".
+      init: how the first factor is drawn, one of `choices.LORA_INITS`.
+    """
+
+    rank: int
+    scale: float
+    targets: tuple[str, ...]
+    init: str = "uniform"
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """One decoder of the Qwen2, Qwen3 or Llama family.
 
     `vocab_size` counts the rows of the embedding, which may be more than the tokenizer has tokens. `dtype` is
     the type of matrix products; parameters of any type are cast to it where they are used. `max_positions` is
     the length that the model was trained for; callers check against it, and nothing here enforces it.
-    `eos_token_ids` is the union of those in the checkpoint's own files; the tokenizer may add to it.
+    `eos_token_ids` is the union of those in the checkpoint's own files; the tokenizer may add to it. With
+    `lora` the parameters have adapters beside the base's, which are in `dtype` then and never change.
 
     Raises:
       UserError: on construction, for an unknown architecture or sizes that do not fit one another.
@@ -60,6 +78,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "float32"
+    lora: Lora | None = None
 
     def __post_init__(self) -> None:
         known, heads, kv_heads = self.architecture in ARCHITECTURES, self.num_heads, self.num_kv_heads

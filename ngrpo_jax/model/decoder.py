@@ -21,12 +21,13 @@ import jax.numpy as jnp
 from ngrpo_jax.algo.mixture import Mixture, embed, one_hot
 from ngrpo_jax.algo.shards import ALONE, Shards
 from ngrpo_jax.model import attention as attentions
-from ngrpo_jax.model import products
+from ngrpo_jax.model import lora, products
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.model.layers import Block, RMSNorm, Rotate, rope_angles, rotate
 
 Params = dict[str, Any]
 
+_ADAPTERS = 1  # folded into a key for the adapters' initial values
 _REMAT_POLICIES = {
     # Saves all but gathered weights: those of every layer would be the whole model.
     "none": lambda primitive, *_, **__: primitive.name not in ("all_gather", "reshape"),
@@ -38,7 +39,7 @@ _REMAT_POLICIES = {
 
 @functools.partial(jax.jit, static_argnums=1)
 def init(key: jax.Array, config: ModelConfig) -> Params:
-    """Fresh float32 parameters, stacked: matrices normal, norms 1, biases 0.
+    """Fresh parameters, stacked: matrices normal, norms 1, biases 0; float32, but for the base of adapters.
 
     Standard deviations are 1/sqrt(inputs), less where a product is added to the residual stream; 1/sqrt(D) in
     the embedding and the head.
@@ -49,14 +50,18 @@ def init(key: jax.Array, config: ModelConfig) -> Params:
     def layer(layer_key: jax.Array) -> Params:
         return Block(config).init(layer_key, jnp.zeros((1, 1, D)), lambda q, k, v: q)["params"]
 
-    params = {
+    params: Params = {
         "embed": {"embedding": D**-0.5 * jax.random.normal(embed_key, (V, D))},
         "layers": jax.vmap(layer)(jax.random.split(layers_key, config.num_layers)),
         "final_norm": {"scale": jnp.ones((D,))},
     }
     if not config.tie_embeddings:
         params["head"] = {"rows": D**-0.5 * jax.random.normal(head_key, (V, D))}
-    return params
+    if config.lora is None:
+        return params
+    # A stream of its own: the base is that of a model without adapters.
+    adapters = lora.init(jax.random.fold_in(key, _ADAPTERS), config, config.lora)
+    return lora.joined(jax.tree.map(lambda leaf: leaf.astype(config.dtype), params), adapters)
 
 
 def unstack_layers(params: Params) -> Params:
@@ -233,11 +238,21 @@ def _rematerialised(run_layer: Callable, remat: str, *, in_scan: bool, gathers: 
 
 
 def parameter_shapes(config: ModelConfig) -> Any:
-    """The learner's parameter tree as jax.ShapeDtypeStruct, float32."""
+    """The learner's parameter tree as jax.ShapeDtypeStruct."""
     return jax.eval_shape(lambda key: init(key, config), jax.random.key(0))
 
 
 @functools.cache
 def parameter_count(config: ModelConfig) -> int:
-    """Number of parameters."""
-    return sum(leaf.size for leaf in jax.tree.leaves(parameter_shapes(config)))
+    """Number of parameters, without those of adapters."""
+    return _count(parameter_shapes(dataclasses.replace(config, lora=None)))
+
+
+@functools.cache
+def trained_count(config: ModelConfig) -> int:
+    """Number of parameters that training changes: the adapters' where there are any, else all."""
+    return _count(lora.split(parameter_shapes(config))[0])
+
+
+def _count(shapes: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))

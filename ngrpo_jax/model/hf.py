@@ -7,7 +7,6 @@ reads and writes the weights. Supports safetensors alone, and must not need torc
 import contextlib
 import os
 import pathlib
-import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,24 +15,12 @@ import numpy as np
 from flax import traverse_util
 
 from ngrpo_jax import files
-from ngrpo_jax.errors import UserError, explained, require, storage
-from ngrpo_jax.model import hf_format, hf_weights
+from ngrpo_jax.errors import UserError, explained, require
+from ngrpo_jax.model import hf_directory, hf_format, hf_weights, peft
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.model.decoder import Params
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-)
-_CONFIG, _GENERATION = "config.json", "generation_config.json"
-_ADAPTER = "adapter_config.json"  # of PEFT
-_RECEIPT = ".ngrpo_export.json"  # lists the files of `save`: a later save replaces only those
+_CONFIG = "config.json"
 
 
 def load(path: str | os.PathLike, *, dtype: str = "float32") -> tuple[ModelConfig, Params]:
@@ -122,39 +109,13 @@ def save(
     if dtype is not None:
         _check_dtype(dtype)
     hf_weights.check_params(config, params)
-    target = pathlib.Path(os.path.abspath(path))
-    check_replaceable(target)
-    copied = [] if tokenizer_from is None else _tokenizer_files(pathlib.Path(tokenizer_from))
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    replaced = target.with_name(f".{target.name}.replaced-{os.getpid()}")
-    remove_remains(target)
-    try:
-        with storage(target, "written"):
-            partial.mkdir(parents=True)
-            saved_dtype = dtype or str(params["embed"]["embedding"].dtype)
-            files.write_json(partial / _CONFIG, hf_format.config_to_json(config, saved_dtype))
-            tensors = hf_weights.stored(config, params, dtype, to_host)
-            hf_weights.write_files(partial, tensors, hf_weights.sizes(config, params, dtype), max_shard_bytes)
-            for file in copied:
-                shutil.copyfile(file, partial / file.name)
-            written = sorted(file.name for file in partial.iterdir())
-            files.write_json(partial / _RECEIPT, {"files": written})
-            if target.exists():
-                target.rename(replaced)
-            partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def remove_remains(path: str | os.PathLike) -> None:
-    """Removes what a `save` to `path` has left half-written whose process was killed, or is this one."""
-    target = pathlib.Path(os.path.abspath(path))
-    for kind in ("partial", "replaced"):
-        for folder in target.parent.glob(f".{target.name}.{kind}-*"):
-            process = folder.name.rpartition("-")[2]
-            if process == str(os.getpid()) or not pathlib.Path("/proc", process).exists():
-                shutil.rmtree(folder, ignore_errors=True)
+    copied = [] if tokenizer_from is None else hf_directory.tokenizer_files(pathlib.Path(tokenizer_from))
+    with hf_directory.replaced(path) as partial:
+        saved_dtype = dtype or str(params["embed"]["embedding"].dtype)
+        files.write_json(partial / _CONFIG, hf_format.config_to_json(config, saved_dtype))
+        tensors = hf_weights.stored(config, params, dtype, to_host)
+        hf_weights.write_files(partial, tensors, hf_weights.sizes(config, params, dtype), max_shard_bytes)
+        hf_directory.copy(copied, partial)
 
 
 def locate(
@@ -175,8 +136,8 @@ def locate(
     import huggingface_hub  # not at the top: it is slow to import, and a local directory needs none of it
     from huggingface_hub import errors
 
-    patterns = [*TOKENIZER_FILES, _CONFIG, _GENERATION, _ADAPTER]
-    patterns += ["model*.safetensors", hf_weights.INDEX] if weights else []
+    patterns = [*hf_directory.TOKENIZER_FILES, _CONFIG, hf_directory.GENERATION, peft.CONFIG]
+    patterns += ["model*.safetensors", hf_weights.INDEX, peft.WEIGHTS] if weights else []
     at = "" if revision is None else f" at revision {revision!r}"
     with explained(
         (errors.HFValidationError, errors.HfHubHTTPError, OSError),
@@ -196,11 +157,12 @@ def read_config(path: str | os.PathLike, *, dtype: str = "float32") -> ModelConf
     file, half = directory / _CONFIG, "it is no Hugging Face checkpoint, or half-downloaded"
     require(file.is_file(), f"{directory} has no {_CONFIG}: {half}")
     require(
-        not (directory / _ADAPTER).exists(),
-        f"{directory} holds {_ADAPTER}: an adapter's weights are not read; merge it into the model first",
+        not (directory / peft.CONFIG).exists(),
+        f"{directory} holds {peft.CONFIG}, an adapter; name its directory by model.adapter, and that of "
+        "its base model, without the adapter, by model.path",
     )
     raw = files.read_json(file, hf_weights.REMEDY)
-    defaults = directory / _GENERATION
+    defaults = directory / hf_directory.GENERATION
     generation = files.read_json(defaults, hf_weights.REMEDY) if defaults.is_file() else {}
     try:
         return hf_format.config_from_json(raw, generation, dtype)
@@ -220,29 +182,3 @@ def leaves(config: ModelConfig, params: Params) -> Iterator[Any]:
     """
     for tensor in hf_format.tensors(config):
         yield from hf_weights.leaves(tensor, params)
-
-
-def check_replaceable(path: str | os.PathLike) -> None:
-    """UserError unless `path` is absent, empty, or holds only files that an earlier `save` wrote there."""
-    target = pathlib.Path(path)
-    if not target.exists():
-        return
-    require(target.is_dir(), f"{target} is a file: name a directory to save to")
-    present = {file.name for file in target.iterdir()} - {_RECEIPT}
-    receipt = target / _RECEIPT
-    known = files.read_json(receipt)["files"] if receipt.is_file() else []
-    foreign = sorted(present - set(known))
-    require(
-        not foreign,
-        f"{target} holds {', '.join(foreign)}, which no earlier save wrote there: "
-        "name another directory, or empty this one",
-    )
-
-
-def _tokenizer_files(source: pathlib.Path) -> list[pathlib.Path]:
-    """The files of `source` that go with the weights."""
-    present = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
-    wanted = ", ".join(TOKENIZER_FILES)
-    require(bool(present), f"{source} holds no tokenizer file ({wanted}): name the directory of one")
-    generation = source / _GENERATION
-    return [*present, generation] if generation.is_file() else present

@@ -138,16 +138,21 @@ def write_files(
     for i, names in enumerate(shards):
         file = SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         held = dict(itertools.islice(tensors, len(names)))
-        # transformers 4 refuses files without the name of a framework.
-        with _system_errors():
-            safetensors.numpy.save_file(held, directory / file, metadata={"format": "pt"})
-        # safetensors makes files that only their owner can read; these get the directory's permissions.
-        (directory / file).chmod(directory.stat().st_mode & 0o666)
+        write_file(directory / file, held)
         weight_map |= dict.fromkeys(names, file)
         del held  # before the next leaf is made
     if len(shards) > 1:
         metadata = {"total_size": sum(sizes.values())}
         files.write_json(directory / INDEX, {"metadata": metadata, "weight_map": weight_map})
+
+
+def write_file(path: pathlib.Path, tensors: Mapping[str, np.ndarray], **metadata: str) -> None:
+    """Writes one safetensors file, readable as its directory is."""
+    # transformers 4 refuses files without the name of a framework.
+    with _system_errors():
+        safetensors.numpy.save_file(dict(tensors), path, metadata={"format": "pt", **metadata})
+    # safetensors makes files that only their owner can read.
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ import jax.numpy as jnp
 
 from ngrpo_jax.algo.mixture import Mixture, embed, one_hot
 from ngrpo_jax.model import cache as kv
+from ngrpo_jax.model import lora
 from ngrpo_jax.model.cache import KVCache
 from ngrpo_jax.model.cached_attention import (
     CacheAttention,
@@ -73,9 +74,12 @@ def is_inference_layout(params: Params) -> bool:
 def to_inference_layout(params: Params, config: ModelConfig, quantize: str | None = None) -> Params:
     """The learner's parameters (decoder.py's, stacked or not) in the inference layout and compute dtype.
 
+    Adapters are merged into their matrices.
+
     `quantize`: "int8" rounds the matrices of the layers, by output channel; None keeps them.
     """
-    layers = tuple(_convert_layer(layer, config) for layer in unstack_layers(params)["layers"])
+    layers = lora.merged({"layers": unstack_layers(params)["layers"]}, config)["layers"]
+    layers = tuple(_convert_layer(layer, config) for layer in layers)
     converted = {"embed": params["embed"], "final_norm": params["final_norm"]}
     if not config.tie_embeddings:
         converted["head"] = params["head"]

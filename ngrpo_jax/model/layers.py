@@ -4,6 +4,7 @@ Rotation and normalisation are float32; matrix products are in `config.dtype`. M
 one another (decoder.py), how attention is computed (attention.py), or how weights are stored (hf.py).
 """
 
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -12,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ngrpo_jax.algo.shards import ALONE, Axis
+from ngrpo_jax.model import lora
 from ngrpo_jax.model.config import ModelConfig
-from ngrpo_jax.model.products import dense_product, swiglu
+from ngrpo_jax.model.products import Adapter, dense_product, swiglu
 
 # Standard deviation 1/sqrt(inputs): with a fixed 0.02, which suits widths near 2000, the attention of a small
 # model is almost uniform.
@@ -88,25 +90,37 @@ def _residual_init(config: ModelConfig) -> Initializer:
     return nn.initializers.variance_scaling(0.5 / config.num_layers, "fan_in", "normal")
 
 
-def _dense(
-    config: ModelConfig,
-    name: str,
-    features: int | tuple[int, ...],
-    *,
-    axis: int | tuple[int, ...] = -1,
-    use_bias: bool = False,
-    kernel_init: Initializer = _KERNEL_INIT,
-) -> nn.DenseGeneral:
-    """A product with a weight, whose gradients are those of products.py."""
-    return nn.DenseGeneral(
-        features,
-        axis=axis,
-        use_bias=use_bias,
-        dtype=config.dtype,
-        kernel_init=kernel_init,
-        dot_general=dense_product,
-        name=name,
-    )
+class Dense(nn.Module):
+    """A product with a weight, [inputs.., outputs..], and its adapter where the parameters have one.
+
+    Attributes:
+      features: the outputs' dimensions.
+      contracted: how many of the last axes of x are inputs.
+    """
+
+    config: ModelConfig
+    features: tuple[int, ...]
+    contracted: int = 1
+    use_bias: bool = False
+    kernel_init: Initializer = _KERNEL_INIT
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (*x.shape[x.ndim - self.contracted :], *self.features)
+        matrix = math.prod(shape[: self.contracted]), math.prod(self.features)
+        kernel = self.param("kernel", lambda key: self.kernel_init(key, matrix).reshape(shape))
+        adapter = None
+        if self.has_variable("params", lora.A):
+            assert self.config.lora is not None
+            a, b = (self._cast(self.get_variable("params", name)) for name in (lora.A, lora.B))
+            adapter = Adapter(a, b, self.config.lora.scale)
+        out = dense_product(self._cast(x), self._cast(kernel), self.contracted, adapter)
+        if self.use_bias:
+            out = out + self._cast(self.param("bias", nn.initializers.zeros, self.features))
+        return out
+
+    def _cast(self, x: jax.Array) -> jax.Array:
+        return x.astype(self.config.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -134,7 +148,8 @@ class Attention(nn.Module):
         config = self.config
 
         def project(name: str, heads: int) -> jax.Array:
-            return _dense(config, name, (heads, config.head_dim), use_bias=config.qkv_bias)(x_BTD)
+            sizes = (heads, config.head_dim)
+            return Dense(config, sizes, use_bias=config.qkv_bias, name=name)(x_BTD)
 
         q = project("q", config.num_heads)
         k, v = (project(name, config.num_kv_heads) for name in ("k", "v"))
@@ -143,7 +158,7 @@ class Attention(nn.Module):
             k = RMSNorm(config.norm_eps, config.dtype, name="k_norm")(k)
         attended_BTNH = attend(q, k, v)
         init = _residual_init(config)
-        out = _dense(config, "o", config.hidden_size, axis=(-2, -1), kernel_init=init)
+        out = Dense(config, (config.hidden_size,), contracted=2, kernel_init=init, name="o")
         return self.tensor.sum(out(attended_BTNH))
 
 
@@ -156,8 +171,8 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         config = self.config
-        gate, up = (_dense(config, name, config.intermediate_size)(x_BTD) for name in ("gate", "up"))
-        down = _dense(config, "down", config.hidden_size, kernel_init=_residual_init(config))
+        gate, up = (Dense(config, (config.intermediate_size,), name=name)(x_BTD) for name in ("gate", "up"))
+        down = Dense(config, (config.hidden_size,), kernel_init=_residual_init(config), name="down")
         return self.tensor.sum(down(swiglu(gate, up)))
 
 

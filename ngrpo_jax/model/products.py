@@ -9,7 +9,7 @@ X is all leading dimensions as one.
 """
 
 import math
-from typing import Any
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -20,15 +20,28 @@ from jax.ad_checkpoint import checkpoint_name
 NAME = "dense_product"
 
 
+class Adapter(NamedTuple):
+    """The two factors of a low-rank adapter (lora.py), [inputs.., R] and [R, outputs..], and their scale."""
+
+    a: jax.Array
+    b: jax.Array
+    scale: float
+
+
 def dense_product(
-    x: jax.Array, kernel: jax.Array, dimension_numbers: Any, precision: Any = None, **_: Any
+    x: jax.Array, kernel: jax.Array, contracted: int, adapter: Adapter | None = None
 ) -> jax.Array:
-    """`jax.lax.dot_general` of the last axes of `x` with the first of `kernel`; for `nn.Dense`."""
-    (contracted, _), _ = dimension_numbers
-    count = len(contracted)
-    width = math.prod(kernel.shape[:count])
-    out = _matmul(x.reshape(-1, width), kernel.reshape(width, -1), precision)
-    return checkpoint_name(out.reshape(*x.shape[: x.ndim - count], *kernel.shape[count:]), NAME)
+    """The last `contracted` axes of `x` times the first of `kernel`; with an adapter x W + s (x A) B.
+
+    W + s A B is never formed. Where the kernel is not trained, its gradient is dead code, which XLA removes.
+    """
+    width = math.prod(kernel.shape[:contracted])
+    x_XD = x.reshape(-1, width)
+    out = _matmul(x_XD, kernel.reshape(width, -1))
+    if adapter is not None:
+        low_XR = checkpoint_name(_matmul(x_XD, adapter.a.reshape(width, -1)), NAME)
+        out = out + adapter.scale * _matmul(low_XR, adapter.b.reshape(adapter.b.shape[0], -1))
+    return checkpoint_name(out.reshape(*x.shape[: x.ndim - contracted], *kernel.shape[contracted:]), NAME)
 
 
 @jax.custom_vjp
@@ -53,18 +66,18 @@ def _swiglu_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tup
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
-def _matmul(x_XD: jax.Array, kernel_DF: jax.Array, precision: Any) -> jax.Array:
+def _matmul(x_XD: jax.Array, kernel_DF: jax.Array) -> jax.Array:
     @jax.custom_vjp
     def multiply(x_XD: jax.Array, kernel_DF: jax.Array) -> jax.Array:
-        return jnp.dot(x_XD, kernel_DF, precision=precision)
+        return jnp.dot(x_XD, kernel_DF)
 
     def forward(x_XD: jax.Array, kernel_DF: jax.Array):
         return multiply(x_XD, kernel_DF), (x_XD, kernel_DF)
 
     def backward(saved: tuple[jax.Array, jax.Array], grad_XF: jax.Array) -> tuple[jax.Array, jax.Array]:
         x_XD, kernel_DF = saved
-        to_x = jax.lax.dot_general(grad_XF, kernel_DF, (((1,), (1,)), ((), ())), precision=precision)
-        to_kernel = jax.lax.dot_general(x_XD, grad_XF, (((0,), (0,)), ((), ())), precision=precision)
+        to_x = jax.lax.dot_general(grad_XF, kernel_DF, (((1,), (1,)), ((), ())))
+        to_kernel = jax.lax.dot_general(x_XD, grad_XF, (((0,), (0,)), ((), ())))
         return to_x, to_kernel
 
     multiply.defvjp(forward, backward)

@@ -4,7 +4,6 @@ Owns what is checked and in which order. Each check calls the code that the run 
 trained, and nothing stays in the workdir. With several processes each of them checks for itself.
 """
 
-import dataclasses
 import os
 import pathlib
 import time
@@ -13,14 +12,14 @@ from typing import Any
 import jax
 
 from ngrpo_jax.errors import UserError, require
-from ngrpo_jax.model import decoder, hf
+from ngrpo_jax.model import decoder, hf, hf_directory
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.preflight import capacity, checklist, environment, fit, memory, programs
 from ngrpo_jax.preflight.checklist import Check
 from ngrpo_jax.runtime import console, distributed, mesh
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.settings import Settings, resolve
-from ngrpo_jax.setup.model_spec import locate_model
+from ngrpo_jax.setup.model_spec import as_trained, locate_model
 from ngrpo_jax.setup.problems import load_set
 from ngrpo_jax.setup.resume import best_key, check_resumable
 from ngrpo_jax.setup.tokenizer_info import TokenizerInfo, make_tokenizer_info
@@ -67,7 +66,7 @@ def _workdir(workdir: pathlib.Path, process: distributed.Process) -> Found:
     problem = None
     try:
         capacity.check_workdir(workdir)
-        hf.check_replaceable(workdir / "export")
+        hf_directory.check_replaceable(workdir / "export")
     except UserError as error:
         problem = error
     distributed.check_shared(workdir)  # every process has to call this, whatever it found before
@@ -103,10 +102,12 @@ def _tokenizer(settings: Settings, model: tuple[pathlib.Path, ModelConfig | None
 
 def _sizes(settings: Settings, model: tuple[pathlib.Path, ModelConfig | None], tokenizer: Any) -> Found:
     config = model[1] or warm_start_config(settings.warm_start, tokenizer)
-    config = dataclasses.replace(config, dtype=settings.model.dtype)
+    config = as_trained(config, settings)
     fit.check_positions(settings, config)
     count = console.format_count(decoder.parameter_count(config))
-    return config, f"{config.architecture}, {count} parameters, {config.max_positions} positions"
+    trained = console.format_count(decoder.trained_count(config))
+    adapters = "" if config.lora is None else f", {trained} of them and of adapters trained"
+    return config, f"{config.architecture}, {count} parameters{adapters}, {config.max_positions} positions"
 
 
 def _mixing(settings: Settings, tokenizer: Any, config: ModelConfig) -> Found:

@@ -26,6 +26,7 @@ from ngrpo_jax.preflight import fit, memory, program_text, programs, targets
 from ngrpo_jax.runtime import console, hardware, mesh
 from ngrpo_jax.settings import Settings, resolve
 from ngrpo_jax.setup.learner import attention_name
+from ngrpo_jax.setup.model_spec import as_trained
 from ngrpo_jax.setup.tokenizer_info import TokenizerInfo, make_tokenizer_info
 from ngrpo_jax.setup.warm_start import warm_start_config
 from ngrpo_jax.tasks import arithmetic, prompts
@@ -101,7 +102,7 @@ def read_model(settings: Settings) -> tuple[ModelConfig, TokenizerInfo]:
         config, tokenizer = hf.read_config(directory), None
         if (directory / "tokenizer.json").is_file():
             tokenizer = prompts.load_tokenizer(directory)
-    config = dataclasses.replace(config, dtype=settings.model.dtype)
+    config = as_trained(config, settings)
     if tokenizer is not None:
         return config, make_tokenizer_info(tokenizer, config, settings)
     print(f"{settings.model.path} has no tokenizer: all rows are taken as usable, lengths as the limits are.")
@@ -206,7 +207,11 @@ def _row(
 def _waiting(program: str, settings: Settings, model: ModelConfig) -> int:
     """Bytes that a device holds while a program runs that does not take them as arguments."""
     held = {one.name.partition(",")[0]: one for one in memory.training_estimate(settings, model)}
-    reads = {"accumulate": ("master",), "score float32": ("master",), "apply": ("master", "Adam")}
+    reads = {
+        "accumulate": ("master", "base"),
+        "score float32": ("master", "base"),
+        "apply": ("master", "Adam"),
+    }
     own = reads.get(program, ("reference",) if program.startswith("score") else ())
     waiting = sum(
         one.size for name, one in held.items() if one.phase == "always" and name.partition(" ")[0] not in own

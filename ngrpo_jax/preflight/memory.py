@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, Self, get_args
 
 from ngrpo_jax.model import cached_attention
 from ngrpo_jax.model.config import ModelConfig
-from ngrpo_jax.model.decoder import parameter_count
+from ngrpo_jax.model.decoder import parameter_count, trained_count
 from ngrpo_jax.runtime.console import format_bytes
 from ngrpo_jax.settings import Settings
 
@@ -79,17 +79,21 @@ def training_estimate(
       platform: of the devices, as jax.Device.platform has it.
     """
     grid, offload = settings.mesh, settings.train.offload
-    count, dtype = parameter_count(config), config.dtype
-    shard = count // (grid.fsdp * grid.tensor)
+    devices, dtype = grid.fsdp * grid.tensor, config.dtype
+    whole, trained = parameter_count(config) // devices, trained_count(config) // devices
+    moments = _F32 + _SIZE[settings.optimizer.moments_dtype]
     allocations = [
-        Allocation("master parameters, float32", _F32 * shard, "always", _MORE_FSDP),
-        Allocation("Adam moments, float32", 2 * _F32 * shard, _when(offload, "optimizer"), _MORE_FSDP),
+        Allocation("master parameters, float32", _F32 * trained, "always", _MORE_FSDP),
+        Allocation("Adam moments, float32", moments * trained, _when(offload, "optimizer"), _MORE_FSDP),
         # A sum over microbatches and the microbatch that is being added.
-        Allocation("gradients, float32", 2 * _F32 * shard, "update", _MORE_FSDP),
+        Allocation("gradients, float32", 2 * _F32 * trained, "update", _MORE_FSDP),
     ]
+    if config.lora is not None:
+        allocations.append(Allocation(f"base model, {dtype}", _SIZE[dtype] * whole, "always", _MORE_FSDP))
     if settings.objective.kl_coef > 0:
         phase, remedy = _when(offload, "reference"), f"{_MORE_FSDP} or set objective.kl_coef to 0"
-        allocations.append(Allocation(f"reference model, {dtype}", _SIZE[dtype] * shard, phase, remedy))
+        size = _SIZE[dtype] * whole if config.lora is None else _F32 * trained  # the starting adapters
+        allocations.append(Allocation(f"reference model, {dtype}", size, phase, remedy))
     if settings.mixing.active and settings.mixing.method(()).uses_table:
         allocations += _table_allocations(settings, config)
     # The larger rollout of training and evaluation: the longer response, more prompts in a prefill, and
@@ -107,9 +111,10 @@ def training_estimate(
 def evaluation_estimate(settings: Settings, config: ModelConfig) -> list[Allocation]:
     """What one device holds while `evaluate` samples responses, largest first."""
     own, grid = settings.eval, settings.mesh
-    master = _F32 * (parameter_count(config) // (grid.fsdp * grid.tensor))
+    size = _F32 if config.lora is None else _SIZE[config.dtype]
+    master = size * (parameter_count(config) // (grid.fsdp * grid.tensor))
     sizes = RolloutSizes.of(settings, samples=own.samples, new_tokens=own.max_new_tokens)
-    read = Allocation("parameters as read, float32", master, "always", _MORE_FSDP)
+    read = Allocation("parameters as read", master, "always", _MORE_FSDP)
     return sorted([read, *rollout_estimate(config, sizes)], key=lambda one: -one.size)
 
 
@@ -169,7 +174,7 @@ def memory_problem(allocations: Sequence[Allocation], available: int | None) -> 
 
 def checkpoint_bytes(config: ModelConfig, kept: int) -> int:
     """Disk space for `kept` checkpoints and the one that is being written."""
-    return (kept + 1) * _STATE_BYTES * parameter_count(config)
+    return (kept + 1) * _STATE_BYTES * trained_count(config)
 
 
 def _table_allocations(settings: Settings, config: ModelConfig) -> list[Allocation]:
@@ -178,7 +183,7 @@ def _table_allocations(settings: Settings, config: ModelConfig) -> list[Allocati
     # The embedding with rows of comparable length, padded to whole tiles, and gathered from other devices.
     copies = 2 if devices == 1 else 3
     needed = copies * rows + 2 * _F32 * _TILE_MEMORIES * config.vocab_size
-    moved = rows // (grid.fsdp * grid.tensor)
+    moved = rows // (grid.fsdp * grid.tensor) if config.lora is None else 0  # no update moves it there
     return [
         Allocation(
             "scratch of the neighbour table", needed, "table", f"{_MORE_FSDP}, which leaves more room"
@@ -206,8 +211,9 @@ def _update_allocations(
     # On a CPU XLA leaves the arithmetic on logits to a library, which keeps each result: measured.
     copies = 8 if platform == "cpu" else 3
     logits = copies * min(train.logprob_chunk, tokens) * config.vocab_size * _F32 // tensor
-    # A layer's weights in the compute dtype, and the gradient of its largest.
-    weights = D * (features + config.num_heads * config.head_dim + 3 * F) * compute + D * F * _F32
+    # A layer's weights in the compute dtype, and the gradient of its largest where it has one.
+    weights = D * (features + config.num_heads * config.head_dim + 3 * F) * compute
+    weights += D * F * _F32 if config.lora is None else 0
     gathered = weights // tensor if settings.mesh.fsdp > 1 else 0
     shorter = "lower train.rows_per_device" if train.rows_per_device > 1 else "lower rollout.max_new_tokens"
     remedy = shorter if train.remat == "full" else f"{shorter} or set train.remat to full"
@@ -220,7 +226,8 @@ def _update_allocations(
     kept = L * tokens * D * compute  # what each layer reads
     if platform == "tpu":  # whose compiler keeps it twice, and casts the layers' weights before their loop
         shards = settings.mesh.fsdp * tensor
-        kept = 2 * kept + compute * (parameter_count(config) - 2 * config.vocab_size * D) // shards
+        cast = parameter_count(config) - 2 * config.vocab_size * D if config.lora is None else 0
+        kept = 2 * kept + compute * cast // shards
     return [
         Allocation("activations of a microbatch", kept + stored, "update", remedy),
         Allocation("weights gathered from other devices", gathered, "update", "raise mesh.tensor"),

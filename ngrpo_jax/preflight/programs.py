@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from ngrpo_jax.algo.neighbors import refresh
 from ngrpo_jax.learner import packing, update
-from ngrpo_jax.model import decoder
+from ngrpo_jax.model import decoder, lora
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.rollout.request import NO_MIXING
 from ngrpo_jax.rollout.shapes import largest_programs
@@ -42,19 +42,22 @@ def update_programs(settings: Settings, config: ModelConfig, devices: jax.shardi
     )
     shapes = jax.eval_shape(programs.zeros, state.params, microbatches)
     whole = jax.tree.map(lambda _: mesh.replicated(devices), shapes.metrics)
-    sums = mesh.shapes_on(shapes, update.Sums(learner.shardings.params, whole))
+    sums = mesh.shapes_on(shapes, update.Sums(learner.shardings.changing.params, whole))
 
     def score(dtype: str) -> jax.stages.Compiled:
-        params = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.dtype(dtype)), state.params)
+        trained, base = lora.split(state.params)
+        trained = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.dtype(dtype)), trained)
+        params = lora.joined(base, trained)
         return programs.logprobs.lower(params, update.Microbatches(rows, count)).compile()
 
-    # The learner's parameters are float32, the reference model's in the dtype that it is kept in.
-    dtypes = ["float32"] * (source == "learner") + [config.dtype] * reference
+    # What the learner trains is float32, the reference model in the dtype that it is kept in.
+    of_reference = config.dtype if config.lora is None else "float32"
+    dtypes = ["float32"] * (source == "learner") + [of_reference] * reference
     return {
         "accumulate": lambda: programs.accumulate.lower(sums, state.params, microbatches).compile(),
         **{f"score {dtype}": functools.partial(score, dtype) for dtype in dict.fromkeys(dtypes)},
         "zeros": lambda: programs.zeros.lower(state.params, microbatches).compile(),
-        "apply": lambda: programs.apply.lower(state, sums).compile(),
+        "apply": lambda: programs.apply.lower(state.changing, sums).compile(),
     }
 
 

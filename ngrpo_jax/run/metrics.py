@@ -134,9 +134,9 @@ def device_metrics(run: Run, rollout: Rollout, seconds: dict[str, float]) -> dic
 
     Every process has to call this. Tokens are those of prompts and responses of all hosts, a prompt counted
     once for each of its responses, however many models score them; where none has to, that metric is left
-    out. The utilisation counts the products of an update (three forward passes), over the peak of the
-    devices' bfloat16 arithmetic; it is left out where that is unknown. Memory is that of the fullest of the
-    hosts' first devices.
+    out. The utilisation counts the products of an update (three forward passes, under adapters two), over the
+    peak of the devices' bfloat16 arithmetic; it is left out where that is unknown. Memory is that of the
+    fullest of the hosts' first devices.
     """
     settings, config = run.settings, run.model_spec.config
     device, group = mesh.device_of(run.mesh), settings.rollout.group
@@ -150,6 +150,7 @@ def device_metrics(run: Run, rollout: Rollout, seconds: dict[str, float]) -> dic
         metrics["speed/logprob_tokens"] = sum(of_tokens) / seconds["logprobs"]
     peak = hardware.peak_flops(device)
     if peak is not None:
-        metrics["speed/update_mfu"] = 3 * sum(of_work) / seconds["update"] / (peak * run.mesh.size)
+        passes = 3 if config.lora is None else 2
+        metrics["speed/update_mfu"] = passes * sum(of_work) / seconds["update"] / (peak * run.mesh.size)
     held = [memory for memory in of_memory if memory is not None]
     return {**metrics, "memory/peak": float(max(held))} if held else metrics

@@ -18,12 +18,13 @@ from ngrpo_jax.setup.neighbor_table import table_config
 def refresh_table(run: Run, state: RunState) -> tuple[Table | None, dict[str, float]]:
     """The table of the next rollout and, where it was refreshed, the metrics of that.
 
-    A table is refreshed after `mixing.refresh_every` rollouts. None where the rollout mixes without a table.
+    A table is refreshed after `mixing.refresh_every` rollouts, and never under adapters, whose base stays as
+    it is. None where the rollout mixes without a table.
     """
     tokenizer_info, table = run.model_spec.tokenizer_info, state.table
     if not (run.settings.mixing.active and tokenizer_info.mixing.uses_table):
         return None, {}
-    if table is not None and table.age < run.settings.mixing.refresh_every:
+    if table is not None and (_constant(run) or table.age < run.settings.mixing.refresh_every):
         return table._replace(age=table.age + 1), {}
     config = table_config(run.model_spec, run.mesh)
     rows_VD = _rows(run, state.train_state.params)
@@ -44,20 +45,24 @@ def neighbors(run: Run, table: Table | None) -> jax.Array | None:
 
 
 def copy_rows(run: Run, table: Table | None, params: Any) -> jax.Array | None:
-    """A copy of the matrix that the table is of, [V, D], for `add_drift`; None without a table.
+    """A copy of the matrix that the table is of, [V, D], for `add_drift`; None where no table drifts.
 
     An update donates its parameters, so the copy is made before.
     """
-    return None if table is None else jnp.array(_rows(run, params), copy=True)
+    return None if table is None or _constant(run) else jnp.array(_rows(run, params), copy=True)
 
 
 def add_drift(run: Run, table: Table | None, before_VD: jax.Array | None, params: Any) -> Table | None:
     """The table with bounds that allow for the update from `before_VD` to `params`."""
     if table is None or before_VD is None:
-        return None
+        return table
     config, eligible = table_config(run.model_spec, run.mesh), run.model_spec.tokenizer_info.eligible
     drifted = refresh.add_drift(table.state, before_VD, _rows(run, params), eligible, config)
     return table._replace(state=jax.block_until_ready(drifted))
+
+
+def _constant(run: Run) -> bool:
+    return run.model_spec.config.lora is not None
 
 
 def _rows(run: Run, params: Any) -> jax.Array:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ngrpo_jax.learner import update
-from ngrpo_jax.model import decoder, hf
+from ngrpo_jax.model import decoder, hf, lora
 from ngrpo_jax.preflight import capacity, memory
 from ngrpo_jax.preflight.fit import check_decode_attention, check_memory, check_offload, check_positions
 from ngrpo_jax.run.state import Run, RunState, restore
@@ -20,7 +20,7 @@ from ngrpo_jax.runtime import distributed, mesh
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.settings import Settings
 from ngrpo_jax.setup.learner import attention_name, make_learner
-from ngrpo_jax.setup.model_spec import ModelSpec, locate_model
+from ngrpo_jax.setup.model_spec import ModelSpec, as_trained, locate_adapter, locate_model
 from ngrpo_jax.setup.problems import load_set
 from ngrpo_jax.setup.tokenizer_info import make_tokenizer_info
 from ngrpo_jax.setup.warm_start import warm_start, warm_start_config
@@ -37,7 +37,8 @@ def compose(settings: Settings, workdir: pathlib.Path, devices: jax.sharding.Mes
     made = directory.is_dir()
     tokenizer = prompts.load_tokenizer(directory if made else arithmetic.TOKENIZER)
     config = hf.read_config(directory) if made else warm_start_config(settings.warm_start, tokenizer)
-    config = dataclasses.replace(config, dtype=settings.model.dtype)
+    base, config = config, as_trained(config, settings)
+    adapter = locate_adapter(settings, config)
     tokenizer_info = make_tokenizer_info(tokenizer, config, settings)
     mesh.param_shardings(devices, decoder.parameter_shapes(config))  # refuses axes that do not divide it
     attention_name(settings, devices)
@@ -54,13 +55,13 @@ def compose(settings: Settings, workdir: pathlib.Path, devices: jax.sharding.Mes
     if made:
         directory = locate_model(settings, workdir)
     elif distributed.process().primary:
-        warm_start(settings, config, tokenizer, training, directory)
+        warm_start(settings, base, tokenizer, training, directory)
     distributed.allgather("the starting model is there", None)
     return Run(
         settings,
         workdir,
         devices,
-        ModelSpec(str(directory), config, tokenizer_info),
+        ModelSpec(str(directory), config, tokenizer_info, adapter, settings.seed),
         training,
         held_out,
         make_learner(settings, config, devices),
@@ -71,19 +72,19 @@ def begin(run: Run, params: Any, checkpoints: Checkpoints) -> tuple[Run, RunStat
     """The run with its reference model, and its state: that of the latest checkpoint, or the first.
 
     Args:
-      params: the starting model's, float32, on the mesh; donated.
+      params: the starting model's, on the mesh.
     """
     if run.settings.objective.kl_coef > 0:
-        # A copy, even where the dtype is the same: the learner donates its own parameters at every step.
-        dtype = run.model_spec.config.dtype
-        copy = jax.tree.map(lambda leaf: jnp.array(leaf, dtype, copy=True), params)
-        run = dataclasses.replace(run, reference=run.learner.programs.reference_offload.to_host(copy))
+        run = dataclasses.replace(run, reference=_reference(run, params))
     step = checkpoints.newest_good(_warn)
     if step is not None:
         state = restore(run, checkpoints, step)
+        whole = update.TrainState(params, None).changed_to(state.train_state)
+        state = dataclasses.replace(state, train_state=whole)
         checkpoints.go_on_from(step)
     else:
-        state = _first_state(run, params)
+        init = jax.jit(run.learner.optimizer.init, out_shardings=run.learner.shardings.opt_state)
+        state = RunState(0, update.TrainState(params, init(lora.split(params)[0])), None, {})
     opt_state = run.learner.programs.optimizer_offload.to_host(state.train_state.opt_state)
     return run, dataclasses.replace(state, train_state=state.train_state._replace(opt_state=opt_state))
 
@@ -93,10 +94,12 @@ def _warn(sentence: str) -> None:
         print(f"warning: {sentence}; an older one is used instead.", flush=True)
 
 
-def _first_state(run: Run, params: Any) -> RunState:
-    init = jax.jit(
-        lambda params: update.init_state(params, run.learner.optimizer),
-        out_shardings=run.learner.shardings,
-        donate_argnums=0,
-    )
-    return RunState(0, init(params), None, {})
+def _reference(run: Run, params: Any) -> Any:
+    """The parameters of the KL term's model: a copy, since the learner donates what it trains at every step.
+
+    Under adapters the base is no copy, and the starting adapters are, which add nothing where they are fresh.
+    """
+    trained, base = lora.split(params)
+    dtype = "float32" if base else run.model_spec.config.dtype
+    copy = jax.tree.map(lambda leaf: jnp.array(leaf, dtype, copy=True), trained)
+    return run.learner.programs.reference_offload.to_host(lora.joined(base, copy))

@@ -65,7 +65,7 @@ def save(state: RunState, run: Run, checkpoints: Checkpoints, scores: dict[str, 
       scores: `eval/` metrics where the step was evaluated, None elsewhere; the best checkpoint is chosen by
         one of them.
     """
-    arrays: dict[str, Any] = {"train": state.train_state}
+    arrays: dict[str, Any] = {"train": state.train_state.changing}
     if state.table is not None:
         arrays["table"] = state.table.state
     host = {
@@ -106,7 +106,7 @@ def check_finished(settings: Settings, workdir: pathlib.Path, allowed: frozenset
 
 
 def restore(run: Run, checkpoints: Checkpoints, step: int) -> RunState:
-    """The state that a checkpoint holds.
+    """The state that a checkpoint holds, without the base where adapters are trained.
 
     Raises:
       ValueError: the checkpoint is of a run with other settings or other problems.
@@ -124,7 +124,8 @@ def restore(run: Run, checkpoints: Checkpoints, step: int) -> RunState:
             f"{what} have changed since the checkpoint at step {step} in {run.workdir}; take the same ones, "
             f"use another --workdir, or add --allow-changes={called}.",
         )
-    wanted: dict[str, Any] = {"train": mesh.shapes_on(run.learner.abstract, run.learner.shardings)}
+    learner = run.learner
+    wanted: dict[str, Any] = {"train": mesh.shapes_on(learner.abstract.changing, learner.shardings.changing)}
     if host["table_age"] is not None:
         config = table_config(run.model_spec, run.mesh)
         shapes = jax.eval_shape(lambda: refresh.empty_state(run.model_spec.config.vocab_size, config))

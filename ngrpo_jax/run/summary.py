@@ -12,6 +12,7 @@ import numpy as np
 from ngrpo_jax import files
 from ngrpo_jax.errors import require
 from ngrpo_jax.model import decoder
+from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.preflight import fit, memory
 from ngrpo_jax.run.state import Run, RunState
 from ngrpo_jax.runtime import console, distributed, mesh, metrics, steps
@@ -64,6 +65,8 @@ def announce(run: Run, state: RunState) -> None:
         f"problems   {len(run.training.problems)} to train on ({run.training.dropped} too long), "
         f"{len(run.held_out.problems)} held out ({run.held_out.dropped} too long)"
     )
+    if model_spec.config.lora is not None:
+        print(f"adapters   {_adapters(model_spec.config)}")
     what = f"{mixing.strategy}, rate {mixing.rate}, k {mixing.k}" if mixing.active else "none (plain GRPO)"
     print(f"mixing     {what}")
     print(
@@ -79,6 +82,18 @@ def announce(run: Run, state: RunState) -> None:
     print(f"stops at   {_stops(run)}")
     print(f"steps      {state.step} of {settings.train.steps} done; workdir {run.workdir}", flush=True)
     explain_steps()
+
+
+def _adapters(config: ModelConfig) -> str:
+    """What is trained where adapters are, and that neighbours do not change then."""
+    assert config.lora is not None
+    count = decoder.trained_count(config)
+    share = 100 * count / decoder.parameter_count(config)
+    matrices = f"rank {config.lora.rank} on {len(config.lora.targets)} matrices of each layer"
+    return (
+        f"{matrices}: {console.format_count(count)} trained parameters, {share:.2g} % of the model's;\n"
+        "           the embedding stays as it is, so the neighbour table is built once for the whole run"
+    )
 
 
 def _stops(run: Run) -> str:
@@ -222,5 +237,6 @@ def print_summary(summary: dict[str, Any], settings: Settings, workdir: pathlib.
         scored = "" if value is None else f", {summary['best_metric']} {value:.4g} held out"
         best = f"{summary['best_checkpoint']} (step {summary['best_step']}{scored})"
     print(f"best       {best}")
-    print(f"export     {summary['export']}  (a Hugging Face directory)")
+    kind = "a Hugging Face directory" if settings.lora.rank is None else "an adapter, in PEFT's format"
+    print(f"export     {summary['export']}  ({kind})")
     print(f"look       python -m ngrpo_jax.report --workdir={workdir}")

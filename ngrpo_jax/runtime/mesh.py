@@ -38,6 +38,7 @@ DIMENSIONS: dict[str, tuple[str, str | None]] = {
     "H": ("head size", None),
     "J": ("query heads, key and value of a key/value head", None),
     "Q": ("query heads of a key/value head", None),
+    "R": ("adapter rank", None),
     "2": ("matrices", None),
     "L": ("layers", None),
 }
@@ -57,6 +58,14 @@ LEARNER = {
     rf"{_LAYER}/attention/o/kernel": "NHD",
     rf"{_LAYER}/mlp/(gate|up)/kernel": "DF",
     rf"{_LAYER}/mlp/down/kernel": "FD",
+    # Adapters (model/lora.py) are split as the sides of their matrix are.
+    rf"{_LAYER}/(attention/[qkv]|mlp/(gate|up))/lora_a": "DR",
+    rf"{_LAYER}/attention/q/lora_b": "RNH",
+    rf"{_LAYER}/attention/[kv]/lora_b": "RKH",
+    rf"{_LAYER}/attention/o/lora_a": "NHR",
+    rf"{_LAYER}/mlp/(gate|up)/lora_b": "RF",
+    rf"{_LAYER}/mlp/down/lora_a": "FR",
+    rf"{_LAYER}/(attention/o|mlp/down)/lora_b": "RD",
 }
 # In the rollout's layout (model/inference.py) matrices are joined, and their outputs come first.
 ROLLOUT = {

@@ -18,8 +18,8 @@ import numpy as np
 from ngrpo_jax import files
 from ngrpo_jax.choices import WARM_START
 from ngrpo_jax.errors import UserError, require
-from ngrpo_jax.model import decoder, hf
-from ngrpo_jax.model.config import ModelConfig
+from ngrpo_jax.model import decoder, hf, lora, peft
+from ngrpo_jax.model.config import Lora, ModelConfig
 from ngrpo_jax.runtime import distributed, mesh
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.runtime.steps import ReplacedError
@@ -30,14 +30,53 @@ from ngrpo_jax.setup.tokenizer_info import TokenizerInfo, make_tokenizer_info
 from ngrpo_jax.setup.warm_start import RECIPE, recipe
 from ngrpo_jax.tasks import prompts
 
+ADAPTER_STREAM = 1  # folded into the key of a run's seed for fresh adapters
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """The model that a run starts from, without its weights, which `load_params` reads."""
+    """The model that a run starts from, without its weights, which `load_params` reads.
 
-    directory: str  # a Hugging Face directory
+    Attributes:
+      directory: a Hugging Face directory.
+      adapter: a directory of PEFT, whose adapter the run starts from.
+      seed: of fresh adapters.
+    """
+
+    directory: str
     config: ModelConfig
     tokenizer_info: TokenizerInfo
+    adapter: str | None = None
+    seed: int = 0
+
+
+def as_trained(config: ModelConfig, settings: Settings) -> ModelConfig:
+    """The model as a run with these settings trains it: its compute dtype, its adapters.
+
+    Raises:
+      UserError: `lora.targets` that match nothing, or a rank above a matrix's size.
+    """
+    config, own = dataclasses.replace(config, dtype=settings.model.dtype), settings.lora
+    if own.rank is None:
+        return config
+    adapters = Lora(own.rank, own.scale, lora.find_targets(config, own.targets), own.init)
+    lora.check_rank(config, adapters)
+    return dataclasses.replace(config, lora=adapters)
+
+
+def locate_adapter(settings: Settings, config: ModelConfig, *, weights: bool = True) -> str | None:
+    """The directory of `model.adapter`, None without one.
+
+    Raises:
+      UserError: no such adapter, one of another base, or another than `lora.*` says.
+    """
+    if settings.model.adapter is None:
+        return None
+    directory = hf.locate(settings.model.adapter, weights=weights)
+    found = peft.check(directory, config)
+    if config.lora is not None:
+        lora.check_same(config.lora, found, str(directory))
+    return str(directory)
 
 
 def open_model_spec(settings: Settings, workdir: pathlib.Path) -> ModelSpec:
@@ -45,28 +84,70 @@ def open_model_spec(settings: Settings, workdir: pathlib.Path) -> ModelSpec:
     directory = locate_model(settings, workdir)
     require(directory.is_dir(), f"{workdir} holds no run of this config yet; train it first.")
     tokenizer = prompts.load_tokenizer(directory)
-    config = hf.read_config(directory, dtype=settings.model.dtype)
-    return ModelSpec(str(directory), config, make_tokenizer_info(tokenizer, config, settings))
+    config = as_trained(hf.read_config(directory), settings)
+    info, adapter = make_tokenizer_info(tokenizer, config, settings), locate_adapter(settings, config)
+    return ModelSpec(str(directory), config, info, adapter, settings.seed)
 
 
 def load_params(model_spec: ModelSpec, devices: jax.sharding.Mesh) -> Any:
-    """The starting model's float32 parameters, each leaf put on the mesh as soon as it is read."""
-    shardings = mesh.param_shardings(devices, decoder.parameter_shapes(model_spec.config))
+    """The starting model's parameters, each leaf put on the mesh as soon as it is read.
+
+    float32; under adapters the base is in the compute dtype.
+    """
+    config = model_spec.config
+    shardings = mesh.param_shardings(devices, decoder.parameter_shapes(config))
 
     def put(path: tuple[str, ...], leaf: np.ndarray) -> jax.Array:
         return mesh.put(leaf, functools.reduce(operator.getitem, path, shardings))
 
-    return hf.read(model_spec.directory, dtype="float32", place=put)[1]
+    dtype = "float32" if config.lora is None else config.dtype
+    base = hf.read(model_spec.directory, dtype=dtype, place=put)[1]
+    if model_spec.adapter is None:
+        return base if config.lora is None else lora.joined(base, _fresh_adapters(model_spec, shardings))
+    found, read = peft.read(model_spec.adapter, config, fingerprint(base))
+    shapes = decoder.parameter_shapes(dataclasses.replace(config, lora=found))
+    of_adapters = lora.split(mesh.param_shardings(devices, shapes))[0]
+    params = lora.joined(base, jax.tree.map(mesh.put, read, of_adapters))
+    return params if config.lora is not None else merged(params, dataclasses.replace(config, lora=found))
 
 
-def save_model(model_spec: ModelSpec, params: Any, directory: pathlib.Path) -> None:
-    """Writes parameters as a Hugging Face directory in `model.dtype`.
+def _fresh_adapters(model_spec: ModelSpec, shardings: Any) -> Any:
+    """Adapters that add nothing yet, drawn from the run's seed."""
+    config, of_adapters = model_spec.config, lora.split(shardings)[0]
+    draw = jax.jit(lora.init, static_argnums=(1, 2), out_shardings=of_adapters)
+    return draw(jax.random.fold_in(jax.random.key(model_spec.seed), ADAPTER_STREAM), config, config.lora)
+
+
+def merged(params: Any, config: ModelConfig) -> Any:
+    """`lora.merged` on the mesh: each matrix stays split as it is. `params` where there are no adapters."""
+    of_base = jax.tree.map(lambda leaf: leaf.sharding, lora.split(params)[1])
+    merge = jax.jit(lora.merged, static_argnums=1, out_shardings=of_base)
+    return params if config.lora is None else merge(params, config)
+
+
+def fingerprint(base: Any) -> str:
+    """Of the weights of a base model: their dtype, and the sum of all. Every process calls this."""
+    return f"{base['embed']['embedding'].dtype}:{int(_sum_of_bits(base)):08x}"
+
+
+def save_model(model_spec: ModelSpec, params: Any, directory: pathlib.Path, *, merge: bool = False) -> None:
+    """Writes parameters as a Hugging Face directory in `model.dtype`; adapters as a directory of PEFT.
 
     The first process writes. Every process calls this, since gathering a leaf that is split over hosts takes
     all of them. Each has one leaf in host memory at a time, and the first also the tensors of the file that
     it writes.
+
+    Args:
+      merge: write the base with the adapters merged into it, and not the adapters.
     """
     config = model_spec.config
+    if config.lora is not None and not merge:
+        adapters, base = lora.split(params)
+        host, digest = jax.tree.map(mesh.to_host, adapters), fingerprint(base)
+        if distributed.process().primary:
+            peft.save(directory, config, host, base=model_spec.directory, fingerprint=digest)
+        return
+    params, config = merged(params, config), dataclasses.replace(config, lora=None)
     if distributed.process().primary:
         source = model_spec.directory
         hf.save(directory, config, params, tokenizer_from=source, dtype=config.dtype, to_host=mesh.to_host)
@@ -110,16 +191,20 @@ def model_identity(model_spec: ModelSpec, params: Any) -> dict[str, Any]:
     """
     sizes = dataclasses.asdict(model_spec.config)
     del sizes["dtype"]
+    trained, base = lora.split(params)
     digest = hashlib.sha256()
     for leaf in (params["embed"]["embedding"][:64], params["final_norm"]["scale"]):
         digest.update(mesh.to_host(leaf).astype(np.float32).tobytes())
+    if base:  # which adapters do not change
+        digest.update(int(_sum_of_bits(trained)).to_bytes(4, "little"))
     return {**sizes, "weights": digest.hexdigest()[:16], "sum_of_weights": int(_sum_of_bits(params))}
 
 
 @jax.jit
 def _sum_of_bits(params: Any) -> jax.Array:
-    """The sum of all float32 weights taken as whole numbers, modulo 2^32: equal on every mesh."""
-    leaves = [jax.lax.bitcast_convert_type(leaf, jnp.uint32) for leaf in jax.tree.leaves(params)]
+    """The sum of all weights in float32 taken as whole numbers, modulo 2^32: equal on every mesh."""
+    wide = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(params)]
+    leaves = [jax.lax.bitcast_convert_type(leaf, jnp.uint32) for leaf in wide]
     return sum((jnp.sum(leaf, dtype=jnp.uint32) for leaf in leaves), jnp.uint32(0))
 
 
@@ -130,7 +215,7 @@ def open_checkpoint(
     which: str,
     best: str,
 ) -> tuple[int, Any]:
-    """(step, float32 parameters on the mesh) of a workdir's checkpoint.
+    """(step, parameters on the mesh) of a workdir's checkpoint, which under adapters holds these alone.
 
     Args:
       which: "start" (the starting model), "latest", a step's number, or "best": the latest where no step was
@@ -145,13 +230,17 @@ def open_checkpoint(
     with Checkpoints(workdir / "checkpoints", model=None, best=best) as checkpoints:
         while True:
             shapes = decoder.parameter_shapes(model_spec.config)
-            wanted = {"train": {"params": mesh.shapes_on(shapes, mesh.param_shardings(devices, shapes))}}
+            on_mesh = mesh.shapes_on(shapes, mesh.param_shardings(devices, shapes))
+            wanted = {"train": {"params": lora.split(on_mesh)[0]}}
             try:
                 step = _named_step(checkpoints, which, workdir)
                 if step is None:
                     return 0, load_params(model_spec, devices)
                 restored, _ = checkpoints.restore(step, wanted, partial=True)
-                return step, restored["train"]["params"]
+                trained = restored["train"]["params"]
+                if model_spec.config.lora is None:
+                    return step, trained
+                return step, lora.joined(lora.split(load_params(model_spec, devices))[1], trained)
             except ReplacedError:
                 if which.isdecimal():
                     raise
