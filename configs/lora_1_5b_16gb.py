@@ -1,4 +1,4 @@
-"""N-GRPO on DeepSeek-R1-Distill-Qwen-1.5B by low-rank adapters on one device of 16 GB, such as a TPU v5e chip.
+"""N-GRPO on DeepSeek-R1-Distill-Qwen-1.5B by low-rank adapters on one device of 16 GB (a TPU v5e chip).
 
     python -m ngrpo_jax.train --config=configs/lora_1_5b_16gb.py --workdir=runs/lora_1_5b
 

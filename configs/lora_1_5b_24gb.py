@@ -1,6 +1,6 @@
 """configs/lora_1_5b_16gb.py for one GPU of 24 GB, such as an L4 or an RTX 4090: more responses side by side.
 
-    python -m ngrpo_jax.train --config=configs/lora_1_5b_24gb.py --workdir=runs/lora_1_5b
+python -m ngrpo_jax.train --config=configs/lora_1_5b_24gb.py --workdir=runs/lora_1_5b
 """
 
 from configs import lora_1_5b_16gb

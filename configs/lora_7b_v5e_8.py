@@ -1,6 +1,6 @@
 """configs/lora_7b_80gb.py for a TPU v5e-8: eight chips of 16 GB, which share the base and the rollout's copy.
 
-    python -m ngrpo_jax.train --config=configs/lora_7b_v5e_8.py --workdir=runs/lora_7b
+python -m ngrpo_jax.train --config=configs/lora_7b_v5e_8.py --workdir=runs/lora_7b
 """
 
 from configs import lora_7b_80gb
