@@ -48,7 +48,7 @@ class Run:
         return lora.joined(self.learner.programs.base_offload.to_devices(base), trained)
 
     def reference_with(self, params: Any) -> Any:
-        """The parameters of the KL term's model, with the base of `params` under adapters; None without one."""
+        """The parameters of the KL term's model, under adapters with the base of `params`."""
         base = lora.split(params)[1]
         return None if self.reference is None else lora.joined(base, self.reference)
 
