@@ -267,6 +267,8 @@ def test_a_template_that_leaves_out_the_problem_is_refused(tiny, tmp_path):
     odd.chat_template = -1
     with pytest.raises(UserError, match="the chat template does not render one user turn"):
         prompts.encode_prompt(odd, "1+1")
+    path.write_text("{% for m in messages %}{{ m.content.rstrip('=') }}-{% endfor %}")  # in other words
+    assert prompts.encode_prompt(tiny, "1+1=", str(path)) == tiny.encode("1+1-", add_special_tokens=False)
     path.write_text("{% for m in messages %}{{ m.content | trim }}={% endfor %}")
     assert prompts.encode_prompt(tiny, " 1+1 ", str(path)) == tiny.encode("1+1=", add_special_tokens=False)
 

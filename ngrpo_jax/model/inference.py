@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ngrpo_jax.algo.mixture import Mixture, embed, one_hot
 from ngrpo_jax.model import cache as kv
@@ -41,7 +42,7 @@ from ngrpo_jax.model.cached_attention import (
     attend_to_valid,
 )
 from ngrpo_jax.model.config import ModelConfig
-from ngrpo_jax.model.decoder import head, unstack_layers
+from ngrpo_jax.model.decoder import head
 from ngrpo_jax.model.layers import cosines_and_sines, inverse_frequencies
 
 Params = dict[str, Any]
@@ -70,21 +71,40 @@ def is_inference_layout(params: Params) -> bool:
     return isinstance(layers, tuple) and "qkv" in layers[0]["attention"]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "quantize"))
 def to_inference_layout(params: Params, config: ModelConfig, quantize: str | None = None) -> Params:
     """The learner's parameters (decoder.py's, stacked or not) in the inference layout and compute dtype.
 
-    Adapters are merged into their matrices.
+    Adapters are merged into their matrices. Layers are converted by one program, one after the other: one of
+    all layers would take minutes to compile for a TPU, and memory for all of them at once.
 
     `quantize`: "int8" rounds the matrices of the layers, by output channel; None keeps them.
     """
-    layers = lora.merged({"layers": unstack_layers(params)["layers"]}, config)["layers"]
-    layers = tuple(_convert_layer(layer, config) for layer in layers)
-    converted = {"embed": params["embed"], "final_norm": params["final_norm"]}
-    if not config.tie_embeddings:
-        converted["head"] = params["head"]
-    converted, layers = jax.tree.map(lambda leaf: leaf.astype(config.dtype), (converted, layers))
-    return converted | {"layers": tuple(map(_quantized, layers)) if quantize else layers}
+    given = params["layers"]
+    if isinstance(given, tuple):
+        layers = tuple(layer_to_inference_layout((layer,), config, quantize) for layer in given)
+    else:
+        numbers = np.arange(config.num_layers, dtype=np.int32)
+        layers = tuple(layer_to_inference_layout((given, i), config, quantize) for i in numbers)
+    rest = {name: leaf for name, leaf in params.items() if name != "layers"}
+    return _cast(rest, config.dtype) | {"layers": layers}
+
+
+@functools.partial(jax.jit, static_argnames=("config", "quantize"))
+def layer_to_inference_layout(
+    given: tuple[Params] | tuple[Params, jax.Array], config: ModelConfig, quantize: str | None
+) -> Params:
+    """A layer in the inference layout, of (its parameters,) or (stacked parameters, the layer's number)."""
+    layer, *number = given
+    if number:
+        layer = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number[0], 0, False), layer)
+    (merged,) = lora.merged({"layers": (layer,)}, config)["layers"]
+    converted = jax.tree.map(lambda leaf: leaf.astype(config.dtype), _convert_layer(merged, config))
+    return _quantized(converted) if quantize else converted
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cast(tree: Any, dtype: str) -> Any:
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
 
 
 def _quantized(layer: Params) -> Params:

@@ -211,6 +211,8 @@ def _waiting(program: str, settings: Settings, model: ModelConfig) -> int:
         "accumulate": ("master", "base"),
         "score float32": ("master", "base"),
         "apply": ("master", "Adam"),
+        "training copy_layer": ("master", "base"),
+        "evaluation copy_layer": ("master", "base"),
     }
     own = reads.get(program, ("reference",) if program.startswith("score") else ())
     waiting = sum(
@@ -228,6 +230,7 @@ def _waiting_in_rollout(kind: str, model: ModelConfig) -> tuple[float, float, fl
     whole, rows = memory.parameter_count(model), model.vocab_size * model.hidden_size
     layer = (whole - (1 if model.tie_embeddings else 2) * rows) / model.num_layers
     return {
+        "copy_layer": (1 - layer / whole, 0.0, 0.0),
         "prefill_begin": (1 - rows / whole, 1.0, 0.0),
         "prefill_layer": (1 - layer / whole, 1.0, 1 - 1 / model.num_layers),
         "prefill_end": (1.0, 1.0, 1.0),

@@ -16,6 +16,7 @@ from ngrpo_jax.algo.neighbors import refresh
 from ngrpo_jax.learner import packing, update
 from ngrpo_jax.model import decoder, lora
 from ngrpo_jax.model.config import ModelConfig
+from ngrpo_jax.model.inference import layer_to_inference_layout
 from ngrpo_jax.rollout.request import NO_MIXING
 from ngrpo_jax.rollout.shapes import largest_programs
 from ngrpo_jax.rollout.trajectory import Trajectories
@@ -64,8 +65,14 @@ def update_programs(settings: Settings, config: ModelConfig, devices: jax.shardi
 def rollout_programs(
     settings: Settings, config: ModelConfig, devices: jax.sharding.Mesh, tokenizer_info: TokenizerInfo
 ) -> Programs:
-    """The largest programs of the rollouts of training and of evaluation, on this host's devices."""
+    """The largest programs of the rollouts of training and of evaluation, on this host's devices.
+
+    With that of the copy of their parameters, which takes the learner's on the whole mesh.
+    """
     layout = settings.rollout.layout
+    shapes = decoder.parameter_shapes(config)
+    stacked = mesh.shapes_on(shapes, mesh.param_shardings(devices, shapes))["layers"]
+    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh.replicated(devices))
     requests = {
         "training": (training_request, settings.rollout.quantize),
         "evaluation": (evaluation_request, None),
@@ -74,6 +81,8 @@ def rollout_programs(
     for purpose, (request_of, quantize) in requests.items():
         policy = abstract_policy(config, tokenizer_info, devices, layout, quantize)
         largest = largest_programs(policy.params, request_of(policy, settings), policy.table_VC)
+        lowered = functools.partial(layer_to_inference_layout.lower, (stacked, number), config, quantize)
+        programs[f"{purpose} copy_layer"] = lambda lowered=lowered: lowered().compile()
         programs |= {f"{purpose} {name}": compile_one for name, compile_one in largest.items()}
     return programs
 
