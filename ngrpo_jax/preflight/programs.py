@@ -81,8 +81,11 @@ def rollout_programs(
     for purpose, (request_of, quantize) in requests.items():
         policy = abstract_policy(config, tokenizer_info, devices, layout, quantize)
         largest = largest_programs(policy.params, request_of(policy, settings), policy.table_VC)
-        lowered = functools.partial(layer_to_inference_layout.lower, (stacked, number), config, quantize)
-        programs[f"{purpose} copy_layer"] = lambda lowered=lowered: lowered().compile()
+
+        def compile_copy(quantize: str | None = quantize) -> jax.stages.Compiled:
+            return layer_to_inference_layout.lower((stacked, number), config, quantize).compile()
+
+        programs[f"{purpose} copy_layer"] = compile_copy
         programs |= {f"{purpose} {name}": compile_one for name, compile_one in largest.items()}
     return programs
 
