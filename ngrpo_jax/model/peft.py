@@ -34,7 +34,7 @@ _MODULES = {
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     # The others change the base model, so that the adapter is not one of the weights as they are in files.
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
     "bias": ("none", None),
     "use_dora": (False, None),
     "use_qalora": (False, None),
