@@ -19,7 +19,7 @@ GOLDEN_TESTS := tests/test_decoder.py::test_logits_equal_those_of_transformers \
 
 help:
 	@echo "make run        train configs/tiny.py in $(WORKDIR): a small model learns by N-GRPO in about five minutes"
-	@echo "make test       the test suite, about twenty minutes on two cores"
+	@echo "make test       the test suite, about twelve minutes on two cores"
 	@echo "make test-long  the long tests"
 	@echo "make test-targets  compiles for TPUs and GPUs that are not here (extras aot-tpu, aot-cuda12); 20 minutes"
 	@echo "make faults     kills, signals and mutated input, each up to 55 minutes; goes on from its tallies"
@@ -32,10 +32,11 @@ run: $(VENV)/.requirements
 	@echo "No accelerator is needed, and nothing is downloaded. Stop it when you like: make run goes on from there."
 	$(BIN)/python -m ngrpo_jax.train --config=configs/tiny.py --workdir=$(WORKDIR)
 
+# Three workers keep two cores busy: some tests wait for processes that they have started.
 test: $(VENV)/.requirements-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 	@echo "The model's goldens and, for the paper's objective and GSPO, the learner's oracle, compiled as in use:"
-	NGRPO_TEST_OPTIMIZED=1 $(BIN)/python -m pytest -n 2 --dist load $(GOLDEN_TESTS)
+	NGRPO_TEST_OPTIMIZED=1 $(BIN)/python -m pytest -n 3 --dist load $(GOLDEN_TESTS)
 
 test-long: $(VENV)/.requirements-dev
 	$(BIN)/python -m pytest -m long

@@ -19,7 +19,7 @@ import pathlib
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -35,8 +35,8 @@ from ngrpo_jax.algo.objectives import group_advantages
 from ngrpo_jax.learner import packing, update
 from ngrpo_jax.learner.loss import ForwardOptions, row_loss
 from ngrpo_jax.learner.optimizer import make_optimizer
-from ngrpo_jax.model import attention, decoder, hf
-from ngrpo_jax.model.config import ModelConfig
+from ngrpo_jax.model import attention, decoder, hf, lora
+from ngrpo_jax.model.config import Lora, ModelConfig
 from ngrpo_jax.model.flops import forward_flops
 from ngrpo_jax.rollout import engine
 from ngrpo_jax.rollout.trajectory import Trajectories
@@ -59,10 +59,14 @@ class Ours:
         mesh = meshes.make_mesh(1, 1, 1, devices=jax.devices()[:1])
         optimizer = make_optimizer(updating.OPTIMIZER)
         params = jax.device_put(params)
-        self.reference = jax.tree.map(lambda leaf: jnp.array(leaf, config.dtype, copy=True), params)
+        trained, base = lora.split(params)
+        dtype = config.dtype if config.lora is None else "float32"
+        copy = jax.tree.map(lambda leaf: jnp.array(leaf, dtype, copy=True), trained)
+        self.reference = lora.joined(base, copy)
         start = functools.partial(update.init_state, optimizer=optimizer)
         shardings = meshes.state_shardings(mesh, jax.eval_shape(start, params))
-        self.state = jax.jit(start, donate_argnums=0, out_shardings=shardings)(params)
+        moments = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trained)
+        self.state = update.TrainState(params, moments)
         self.programs = update.compile_programs(
             forward_options(config, given),
             OBJECTIVE,
@@ -129,9 +133,9 @@ class Ours:
 
 def main() -> None:
     """Measures the chosen cases and prints their tables."""
-    given = _arguments()
+    given = arguments()
     with contextlib.ExitStack() as stack:
-        config, params, directory = _model(given, stack.enter_context(tempfile.TemporaryDirectory()))
+        config, params, directory = load_model(given, stack.enter_context(tempfile.TemporaryDirectory()))
         report = measure.Report(f"Learner: {given.model or given.shape}, {config.dtype}")
         if given.update or given.step:
             ours = Ours(config, params, given)
@@ -333,16 +337,28 @@ def random_responses(config: ModelConfig, count: int) -> Trajectories:
     return made
 
 
-def _model(given: argparse.Namespace, folder: str) -> tuple[ModelConfig, Any, str]:
-    """The model as (config, float32 parameters, a directory that the peer can read)."""
+def load_model(
+    given: argparse.Namespace, folder: str, *, for_peer: bool = False
+) -> tuple[ModelConfig, Any, str]:
+    """The model as (config, parameters, a directory that the peer can read)."""
     if given.model:
         config, params = hf.load(given.model)
-        return dataclasses.replace(config, dtype=given.dtype), params, given.model
+        return *_with_adapters(dataclasses.replace(config, dtype=given.dtype), params, given), given.model
     config = dataclasses.replace(shapes.SHAPES[given.shape], dtype=given.dtype)
     params = shapes.random_params(config, stacked=True, dtype="float32")
-    if given.peer_python:
+    if given.peer_python or for_peer:
         hf.save(folder, config, jax.device_get(params))
-    return config, params, folder
+    return *_with_adapters(config, params, given), folder
+
+
+def _with_adapters(config: ModelConfig, params: Any, given: argparse.Namespace) -> tuple[ModelConfig, Any]:
+    """The model with fresh adapters of rank --lora on all matrices of its layers; as it is without one."""
+    if given.lora is None:
+        return config, params
+    adapters = Lora(given.lora, 32 / given.lora, lora.find_targets(config, "all"))
+    base = jax.tree.map(lambda leaf: leaf.astype(config.dtype), params)
+    fresh = lora.init(jax.random.key(0), config, adapters)
+    return dataclasses.replace(config, lora=adapters), lora.joined(base, fresh)
 
 
 def _load_request(directory: str, ours: Ours, given: argparse.Namespace) -> dict[str, Any]:
@@ -366,7 +382,8 @@ def _said(phases: dict[str, float]) -> str:
     return ", ".join(f"{name} {seconds:.2f} s" for name, seconds in phases.items() if seconds)
 
 
-def _arguments() -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, or `argv`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for case in ("update", "step", "memory"):
         parser.add_argument(f"--{case}", action="store_true")
@@ -384,10 +401,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--remat", choices=("none", "full", "dots"), default="none")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--block", type=int, default=attention.BLOCK, help="of chunked attention")
+    parser.add_argument("--lora", type=int, help="rank of adapters, which alone are trained then")
     parser.add_argument("--unroll", action="store_true", help="write the layers out")
     parser.add_argument("--unshared", action="store_true", help="every sequence has its prompt to itself")
     parser.add_argument("--json", help="a file for all figures")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     if not (given.update or given.step or given.memory):
         given.update = True
     return given

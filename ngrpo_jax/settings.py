@@ -288,7 +288,8 @@ class TrainSettings(Section, prefix="train."):
     unroll: Annotated[bool, MAY_CHANGE] = False
     # True: a row has the prompt of a group once; pays where prompts are long.
     share_prompts: Annotated[bool, MAY_CHANGE] = False
-    # To host memory between uses: "optimizer" (its state), "reference" (its parameters), "both".
+    # To host memory between uses: "optimizer" (its state), "reference" (its parameters; under adapters the
+    # base, which the reference model is), "both".
     offload: Annotated[str, one_of(choices.OFFLOAD), MAY_CHANGE] = "none"
     # Steps in a row with a loss or gradient that is not finite, whose update is skipped, that end a run.
     max_bad_steps: Annotated[Count, MAY_CHANGE] = 5
@@ -425,11 +426,6 @@ class Settings(Section, prefix=""):
             rollout.quantize is None or objective.importance_cap is not None,
             f"{named} without importance weights, though responses come from another distribution than the "
             "learner's; set objective.importance_cap, such as 2.0.",
-        )
-        yield (
-            self.lora.rank is None or train.offload in ("none", "optimizer"),
-            f"train.offload is {train.offload!r} with lora.rank {self.lora.rank}: under adapters the "
-            "reference model is the base itself, which stays on the devices; use 'optimizer' or 'none'.",
         )
         yield (
             self.objective.overlong_interval < rollout.max_new_tokens,

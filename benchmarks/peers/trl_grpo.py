@@ -3,12 +3,13 @@
 Runs in an environment of its own (pip install torch transformers trl datasets); benchmarks/peer.py starts it.
 
     {"op": "load", "model": DIRECTORY, "threads": 2, "prompts": [[ids], ...], "samples": 4, "new_tokens": 128,
-     "kl_coef": 0.001, "learning_rate": 1e-6, "recompute": true}
+     "kl_coef": 0.001, "learning_rate": 1e-6, "recompute": true, "lora": 16}
     {"op": "step", "generate": true}
 
 One step a request: generation (or, with `generate` false, random tokens in its place), the reference's
 log-probabilities, loss, gradient, AdamW. Prompts and responses go in as ids, so that no tokenizer counts.
-Settings that are not about sizes are TRL's defaults; it recomputes activations by default (`recompute`).
+Settings that are not about sizes are TRL's defaults; it recomputes activations by default (`recompute`). With
+`lora`, the rank, only adapters of all linear layers are trained (pip install peft).
 """
 
 import json
@@ -124,6 +125,14 @@ def make_trainer(request: dict, requests: Requests, output: str) -> Trainer:
         disable_tqdm=True,
         model_init_kwargs={"dtype": "float32"},
     )
+    adapters = {}
+    if request.get("lora"):
+        from peft import LoraConfig
+
+        rank = request["lora"]
+        adapters["peft_config"] = LoraConfig(
+            r=rank, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
     trainer = Trainer(
         model=request["model"],
         reward_funcs=lambda completions, **_: [random.random() for _ in completions],
@@ -131,6 +140,7 @@ def make_trainer(request: dict, requests: Requests, output: str) -> Trainer:
         train_dataset=Dataset.from_list([{"prompt": str(i)} for i in range(len(prompts))]),
         processing_class=tokenizer,
         callbacks=[requests],
+        **adapters,
     )
     trainer.prepare(prompts, request["new_tokens"])
     requests.trainer = trainer

@@ -112,6 +112,7 @@ class Programs:
     shard: Callable[[Sequence[Rows]], Microbatches]
     optimizer_offload: HostOffload
     reference_offload: HostOffload
+    base_offload: HostOffload  # of the base of adapters
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -134,11 +135,11 @@ def compile_programs(
       state_shardings: a TrainState of shardings.
       rows_sharding: of arrays whose leading dimension is rows.
       offload: what is in host memory while it is not used: "none", "optimizer" (its state), "reference" (the
-        model of the KL term) or "both".
+        model of the KL term; under adapters that is the base, in use wherever parameters are) or "both".
     """
     replicated = jax.sharding.NamedSharding(rows_sharding.mesh, jax.sharding.PartitionSpec())
     sharded, of_params = microbatches_sharding(rows_sharding), state_shardings.params
-    of_changing = state_shardings.changing
+    of_changing, of_base = state_shardings.changing, lora.split(of_params)[1]
     of_sums = Sums(of_changing.params, replicated)
     shards = make_shards(rows_sharding.mesh, of_params)
     alone = functools.partial(row_loss, objective=objective, options=options)
@@ -200,7 +201,8 @@ def compile_programs(
         apply=jax.jit(apply, donate_argnums=0, out_shardings=(of_changing, replicated)),
         shard=functools.partial(_shard, sharded=sharded, replicated=replicated),
         optimizer_offload=HostOffload(state_shardings.opt_state, offload in ("optimizer", "both")),
-        reference_offload=HostOffload(of_params, offload in ("reference", "both")),
+        reference_offload=HostOffload(of_params, offload in ("reference", "both") and not of_base),
+        base_offload=HostOffload(of_base, offload in ("reference", "both")),
     )
 
 

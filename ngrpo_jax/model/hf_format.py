@@ -90,7 +90,7 @@ def config_from_json(raw: Mapping[str, Any], generation: Mapping[str, Any], dtyp
     require(not refusals, "; ".join(refusals))
     missing = [key for key in _SIZES.values() if raw.get(key) is None]
     require(not missing, f"missing {', '.join(missing)}")
-    sizes = {ours: _integer(raw, theirs) for ours, theirs in _SIZES.items()}
+    sizes: dict[str, Any] = {ours: _integer(raw, theirs) for ours, theirs in _SIZES.items()}
     divided = sizes["hidden_size"] // max(sizes["num_heads"], 1)
     theta, scaling = _rope(raw)
     return ModelConfig(

@@ -146,6 +146,7 @@ def merged(params: Params, config: ModelConfig) -> Params:
     """The base with W + s A B in the place of W, in W's dtype; `params` itself without adapters."""
     if config.lora is None:
         return params
+    add = functools.partial(_added, scale=config.lora.scale)
 
     def merge(tree: Any, stacked: bool) -> Any:
         if type(tree) is tuple:
@@ -154,7 +155,6 @@ def merged(params: Params, config: ModelConfig) -> Params:
             return tree
         if A not in tree:
             return {name: merge(child, stacked) for name, child in tree.items()}
-        add = functools.partial(_added, scale=config.lora.scale)
         kernel = (jax.vmap(add) if stacked else add)(tree["kernel"], tree[A], tree[B])
         return {name: leaf for name, leaf in tree.items() if name not in (A, B)} | {"kernel": kernel}
 

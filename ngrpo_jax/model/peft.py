@@ -166,7 +166,8 @@ def _opened(directory: pathlib.Path, config: ModelConfig) -> tuple[Lora, Any]:
         f"the adapter in {directory} has {', '.join(odd)}, which is not built; merge it into its base model "
         "and give that as model.path.",
     )
-    rank, alpha = raw.get("r"), raw.get("lora_alpha")
+    rank: Any = raw.get("r")
+    alpha: Any = raw.get("lora_alpha")
     if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
         raise UserError(f"{directory / CONFIG} has r {rank!r} and lora_alpha {alpha!r}: {_REMEDY}")
     weights = directory / WEIGHTS

@@ -89,11 +89,14 @@ def training_estimate(
         Allocation("gradients, float32", 2 * _F32 * trained, "update", _MORE_FSDP),
     ]
     if config.lora is not None:
-        allocations.append(Allocation(f"base model, {dtype}", _SIZE[dtype] * whole, "always", _MORE_FSDP))
+        phase, remedy = _when(offload, "reference"), f"{_MORE_FSDP} or set train.offload to reference"
+        allocations.append(Allocation(f"base model, {dtype}", _SIZE[dtype] * whole, phase, remedy))
     if settings.objective.kl_coef > 0:
         phase, remedy = _when(offload, "reference"), f"{_MORE_FSDP} or set objective.kl_coef to 0"
-        size = _SIZE[dtype] * whole if config.lora is None else _F32 * trained  # the starting adapters
-        allocations.append(Allocation(f"reference model, {dtype}", size, phase, remedy))
+        name, size = f"reference model, {dtype}", _SIZE[dtype] * whole
+        if config.lora is not None:  # whose base is the run's own
+            name, size, phase = "reference adapters, float32", _F32 * trained, "always"
+        allocations.append(Allocation(name, size, phase, remedy))
     if settings.mixing.active and settings.mixing.method(()).uses_table:
         allocations += _table_allocations(settings, config)
     # The larger rollout of training and evaluation: the longer response, more prompts in a prefill, and

@@ -27,7 +27,7 @@ def refresh_table(run: Run, state: RunState) -> tuple[Table | None, dict[str, fl
     if table is not None and (_constant(run) or table.age < run.settings.mixing.refresh_every):
         return table._replace(age=table.age + 1), {}
     config = table_config(run.model_spec, run.mesh)
-    rows_VD = _rows(run, state.train_state.params)
+    rows_VD = _rows(run, run.on_devices(state.train_state.params))
     size = rows_VD.shape[0]
     before = refresh.empty_state(size, config) if table is None else table.state
     refreshed, stats = refresh.refresh(before, rows_VD, tokenizer_info.eligible, config)

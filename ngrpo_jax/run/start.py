@@ -85,8 +85,11 @@ def begin(run: Run, params: Any, checkpoints: Checkpoints) -> tuple[Run, RunStat
     else:
         init = jax.jit(run.learner.optimizer.init, out_shardings=run.learner.shardings.opt_state)
         state = RunState(0, update.TrainState(params, init(lora.split(params)[0])), None, {})
-    opt_state = run.learner.programs.optimizer_offload.to_host(state.train_state.opt_state)
-    return run, dataclasses.replace(state, train_state=state.train_state._replace(opt_state=opt_state))
+    programs, (params, opt_state) = run.learner.programs, state.train_state
+    trained, base = lora.split(params)
+    params = lora.joined(programs.base_offload.to_host(base), trained)
+    kept = update.TrainState(params, programs.optimizer_offload.to_host(opt_state))
+    return run, dataclasses.replace(state, train_state=kept)
 
 
 def _warn(sentence: str) -> None:
@@ -95,11 +98,8 @@ def _warn(sentence: str) -> None:
 
 
 def _reference(run: Run, params: Any) -> Any:
-    """The parameters of the KL term's model: a copy, since the learner donates what it trains at every step.
-
-    Under adapters the base is no copy, and the starting adapters are, which add nothing where they are fresh.
-    """
+    """What `Run.reference` is: a copy, since the learner donates what it trains at every step."""
     trained, base = lora.split(params)
     dtype = "float32" if base else run.model_spec.config.dtype
     copy = jax.tree.map(lambda leaf: jnp.array(leaf, dtype, copy=True), trained)
-    return run.learner.programs.reference_offload.to_host(lora.joined(base, copy))
+    return run.learner.programs.reference_offload.to_host(copy)

@@ -14,6 +14,7 @@ import jax
 from ngrpo_jax.algo.neighbors import refresh
 from ngrpo_jax.errors import require
 from ngrpo_jax.learner import update
+from ngrpo_jax.model import lora
 from ngrpo_jax.runtime import distributed, mesh
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.settings import Settings
@@ -36,8 +37,20 @@ class Run:
     training: ProblemSet
     held_out: ProblemSet
     learner: Learner
-    reference: Any = None  # parameters of the KL term; None before `start.begin`, and where kl_coef is 0
+    # Parameters of the KL term's model, under adapters the starting ones alone, on the same base; None before
+    # `start.begin`, and where kl_coef is 0.
+    reference: Any = None
     allowed: frozenset[str] = frozenset()  # what may differ from the run that is resumed
+
+    def on_devices(self, params: Any) -> Any:
+        """Parameters whose base of adapters is on the devices, wherever `train.offload` keeps it."""
+        trained, base = lora.split(params)
+        return lora.joined(self.learner.programs.base_offload.to_devices(base), trained)
+
+    def reference_with(self, params: Any) -> Any:
+        """The parameters of the KL term's model, under adapters with the base of `params`."""
+        base = lora.split(params)[1]
+        return None if self.reference is None else lora.joined(base, self.reference)
 
 
 class Table(NamedTuple):

@@ -72,6 +72,7 @@ def policy_of(run: Run, params: Any, table: Table | None, quantize: str | None =
     """The parameters laid out for a rollout, rounded as `quantize` does, with the neighbour table."""
     longest = max(run.training.longest_prompt, run.held_out.longest_prompt)
     layout = run.settings.rollout.layout
+    params = run.on_devices(params)
     return make_policy(run.model_spec, run.mesh, params, neighbors(run, table), layout, longest, quantize)
 
 
@@ -133,9 +134,11 @@ def learn(
         count=settings.mini_batches,
         allgather=allgather,
     )
-    programs, old = run.learner.programs, old_logprobs(settings)
+    programs, old, kept = run.learner.programs, old_logprobs(settings), train_state
+    train_state = kept._replace(params=run.on_devices(kept.params))
     with _timed(seconds, "logprobs"):
-        batches = update.compute_logprobs(programs, train_state.params, run.reference, rows, old=old)
+        reference = run.reference_with(train_state.params)
+        batches = update.compute_logprobs(programs, train_state.params, reference, rows, old=old)
         jax.block_until_ready(batches)
     before_VD = copy_rows(run, table, train_state.params)
     with _timed(seconds, "update"):
@@ -144,6 +147,7 @@ def learn(
     with _timed(seconds, "table"):
         table = add_drift(run, table, before_VD, train_state.params)
     metrics |= computed.metrics
+    train_state = kept.changed_to(train_state.changing)
     return train_state, table, {**metrics, "rows/fill": packing.fill_fraction(rows, allgather)}
 
 

@@ -1,0 +1,13 @@
+"""configs/lora_7b_80gb.py for a TPU v5e-8: eight chips of 16 GB, which share the base and the rollout's copy.
+
+python -m ngrpo_jax.train --config=configs/lora_7b_v5e_8.py --workdir=runs/lora_7b
+"""
+
+from configs import lora_7b_80gb
+
+
+def get_config():
+    config = lora_7b_80gb.get_config()
+    config.mesh.fsdp = 2
+    config.mesh.tensor = 4
+    return config
