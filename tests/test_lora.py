@@ -295,9 +295,7 @@ def test_eight_devices_equal_one():
     case.assert_same_step(moments[0], got[2], (moments[1], expected[2]))
     for name in ("learner/kl", "learner/grad_norm", "learner/update_norm"):
         np.testing.assert_allclose(got[2][name], expected[2][name], rtol=1e-4)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), got[1].params, expected[1].params
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), got[1].params, expected[1].params)
 
 
 @pytest.mark.parametrize("objective", [PLAIN, GSPO], ids=["grpo", "gspo"])
@@ -468,10 +466,16 @@ def test_settings_that_cannot_be_are_refused_by_name(changes, sentence):
         ({"lora__rank": 17}, r"lora\.rank is 17, but layers/attention/k/kernel is 48 × 16; .* at most 16"),
         (
             {"lora__rank": 4, "lora__targets": "query"},
-            r"lora\.targets 'query' matches no matrix; there are layers/attention/q/kernel, .*mlp/down/kernel",
+            r"lora\.targets 'query' matches no matrix; .* layers/attention/q/kernel, .*mlp/down/kernel",
         ),
-        ({"lora__rank": 4, "lora__targets": "embed"}, r"lora\.targets 'embed' takes in embed/embedding, which"),
-        ({"lora__rank": 4, "lora__targets": "head|mlp"}, r"lora\.targets 'head\|mlp' takes in head/rows, which"),
+        (
+            {"lora__rank": 4, "lora__targets": "embed"},
+            r"lora\.targets 'embed' takes in embed/embedding, which",
+        ),
+        (
+            {"lora__rank": 4, "lora__targets": "head|mlp"},
+            r"lora\.targets 'head\|mlp' takes in head/rows, which",
+        ),
         ({"lora__rank": 4, "lora__targets": "."}, r"takes in embed/embedding and head/rows, which has no"),
     ],
 )
@@ -525,7 +529,9 @@ def test_an_adapter_that_is_not_plain_or_not_whole_is_refused_by_name(tmp_path, 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path):
     own = golden("llama")
-    sentence = r"q_proj\.lora_B\.weight has shape \[48, 4\], not \[80, 4\].* and \d+ more\); give the base model"
+    sentence = (
+        r"q_proj\.lora_B\.weight has shape \[48, 4\], not \[80, 4\].* and \d+ more\); give the base model"
+    )
     _refused(sentence, peft.check, GOLDEN / "llama_lora", golden("qwen3").whole)
     folder = tmp_path / "adapter"
     peft.save(folder, own.config, own.adapters, base=arithmetic.TOKENIZER, fingerprint="bfloat16:1")
@@ -544,7 +550,7 @@ def test_directories_that_are_no_adapters_are_refused(tmp_path):
     _refused("adapter_model.safetensors is broken or half-downloaded", peft.check, folder, whole)
     shutil.copytree(GOLDEN / "llama", tmp_path / "both")
     shutil.copy(GOLDEN / "llama_lora" / "adapter_config.json", tmp_path / "both")
-    sentence = r"both holds adapter_config\.json, an adapter; name its directory by model\.adapter, and that of"
+    sentence = r"both holds adapter_config\.json, an adapter; name its directory by model\.adapter, and"
     _refused(sentence, hf.read_config, tmp_path / "both")
 
 

@@ -79,7 +79,9 @@ def compare(out):
         moved = float(np.max(np.abs(ours["logits"] - ours["base"])))
         worst = max(worst, *differences)
         apart, one = differences
-        print(f"{folder.name}: adapter {apart:.1e}, merged {one:.1e}; the adapter moves logits by {moved:.1f}")
+        print(
+            f"{folder.name}: adapter {apart:.1e}, merged {one:.1e}; the adapter moves logits by {moved:.1f}"
+        )
     sys.exit(worst > 2e-5)
 
 
