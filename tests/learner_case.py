@@ -105,12 +105,15 @@ def step_gradients(
     objective=OBJECTIVE,
     share_prompts=False,
     old="learner",
+    config=CONFIG,
     **options,
 ):
     """Gradients and metrics of one optimiser step by parameters that differ from old and reference ones."""
-    programs, shardings, _ = make_programs(mesh, objective=objective, **options)
+    programs, shardings, _ = make_programs(mesh, objective=objective, config=config, **options)
     batch = pack_batch(objective, row_tokens, rows, share_prompts)
-    before, new, ref = (jax.device_put(make_params(seed), shardings.params) for seed in (0, params_seed, 4))
+    before, new, ref = (
+        jax.device_put(make_params(seed, config), shardings.params) for seed in (0, params_seed, 4)
+    )
     reference = ref if objective.kl_coef else None
     (microbatches,) = update.compute_logprobs(programs, before, reference, [batch], old=old)
     sums = jax.device_get(update.gradients(programs, new, microbatches))

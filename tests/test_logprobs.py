@@ -9,6 +9,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ngrpo_jax.algo.logprobs import token_logprobs, token_loss
+from ngrpo_jax.algo.shards import Axis, Shards
+from ngrpo_jax.algo.vocabulary import Vocabulary
 
 B, T, D, V = 2, 11, 8, 37
 
@@ -215,3 +217,23 @@ def test_token_loss_multiplies_three_times_and_holds_a_chunk_of_logits():
     assert len(list(_products(jax.make_jaxpr(gradient)(hidden, head).jaxpr))) == 3
     scratch = jax.jit(gradient).lower(hidden, head).compile().memory_analysis().temp_size_in_bytes
     assert scratch < 4 * (10 * B * 512 * D + 8 * 16 * V + 8 * D * V)
+
+
+@pytest.mark.parametrize("size", [32, 33, 34, 35])
+def test_every_token_is_counted_once_where_a_vocabulary_is_split_over_two_axes(size):
+    """Also where its parts are padded: the first part of 34 tokens is 17, of devices with 9 each."""
+    mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), (AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    vocabulary = Vocabulary(size, Shards(fsdp=Axis("fsdp", 2), tensor=Axis("tensor", 2)))
+    hidden, head, _ = _inputs(batch=2, time=size)
+    head, targets = head[:size], np.tile(np.arange(size, dtype=np.int32), (2, 1))
+    rows, of_head = PartitionSpec("fsdp"), PartitionSpec(None if size % 2 else "tensor", "fsdp")
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(rows, of_head, rows), out_specs=(rows, rows), check_vma=False
+    )
+    def split(hidden, head, targets):
+        return vocabulary.logprobs_and_entropy(hidden, vocabulary.rows(head), targets, 0.7)
+
+    for got, want in zip(split(hidden, head, targets), _full(hidden, head, targets, 0.7), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)

@@ -64,7 +64,8 @@ def _fake_run(config, params, strategy="neighbor", model_spec="embedding", refre
     tokenizer_info = types.SimpleNamespace(mixing=mixing, eligible=eligible_rows(config.vocab_size, 3))
     of_model = types.SimpleNamespace(config=config, tokenizer_info=tokenizer_info)
     devices = devices or mesh.make_mesh(1, 1, 1, jax.devices()[:1])
-    run = types.SimpleNamespace(settings=settings, model_spec=of_model, mesh=devices)
+    parts = dict(settings=settings, model_spec=of_model, mesh=devices)
+    run = types.SimpleNamespace(**parts, on_devices=lambda params: params)
     return run, _state(params, None)
 
 

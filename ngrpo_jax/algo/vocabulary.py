@@ -67,14 +67,17 @@ class Vocabulary:
             return _of_logits(logits_Btv, targets_Bt, lambda x: x, lambda x: x, entropy=entropy)
         place = self.shards.tensor.place(), fsdp.place()
         first = place[0] * self._block + place[1] * self._part
+        columns_Bt = fsdp.gather(targets_Bt, 0) - first
         if self._part * fsdp.size * self.shards.tensor.size != self.size:
             ids_v = first + jnp.arange(rows_vD.shape[0])
-            real_v = ids_v < jnp.minimum((place[0] + 1) * self._block, self.size)
-            logits_Btv = jnp.where(real_v, logits_Btv, _NO_TOKEN)
+            last = jnp.minimum((place[0] + 1) * self._block, self.size)
+            logits_Btv = jnp.where(ids_v < last, logits_Btv, _NO_TOKEN)
+            # Padding has the numbers of tokens that the next device has.
+            columns_Bt = jnp.where(columns_Bt < last - first, columns_Bt, -1)
         names = tuple(axis.name for axis in self.shards.axes if axis.name != self.shards.data.name)
         results = _of_logits(
             logits_Btv,
-            fsdp.gather(targets_Bt, 0) - first,
+            columns_Bt,
             lambda x: jax.lax.psum(x, names),
             lambda x: jax.lax.pmax(x, names),
             entropy=entropy,

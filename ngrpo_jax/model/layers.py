@@ -116,7 +116,8 @@ class Dense(nn.Module):
             adapter = Adapter(a, b, self.config.lora.scale)
         out = dense_product(self._cast(x), self._cast(kernel), self.contracted, adapter)
         if self.use_bias:
-            out = out + self._cast(self.param("bias", nn.initializers.zeros, self.features))
+            bias = self._cast(self.param("bias", nn.initializers.zeros, self.features))
+            out = out + bias.reshape((1,) * (out.ndim - bias.ndim) + bias.shape)
         return out
 
     def _cast(self, x: jax.Array) -> jax.Array:

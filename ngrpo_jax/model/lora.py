@@ -127,7 +127,7 @@ def _part(tree: Any, wanted: bool) -> Any:
     parts = {
         name: _part(child, wanted)
         for name, child in tree.items()
-        if isinstance(child, dict | tuple) or (name in (A, B)) == wanted
+        if isinstance(child, dict) or type(child) is tuple or (name in (A, B)) == wanted
     }
     return {name: part for name, part in parts.items() if not (isinstance(part, dict) and not part)}
 

@@ -33,9 +33,15 @@ _MODULES = {
 # Keys of adapter_config.json -> the values with which an adapter is plain LoRA.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
+    # The others change the base model, so that the adapter is not one of the weights as they are in files.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
     "bias": ("none", None),
     "use_dora": (False, None),
     "use_qalora": (False, None),
+    "use_bdlora": (False, None),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "arrow_config": (None,),
     "fan_in_fan_out": (False, None),
     "lora_bias": (False, None),
     "modules_to_save": (None, []),

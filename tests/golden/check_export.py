@@ -14,7 +14,7 @@ import sys
 import numpy as np
 
 HERE = pathlib.Path(__file__).parent
-NAMES = sorted(folder.name for folder in HERE.iterdir() if (folder / "expected.npz").is_file())
+NAMES = sorted(folder.name for folder in HERE.iterdir() if (folder / "config.json").is_file())
 
 
 def save(out):
