@@ -15,7 +15,7 @@ import numpy as np
 from ngrpo_jax.algo.shards import ALONE, Axis
 from ngrpo_jax.model import lora
 from ngrpo_jax.model.config import ModelConfig
-from ngrpo_jax.model.products import Adapter, dense_product, swiglu
+from ngrpo_jax.model.products import Adapter, dense_product, low_rank_products, swiglu
 
 # Standard deviation 1/sqrt(inputs): with a fixed 0.02, which suits widths near 2000, the attention of a small
 # model is almost uniform.
@@ -91,7 +91,7 @@ def _residual_init(config: ModelConfig) -> Initializer:
 
 
 class Dense(nn.Module):
-    """A product with a weight, [inputs.., outputs..], and its adapter where the parameters have one.
+    """A product with a weight, [inputs.., outputs..], and what its adapter adds.
 
     Attributes:
       features: the outputs' dimensions.
@@ -105,23 +105,31 @@ class Dense(nn.Module):
     kernel_init: Initializer = _KERNEL_INIT
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, low: jax.Array | None) -> jax.Array:
+        """`low`: x A of this matrix, one of `_low_rank`; None where it has no adapter."""
+        dtype = self.config.dtype
         shape = (*x.shape[x.ndim - self.contracted :], *self.features)
         matrix = math.prod(shape[: self.contracted]), math.prod(self.features)
         kernel = self.param("kernel", lambda key: self.kernel_init(key, matrix).reshape(shape))
         adapter = None
-        if self.has_variable("params", lora.A):
+        if low is not None:
             assert self.config.lora is not None
-            a, b = (self._cast(self.get_variable("params", name)) for name in (lora.A, lora.B))
-            adapter = Adapter(a, b, self.config.lora.scale)
-        out = dense_product(self._cast(x), self._cast(kernel), self.contracted, adapter)
+            adapter = Adapter(low, self.get_variable("params", lora.B).astype(dtype), self.config.lora.scale)
+        out = dense_product(x.astype(dtype), kernel.astype(dtype), self.contracted, adapter)
         if self.use_bias:
-            bias = self._cast(self.param("bias", nn.initializers.zeros, self.features))
+            bias = self.param("bias", nn.initializers.zeros, self.features).astype(dtype)
             out = out + bias.reshape((1,) * (out.ndim - bias.ndim) + bias.shape)
         return out
 
-    def _cast(self, x: jax.Array) -> jax.Array:
-        return x.astype(self.config.dtype)
+
+def _low_rank(module: nn.Module, x: jax.Array, *names: str, contracted: int = 1) -> dict[str, jax.Array]:
+    """x A by name, of those matrices of a module that have an adapter."""
+    params, dtype = module.variables.get("params", {}), module.config.dtype
+    factors = {name: params[name][lora.A].astype(dtype) for name in names if lora.A in params.get(name, {})}
+    if not factors:
+        return {}
+    low = low_rank_products(x.astype(dtype), list(factors.values()), contracted)
+    return dict(zip(factors, low, strict=True))
 
 
 class RMSNorm(nn.Module):
@@ -147,10 +155,11 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, attend: AttendInRows) -> jax.Array:
         config = self.config
+        low = _low_rank(self, x_BTD, "q", "k", "v")
 
         def project(name: str, heads: int) -> jax.Array:
             sizes = (heads, config.head_dim)
-            return Dense(config, sizes, use_bias=config.qkv_bias, name=name)(x_BTD)
+            return Dense(config, sizes, use_bias=config.qkv_bias, name=name)(x_BTD, low.get(name))
 
         q = project("q", config.num_heads)
         k, v = (project(name, config.num_kv_heads) for name in ("k", "v"))
@@ -160,7 +169,8 @@ class Attention(nn.Module):
         attended_BTNH = attend(q, k, v)
         init = _residual_init(config)
         out = Dense(config, (config.hidden_size,), contracted=2, kernel_init=init, name="o")
-        return self.tensor.sum(out(attended_BTNH))
+        low = _low_rank(self, attended_BTNH, "o", contracted=2)
+        return self.tensor.sum(out(attended_BTNH, low.get("o")))
 
 
 class MLP(nn.Module):
@@ -172,9 +182,11 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         config = self.config
-        gate, up = (Dense(config, (config.intermediate_size,), name=name)(x_BTD) for name in ("gate", "up"))
+        sizes, low = (config.intermediate_size,), _low_rank(self, x_BTD, "gate", "up")
+        gate, up = (Dense(config, sizes, name=name)(x_BTD, low.get(name)) for name in ("gate", "up"))
         down = Dense(config, (config.hidden_size,), kernel_init=_residual_init(config), name="down")
-        return self.tensor.sum(down(swiglu(gate, up)))
+        product = swiglu(gate, up)
+        return self.tensor.sum(down(product, _low_rank(self, product, "down").get("down")))
 
 
 class Block(nn.Module):

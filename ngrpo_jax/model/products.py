@@ -9,6 +9,7 @@ X is all leading dimensions as one.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -21,11 +22,27 @@ NAME = "dense_product"
 
 
 class Adapter(NamedTuple):
-    """The two factors of a low-rank adapter (lora.py), [inputs.., R] and [R, outputs..], and their scale."""
+    """What an adapter (lora.py) adds to a product: `scale` · `low` B.
 
-    a: jax.Array
+    Attributes:
+      low: x A, of `low_rank_products`, [X, R].
+      b: [R, outputs..].
+    """
+
+    low: jax.Array
     b: jax.Array
     scale: float
+
+
+def low_rank_products(x: jax.Array, factors: Sequence[jax.Array], contracted: int) -> list[jax.Array]:
+    """x A for the first factors A [inputs.., R] of several adapters, [X, R] each, by one product.
+
+    Narrow products take the time of reading `x`, which is read once so, and once for all their gradients.
+    """
+    width = math.prod(factors[0].shape[:contracted])
+    joined = jnp.concatenate([factor.reshape(width, -1) for factor in factors], axis=1)
+    low = checkpoint_name(_matmul(x.reshape(-1, width), joined), NAME)
+    return jnp.split(low, len(factors), axis=1)
 
 
 def dense_product(
@@ -36,11 +53,10 @@ def dense_product(
     W + s A B is never formed. Where the kernel is not trained, its gradient is dead code, which XLA removes.
     """
     width = math.prod(kernel.shape[:contracted])
-    x_XD = x.reshape(-1, width)
-    out = _matmul(x_XD, kernel.reshape(width, -1))
+    out = _matmul(x.reshape(-1, width), kernel.reshape(width, -1))
     if adapter is not None:
-        low_XR = checkpoint_name(_matmul(x_XD, adapter.a.reshape(width, -1)), NAME)
-        out = out + adapter.scale * _matmul(low_XR, adapter.b.reshape(adapter.b.shape[0], -1))
+        b_RF = adapter.b.reshape(adapter.b.shape[0], -1)
+        out = out + _matmul(adapter.low, adapter.scale * b_RF)
     return checkpoint_name(out.reshape(*x.shape[: x.ndim - contracted], *kernel.shape[contracted:]), NAME)
 
 
