@@ -19,6 +19,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 # Remat policies do not recognise a product inside of a custom gradient; this name marks its result for them.
 NAME = "dense_product"
+# A kernel with so many times more inputs than outputs has its gradient from gradientᵀ · input: on a CPU the
+# transposed copy is then of little, and the product a third to a half of the time.
+NARROW = 8
 
 
 class Adapter(NamedTuple):
@@ -41,7 +44,7 @@ def low_rank_products(x: jax.Array, factors: Sequence[jax.Array], contracted: in
     """
     width = math.prod(factors[0].shape[:contracted])
     joined = jnp.concatenate([factor.reshape(width, -1) for factor in factors], axis=1)
-    low = checkpoint_name(_matmul(x.reshape(-1, width), joined), NAME)
+    low = checkpoint_name(_matmul(x.reshape(-1, width), joined, 1), NAME)
     return jnp.split(low, len(factors), axis=1)
 
 
@@ -52,11 +55,9 @@ def dense_product(
 
     W + s A B is never formed. Where the kernel is not trained, its gradient is dead code, which XLA removes.
     """
-    width = math.prod(kernel.shape[:contracted])
-    out = _matmul(x.reshape(-1, width), kernel.reshape(width, -1))
+    out = _matmul(x, kernel, contracted)
     if adapter is not None:
-        b_RF = adapter.b.reshape(adapter.b.shape[0], -1)
-        out = out + _matmul(adapter.low, adapter.scale * b_RF)
+        out = out + _matmul(adapter.low, adapter.scale * adapter.b, 1)
     return checkpoint_name(out.reshape(*x.shape[: x.ndim - contracted], *kernel.shape[contracted:]), NAME)
 
 
@@ -82,19 +83,29 @@ def _swiglu_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tup
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
-def _matmul(x_XD: jax.Array, kernel_DF: jax.Array) -> jax.Array:
-    @jax.custom_vjp
-    def multiply(x_XD: jax.Array, kernel_DF: jax.Array) -> jax.Array:
-        return jnp.dot(x_XD, kernel_DF)
+def _matmul(x: jax.Array, kernel: jax.Array, contracted: int) -> jax.Array:
+    """[X, F] of x [.., inputs..] and a kernel [inputs.., outputs..], both taken as matrices."""
 
-    def forward(x_XD: jax.Array, kernel_DF: jax.Array):
-        return multiply(x_XD, kernel_DF), (x_XD, kernel_DF)
+    def matrices(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+        width = math.prod(kernel.shape[:contracted])
+        return x.reshape(-1, width), kernel.reshape(width, -1)
+
+    @jax.custom_vjp
+    def multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jnp.dot(*matrices(x, kernel))
+
+    def forward(x: jax.Array, kernel: jax.Array):
+        # The kernel as it is stored: within a scan over layers another shape of it would be a copy.
+        return multiply(x, kernel), (x, kernel)
 
     def backward(saved: tuple[jax.Array, jax.Array], grad_XF: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x_XD, kernel_DF = saved
+        x_XD, kernel_DF = matrices(*saved)
         to_x = jax.lax.dot_general(grad_XF, kernel_DF, (((1,), (1,)), ((), ())))
-        to_kernel = jax.lax.dot_general(x_XD, grad_XF, (((0,), (0,)), ((), ())))
-        return to_x, to_kernel
+        if NARROW * kernel_DF.shape[1] <= kernel_DF.shape[0]:
+            to_kernel = jax.lax.dot_general(grad_XF, x_XD, (((0,), (0,)), ((), ()))).T
+        else:
+            to_kernel = jax.lax.dot_general(x_XD, grad_XF, (((0,), (0,)), ((), ())))
+        return to_x.reshape(saved[0].shape), to_kernel.reshape(saved[1].shape)
 
     multiply.defvjp(forward, backward)
-    return multiply(x_XD, kernel_DF)
+    return multiply(x, kernel)
