@@ -10,7 +10,6 @@ R is the rank. A stacked tree has a leading [L] on each of the shapes above.
 import functools
 import math
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -100,26 +99,19 @@ def split(params: Any) -> tuple[Any, Any]:
 
     Both have the nesting of `params`, without what is empty. Leaves may be anything: arrays, shardings.
     """
-    if not any(True for _ in _adapters(params)):
-        return params, {}
-    return _part(params, wanted=True), _part(params, wanted=False)
+    adapters, base = _part(params, wanted=True), _part(params, wanted=False)
+    return (params, {}) if _empty(adapters) else (adapters, base)
 
 
-def _adapters(tree: Any) -> Iterator[Any]:
-    for name, child in tree.items() if isinstance(tree, dict) else enumerate(_children(tree)):
-        if name in (A, B):
-            yield child
-        else:
-            yield from _adapters(child)
-
-
-def _children(tree: Any) -> tuple[Any, ...]:
-    """The layers of an unstacked tree; a leaf has none, even where it is a tuple by descent."""
-    return tree if type(tree) is tuple else ()
+def _empty(tree: Any) -> bool:
+    """Whether a tree has no leaves; a leaf may be a tuple by descent."""
+    if isinstance(tree, dict):
+        return all(map(_empty, tree.values()))
+    return type(tree) is tuple and all(map(_empty, tree))
 
 
 def _part(tree: Any, wanted: bool) -> Any:
-    """The adapters of a tree, or all else; None of a leaf on the other side."""
+    """The adapters of a tree, or all else, without what is empty."""
     if type(tree) is tuple:
         return tuple(_part(child, wanted) for child in tree)
     if not isinstance(tree, dict):
@@ -129,7 +121,7 @@ def _part(tree: Any, wanted: bool) -> Any:
         for name, child in tree.items()
         if isinstance(child, dict) or type(child) is tuple or (name in (A, B)) == wanted
     }
-    return {name: part for name, part in parts.items() if not (isinstance(part, dict) and not part)}
+    return {name: part for name, part in parts.items() if not _empty(part)}
 
 
 def joined(one: Any, other: Any) -> Any:
