@@ -7,6 +7,7 @@ import math
 import pathlib
 import re
 import shutil
+import types
 from typing import NamedTuple
 
 import jax
@@ -25,9 +26,11 @@ from ngrpo_jax.algo.mixture import Mixing
 from ngrpo_jax.algo.neighbors import neighbor_table
 from ngrpo_jax.errors import UserError
 from ngrpo_jax.learner import update
+from ngrpo_jax.learner.optimizer import make_optimizer
 from ngrpo_jax.model import decoder, hf, inference, lora, peft
 from ngrpo_jax.model.config import Lora
 from ngrpo_jax.run.neighbor_table import add_drift, copy_rows, neighbors, refresh_table
+from ngrpo_jax.run.state import Run
 from ngrpo_jax.runtime import mesh as meshes
 from ngrpo_jax.settings import resolve
 from ngrpo_jax.setup.model_spec import as_trained, locate_adapter
@@ -289,6 +292,31 @@ def test_an_update_changes_the_adapters_and_nothing_else(shape):
     assert sorted(shapes) == sorted(leaf.shape for leaf in 2 * jax.tree.leaves(trained))
 
 
+def test_the_base_waits_on_the_host_and_the_numbers_stay():
+    """`train.offload` "reference": the base lies there, and `Run.on_devices` brings it back."""
+    before, expected, _ = one_update((1, 1, 1))
+    programs, shardings, _ = case.make_programs(config=ADAPTED, offload="reference")
+    run = types.SimpleNamespace(learner=types.SimpleNamespace(programs=programs))
+    trained, base = lora.split(jax.device_put(before.params, shardings.params))
+    kept = update.TrainState(lora.joined(programs.base_offload.to_host(base), trained), None)
+    kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(lora.split(kept.params)[1])}
+    assert kinds == {"pinned_host"}
+    params = Run.on_devices(run, kept.params)
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(params)} == {"device"}
+    assert_same(params, before.params)
+    again = kept.changed_to(expected.changing)
+    assert_same(again.params, expected.params)
+    kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(lora.split(again.params)[1])}
+    assert kinds == {"pinned_host"} and not programs.reference_offload.enabled
+
+
+def test_the_first_moment_may_be_bfloat16():
+    optimizer = make_optimizer(dataclasses.replace(case.OPTIMIZER, moments_dtype="bfloat16"))
+    state = optimizer.init({"lora_a": jnp.ones((3, 2))})
+    moments = [optax.tree.get(state, name)["lora_a"].dtype for name in ("mu", "nu")]
+    assert moments == [jnp.bfloat16, jnp.float32]
+
+
 def test_eight_devices_equal_one():
     expected, got = one_update((1, 1, 1)), one_update((2, 2, 2))
     moments = [optax.tree.get(state.opt_state, "mu") for _, state, _ in (got, expected)]
@@ -339,12 +367,9 @@ ODD = dataclasses.replace(case.CONFIG, vocab_size=104, hidden_size=36, head_dim=
 
 @pytest.mark.parametrize("adapters", [True, False])
 def test_the_base_has_no_gradient_in_the_compiled_program(adapters):
-    """Nothing of the shape of one of its matrices is computed; where all is trained, each of them is.
-
-    Layers are recomputed: else their scan keeps the matrices of attention for the backward pass.
-    """
+    """Nothing of the shape of one of its matrices is computed; where all is trained, each of them is."""
     config = dataclasses.replace(ODD, lora=ADAPTED.lora if adapters else None)
-    programs, shardings, _ = case.make_programs(config=config, objective=PLAIN, remat="full")
+    programs, shardings, _ = case.make_programs(config=config, objective=PLAIN)
     (rows,) = case.pack_batch(PLAIN, rows=16)
     params = jax.device_put(case.make_params(2, config), shardings.params)
     given = programs.shard([rows])
