@@ -268,6 +268,7 @@ def test_every_metric_is_drawn_once():
 def test_numbers_are_for_people():
     shown = [numbers.number(value) for value in (25840.3, 0.30000000000000004, 2.4e-5, -3, 0.0, float("nan"))]
     assert shown == ["25\u202f840", "0.3", "2.40 × 10⁻⁵", "\u22123", "0", "–"]
+    assert [numbers.points(change) for change in (-0.0001, -0.021, 0.3)] == ["0.0", "\u22122.1", "+30.0"]
     assert numbers.quantity(0.1234, "%") == "12.3 %" and numbers.quantity(3.2e9, "bytes") == "2.98 GiB"
 
 
@@ -360,7 +361,7 @@ def test_a_difference_counts_where_neither_problems_nor_seeds_explain_it():
         )
     )
     assert better.startswith(
-        "A difference beyond chance: N-GRPO (rate 0.1) against GRPO (rate 0), +79.2 points"
+        "A difference beyond chance: N-GRPO (rate 0.1) against GRPO (rate 0) is +79.2 points"
     )
     assert "over 3 seeds" in better and "(seed by seed +79.2, +79.2, +79.2)" in better
     # Better on every problem, and by one seed alone.
@@ -369,6 +370,8 @@ def test_a_difference_counts_where_neither_problems_nor_seeds_explain_it():
     )
     assert compare._verdict(lucky).startswith("No difference beyond chance")
     assert compare._uneven(lucky) == ""
+    others = [*"abcd"]  # so many settings make no name
+    assert [one.name for one in compare.settings_of([*lucky[0].runs, *lucky[1].runs], others)] == ["0-0"]
     short = _run("short", 0, 0.1, [(0, 0, 0)], steps=(0,))
     assert "different steps (0, 4)" in compare._uneven([*lucky, compare.Setting("short", [short])])
 

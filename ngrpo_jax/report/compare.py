@@ -21,6 +21,7 @@ from ngrpo_jax.schema import flatten
 
 # Settings that make no other experiment of a run: seeds are joined, the others say where and how it ran.
 _NO_EXPERIMENT = ("seed", "mesh.", "checkpoint.", "train.loggers", "train.profile", "reward.workers", "log.")
+_MOST_NAMED = 3  # settings in the name of one
 _COLORS = 8  # of the style sheet
 _T_95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t by degrees of freedom
 
@@ -47,7 +48,12 @@ def settings_of(runs: Sequence[Run], named: Sequence[str]) -> list[Setting]:
 
 
 def _name(named: Sequence[str], run: Run) -> str:
-    """A run's values of the settings `named`: "rank 8, seed 1"; "N-GRPO (rate 0.1)" where mixing differs."""
+    """A run's values of the settings `named`: "rank 8, k 3"; "N-GRPO (rate 0.1)" where mixing differs.
+
+    Its own name where many settings differ.
+    """
+    if len(named) > _MOST_NAMED:  # other experiments, which a table tells apart better than a name
+        return run.name
     own = flatten(run.config)
     text = ", ".join(f"{name.split('.')[-1]} {_shown(own.get(name))}" for name in named)
     if not any(name.startswith("mixing.") for name in named):
@@ -89,7 +95,9 @@ def render(runs: Sequence[Run]) -> str:
         sections.append((section, shown))
     return templates.fill(
         "compare.html",
-        title=" against ".join(one.name for one in settings) if len(settings) < 4 else f"{len(runs)} runs",
+        title=" against ".join(one.name for one in settings)
+        if 1 < len(settings) < 4
+        else f"{len(runs)} runs",
         runs=len(runs),
         verdict=_verdict(settings),
         warning=_uneven(settings),
@@ -147,6 +155,12 @@ def _interval_over_seeds(values: Sequence[float]) -> tuple[float, float] | None:
     return mean - half, mean + half
 
 
+def _share_interval(interval: tuple[float, float]) -> str:
+    """An interval of a share: Student's t knows nothing of the bounds that a share has."""
+    low, high = interval
+    return f"{percent(max(low, 0.0))} to {percent(min(high, 1.0))}"
+
+
 def _final(setting: Setting) -> list[str]:
     """A row of the final table."""
     means = [value for run in setting.runs if (value := _last(run, "mean_at_n")) is not None]
@@ -154,7 +168,7 @@ def _final(setting: Setting) -> list[str]:
     lengths = [value for run in setting.runs if (value := _last(run, "length_mean")) is not None]
     seconds = [s for run in setting.runs if isinstance(s := run.summary.get("seconds"), int | float)]
     over_seeds = _interval_over_seeds(means)
-    interval = " to ".join(map(percent, over_seeds)) if over_seeds else _own_interval(setting.runs[0])
+    interval = _share_interval(over_seeds) if over_seeds else _own_interval(setting.runs[0])
     best = [max(v for v in found if v is not None) for run in setting.runs if (found := _means(run))]
     return [
         setting.name,
@@ -248,7 +262,7 @@ def _verdict(settings: Sequence[Setting]) -> str:
     chance = any(bottom <= 0 <= top for bottom, top in intervals)
     found = "No difference beyond chance" if chance else "A difference beyond chance"
     sentence = (
-        f"{found}: {b.name} against {a.name}, {points(gap)} points of held-out accuracy at the last "
+        f"{found}: {b.name} against {a.name} is {points(gap)} points of held-out accuracy at the last "
         f"evaluation; 95 % interval over problems {points(low)} to {points(high)}"
     )
     if over_seeds:
