@@ -45,7 +45,7 @@ STEPS
 }
 </script>"""
 HOVER = """
-const marks = [...document.querySelectorAll("#rollout-list mark")];
+const marks = [...document.querySelectorAll("#rollout-list mark")].slice(0, 4);
 const spread = (mark) => 1 - Math.max(...(mark.mixture[1] ?? [0, 1]).filter((_, i) => i % 2));
 const mark = marks.sort((a, b) => spread(b) - spread(a))[0];
 mark.dispatchEvent(new PointerEvent("pointerover", { bubbles: true }));
@@ -69,7 +69,7 @@ OF_RUN = (
 )
 OF_PRETRAINED = (
     Picture("smollm2", 900, end="#rollouts"),
-    Picture("mixed", 700, "#what-was-mixed", "#held-out-problems"),
+    Picture("mixed", 610, "#what-was-mixed", "#held-out-problems"),
 )
 OF_SWEEP = (Picture("against", 1000, end="#responses"),)
 

@@ -5,9 +5,9 @@
 
 Each run has a workdir in DIR, named by its values of the swept settings. Runs come one after the other, or
 `--jobs` at a time, each then with its output in DIR/NAME.log. The same command goes on where it was stopped,
-and a run that fails does not keep the others from running. `--task` runs the N-th alone, counted from 0, for
-the array of a cluster's scheduler (launch/gpu/sweep.sbatch), and makes no page. At the end DIR/compare.html shows the runs that there are, with the seeds
-of one setting joined.
+and a run that fails does not keep the others from running. `--task` becomes the N-th alone, counted from 0,
+for the array of a cluster's scheduler (launch/gpu/sweep.sbatch), and makes no page. Without it, at the end
+DIR/compare.html shows the runs that there are, with the seeds of one setting joined.
 """
 
 import ast
@@ -131,7 +131,7 @@ def command(rest: Sequence[str], folder: pathlib.Path, trial: Trial) -> list[str
 
 
 def _become(words: list[str], folder: pathlib.Path) -> NoReturn:
-    """Goes on as the run itself, so that signals and the exit status of a cluster's task are the run's own."""
+    """Goes on as the run itself: signals and the exit status of a cluster's task are the run's own."""
     folder.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     os.execv(words[0], words)
