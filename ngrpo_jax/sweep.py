@@ -5,20 +5,21 @@
 
 Each run has a workdir in DIR, named by its values of the swept settings. Runs come one after the other, or
 `--jobs` at a time, each then with its output in DIR/NAME.log. The same command goes on where it was stopped,
-and a run that fails does not keep the others from running. `--task` runs the N-th alone, counted from 0, for
-the array of a cluster's scheduler. At the end DIR/compare.html shows the runs that there are, with the seeds
-of one setting joined.
+and a run that fails does not keep the others from running. `--task` becomes the N-th alone, counted from 0,
+for the array of a cluster's scheduler (launch/gpu/sweep.sbatch), and makes no page. Without it, at the end
+DIR/compare.html shows the runs that there are, with the seeds of one setting joined.
 """
 
 import ast
 import itertools
+import os
 import pathlib
 import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from ngrpo_jax import flags
 from ngrpo_jax.errors import UserError, require
@@ -51,10 +52,9 @@ def main(argv: Sequence[str]) -> None:
             0 <= given.task <= last,
             f"--task={given.task} must be from 0 to {last}: there are {last + 1} runs.",
         )
-        trials = [trials[given.task]]
+        _become(command(rest, folder, trials[given.task]), folder)
     statuses = run_all([command(rest, folder, trial) for trial in trials], trials, folder, given.jobs)
-    if given.task is None:
-        _write_page(folder)
+    _write_page(folder)
     failed = {trial.name: status for trial, status in zip(trials, statuses, strict=True) if status}
     if failed:
         print(f"error: these runs did not end well: {', '.join(failed)}.", file=sys.stderr)
@@ -128,6 +128,13 @@ def command(rest: Sequence[str], folder: pathlib.Path, trial: Trial) -> list[str
         kept.append(word)
     program = [sys.executable, "-m", "ngrpo_jax.train", f"--workdir={folder / trial.name}"]
     return [*program, *kept, *_overrides(trial)]
+
+
+def _become(words: list[str], folder: pathlib.Path) -> NoReturn:
+    """Goes on as the run itself: signals and the exit status of a cluster's task are the run's own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    os.execv(words[0], words)
 
 
 def run_all(

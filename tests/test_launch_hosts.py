@@ -11,7 +11,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
-SCRIPTS = ["gpu/local.sh", "gpu/slurm.sbatch", "gke/submit.sh", "eval_all.sh"]
+SCRIPTS = ["gpu/local.sh", "gpu/slurm.sbatch", "gpu/sweep.sbatch", "gke/submit.sh", "eval_all.sh"]
 RUN = ["--config=configs/tiny.py", "--workdir=/share/a b", "--", "--config.seed=3", "it's"]
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
@@ -175,6 +175,16 @@ def test_slurm_starts_a_process_for_each_task(machine, tmp_path):
     assert {started["environment"]["SRUN_CPUS_PER_TASK"] for started in machine.started} == {"12"}
     assert (clone / "runs" / "slurm" / "17-1.log").read_text() == "output of process 1\n"
     assert machine.run("gpu/slurm.sbatch", *RUN).returncode == 2
+
+
+def test_a_sweep_is_an_array_of_tasks(machine):
+    words = ["--config=c.py", "--workdir=/share/x", "--set", "seed=0,1", "--set=mixing.rate=0,0.1"]
+    result = machine.run("gpu/sweep.sbatch", "--dry-run", *words, "--", "--config.train.steps=4")
+    assert result.returncode == 0, result.stderr
+    assert "ngrpo_jax.sweep --config=c.py --workdir=/share/x --set" in result.stderr
+    assert result.stderr.rstrip().endswith("--task=0 --config.train.steps=4")
+    for wrong in (["--dry-run", *words[:2]], words):  # nothing to sweep; no task of an array
+        assert machine.run("gpu/sweep.sbatch", *wrong).returncode == 2
 
 
 def test_slurm_refuses_a_workdir_that_each_node_would_read_differently(machine):

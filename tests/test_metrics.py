@@ -167,6 +167,17 @@ def test_progress_off_a_terminal_prints_now_and_then():
     assert _progress(io.StringIO(), 50, enabled=False) == ""
 
 
+def test_short_works_one_after_the_other_are_no_long_silence(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(console, "_said_at", 100.0)
+    for number in range(5):
+        with console.Progress(f"work {number}", 2, "parts", clock=lambda: now[0]) as bar:
+            now[0] += 3
+            bar.update(1)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(" 1/2")[0] for line in lines] == ["work 2"]
+
+
 def test_progress_on_a_terminal_rewrites_its_line():
     text = _progress(_Terminal(), 4)
     assert text.count("\r") == 4 and text.endswith("rollout 4/4 sequences · 2 sequences/s · 2.0 s\x1b[K\n")

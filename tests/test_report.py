@@ -268,6 +268,7 @@ def test_every_metric_is_drawn_once():
 def test_numbers_are_for_people():
     shown = [numbers.number(value) for value in (25840.3, 0.30000000000000004, 2.4e-5, -3, 0.0, float("nan"))]
     assert shown == ["25\u202f840", "0.3", "2.40 × 10⁻⁵", "\u22123", "0", "–"]
+    assert [numbers.points(change) for change in (-0.0001, -0.021, 0.3)] == ["0.0", "\u22122.1", "+30.0"]
     assert numbers.quantity(0.1234, "%") == "12.3 %" and numbers.quantity(3.2e9, "bytes") == "2.98 GiB"
 
 
@@ -315,8 +316,8 @@ def test_held_out_problems_never_solved_learnt_and_lost():
     found = held_out.problems(_run("run", 0, 0.1, [(0, 0, 3), (0, 5, 0)]))
     assert [(row["id"], row["kind"], row["best"]) for row in found["rows"]] == [
         ("a", "never", 0),
+        ("c", "lost", 3),  # the fewest right at last come first
         ("b", "learnt", 5),
-        ("c", "lost", 3),
     ]
     assert found["counts"] == {"never": 1, "learnt": 1, "lost": 1}
 
@@ -330,13 +331,15 @@ def test_seeds_of_one_setting_are_joined():
     named = compare.differing(runs)
     assert named == ["seed", "mixing.rate", "mesh.data"]
     joined = compare.settings_of(runs, ["mixing.rate"])
-    assert [(one.name, len(one.runs)) for one in joined] == [("rate 0.0", 3), ("rate 0.1", 3)]
+    assert [(one.name, len(one.runs)) for one in joined] == [("GRPO (rate 0.0)", 3), ("N-GRPO (rate 0.1)", 3)]
     curve = compare.joined(
         [Points((0, 4), [0.0, v]) for v in (0.1, 0.2, 0.6)] + [Points((0, 2, 4), [0.0, 9.0, 0.3])]
     )
     assert curve == Points((0, 4), [0.0, pytest.approx(0.3)], [0.0, 0.1], [0.0, 0.6])
     page = compare.render(runs)
-    assert "rate 0.0 against rate 0.1" in page and "rate 0.1 against rate 0.0" in page
+    assert (
+        "GRPO (rate 0.0) against N-GRPO (rate 0.1)" in page and "No difference beyond chance: N-GRPO" in page
+    )
 
 
 def test_pairs_count_the_problems_that_one_setting_alone_solves():
@@ -347,13 +350,42 @@ def test_pairs_count_the_problems_that_one_setting_alone_solves():
     assert row[2:] == ["1", "0", "1", "1", "1.000"]  # both, A alone, B alone, neither
 
 
+def test_a_difference_counts_where_neither_problems_nor_seeds_explain_it():
+    def of(rate, counts):
+        return [_run(f"{rate}-{n}", n, rate, [(0, 0, 0), row]) for n, row in enumerate(counts)]
+
+    better = compare._verdict(
+        compare.settings_of(
+            of(0.1, [(7, 8, 8), (8, 7, 8), (8, 8, 7)]) + of(0, [(1, 2, 1), (1, 1, 2), (2, 1, 1)]),
+            ["mixing.rate"],
+        )
+    )
+    assert better.startswith(
+        "A difference beyond chance: N-GRPO (rate 0.1) against GRPO (rate 0) is +79.2 points"
+    )
+    assert "over 3 seeds" in better and "(seed by seed +79.2, +79.2, +79.2)" in better
+    # Better on every problem, and by one seed alone.
+    lucky = compare.settings_of(
+        of(0.1, [(8, 8, 8), (1, 1, 1), (1, 1, 1)]) + of(0, [(1, 1, 1)] * 3), ["mixing.rate"]
+    )
+    assert compare._verdict(lucky).startswith("No difference beyond chance")
+    assert compare._uneven(lucky) == ""
+    others = [*"abcd"]  # so many settings make no name
+    assert [one.name for one in compare.settings_of([*lucky[0].runs, *lucky[1].runs], others)] == ["0-0"]
+    short = _run("short", 0, 0.1, [(0, 0, 0)], steps=(0,))
+    assert "different steps (0, 4)" in compare._uneven([*lucky, compare.Setting("short", [short])])
+
+
 def test_compare_takes_folders_and_globs_and_refuses_one(tmp_path, capsys):
     for name in ("a", "b"):
         _write(tmp_path / name)
     (tmp_path / "other").mkdir()
+    (tmp_path / "a.log").touch()
     out = tmp_path / "page.html"
     flags.run_command(report.main, ["report", "compare", str(tmp_path / "*"), f"--out={out}"])
     assert "2 runs compared" in out.read_text(encoding="utf-8")
+    expanded = [str(tmp_path / name) for name in ("a", "a.log", "b")]  # by the shell
+    flags.run_command(report.main, ["report", "compare", *expanded, f"--out={out}"])
     with pytest.raises(SystemExit) as refusal:
         flags.run_command(report.main, ["report", "compare", str(tmp_path / "a")])
     assert refusal.value.code == 2 and "two workdirs" in capsys.readouterr().err

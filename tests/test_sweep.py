@@ -99,8 +99,15 @@ def test_a_failed_run_does_not_keep_the_others_from_running_but_a_signal_does(tm
 
 
 def test_one_task_of_an_array_runs_alone(tmp_path, monkeypatch):
-    runs = _Runs()
-    monkeypatch.setattr(sweep.subprocess, "run", runs.run)
-    _sweep(f"--workdir={tmp_path}", "--set", "seed=0,1,2", "--task=1")
-    assert len(runs.commands) == 1 and runs.commands[0][-1] == "--config.seed=1"
-    assert not (tmp_path / "compare.html").exists()
+    class Replaced(Exception):
+        """The process is another program from here on."""
+
+    def execute(path, words):
+        raise Replaced(path, words)
+
+    monkeypatch.setattr(sweep.os, "execv", execute)
+    with pytest.raises(Replaced) as replaced:
+        sweep.main(["sweep", "--config=tiny", f"--workdir={tmp_path}", "--set", "seed=0,1,2", "--task=1"])
+    path, words = replaced.value.args
+    assert path == sys.executable and words[1:3] == ["-m", "ngrpo_jax.train"]
+    assert words[-1] == "--config.seed=1" and f"--workdir={tmp_path}/seed=1" in words

@@ -86,10 +86,15 @@ def found_workdirs(patterns: Sequence[str]) -> list[Path]:
     for pattern in patterns:
         matches = sorted(glob.glob(pattern))
         require(bool(matches), f"{pattern} is no workdir; name workdirs of training runs, or a glob of them.")
-        # A folder of a sweep has a workdir for each of its runs, beside other files.
-        found += [Path(one) for one in matches if Path(one, "metrics.jsonl").is_file() or one == pattern]
+        # A folder of a sweep has a workdir for each of its runs, beside logs and other folders. The shell
+        # may have expanded a glob, so that a file is no mistake, while a folder by its own name must be one.
+        found += [path for path in map(Path, matches) if _may_be_run(path, named=str(path) == pattern)]
     require(len(found) > 1, "compare needs two workdirs or more: report compare DIR DIR.")
     return list(dict.fromkeys(found))
+
+
+def _may_be_run(path: Path, *, named: bool) -> bool:
+    return (path / "metrics.jsonl").is_file() or (named and not path.is_file())
 
 
 def _diversity(argv: Sequence[str]) -> None:

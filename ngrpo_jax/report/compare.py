@@ -21,6 +21,7 @@ from ngrpo_jax.schema import flatten
 
 # Settings that make no other experiment of a run: seeds are joined, the others say where and how it ran.
 _NO_EXPERIMENT = ("seed", "mesh.", "checkpoint.", "train.loggers", "train.profile", "reward.workers", "log.")
+_MOST_NAMED = 3  # settings in the name of one
 _COLORS = 8  # of the style sheet
 _T_95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t by degrees of freedom
 
@@ -34,14 +35,36 @@ class Setting:
 
 
 def settings_of(runs: Sequence[Run], named: Sequence[str]) -> list[Setting]:
-    """The runs, joined where all of `named` (the settings that differ) are equal, in order of appearance."""
+    """The runs, joined where all of `named` (the settings that differ) are equal.
+
+    In order of appearance, GRPO before what is compared with it.
+    """
     groups: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
         values = flatten(run.config)
         groups.setdefault(tuple(str(values.get(name)) for name in named), []).append(run)
-    short = [name.split(".")[-1] for name in named]
-    names = [", ".join(map(" ".join, zip(short, key, strict=True))) or "all runs" for key in groups]
-    return [Setting(name, members) for name, members in zip(names, groups.values(), strict=True)]
+    found = [Setting(_name(named, members[0]), members) for members in groups.values()]
+    return sorted(found, key=lambda one: not one.name.startswith("GRPO "))
+
+
+def _name(named: Sequence[str], run: Run) -> str:
+    """A run's values of the settings `named`: "rank 8, k 3"; "N-GRPO (rate 0.1)" where mixing differs.
+
+    Its own name where many settings differ.
+    """
+    if len(named) > _MOST_NAMED:  # other experiments, which a table tells apart better than a name
+        return run.name
+    own = flatten(run.config)
+    text = ", ".join(f"{name.split('.')[-1]} {_shown(own.get(name))}" for name in named)
+    if not any(name.startswith("mixing.") for name in named):
+        return text or "all runs"
+    strategy = own.get("mixing.strategy", "neighbor")
+    method = "N-GRPO" if strategy == "neighbor" else f"{strategy} mixing"
+    return f"{'GRPO' if strategy == 'none' or own.get('mixing.rate') == 0 else method} ({text})"
+
+
+def _shown(value: object) -> str:
+    return "none" if str(value) == "None" else str(value)
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
@@ -72,14 +95,17 @@ def render(runs: Sequence[Run]) -> str:
         sections.append((section, shown))
     return templates.fill(
         "compare.html",
-        title=" against ".join(one.name for one in settings) if len(settings) < 4 else f"{len(runs)} runs",
+        title=" against ".join(one.name for one in settings)
+        if 1 < len(settings) < 4
+        else f"{len(runs)} runs",
         runs=len(runs),
         verdict=_verdict(settings),
+        warning=_uneven(settings),
         sections=sections,
         finals=[_final(setting) for setting in settings],
         pairs=_pairs(settings),
         differing=every,
-        settings=[(run.name, [flatten(run.config).get(name, "–") for name in every]) for run in runs],
+        settings=[(run.name, [_shown(flatten(run.config).get(name, "–")) for name in every]) for run in runs],
         data={"axes": list(axes.known), "charts": charts},
     )
 
@@ -119,14 +145,20 @@ def _last(run: Run, key: str) -> float | None:
     return curve.values[-1] if curve.values else run.summary.get(f"{key}_after")
 
 
-def _interval_over_seeds(values: Sequence[float]) -> str:
-    """95 % interval of the mean by Student's t; empty for a single value."""
+def _interval_over_seeds(values: Sequence[float]) -> tuple[float, float] | None:
+    """95 % interval of the mean by Student's t; None for a single value."""
     if len(values) < 2:
-        return ""
+        return None
     t = _T_95[len(values) - 2] if len(values) - 2 < len(_T_95) else 1.96
     half = t * statistics.stdev(values) / math.sqrt(len(values))
     mean = statistics.fmean(values)
-    return f"{percent(mean - half)} to {percent(mean + half)}"
+    return mean - half, mean + half
+
+
+def _share_interval(interval: tuple[float, float]) -> str:
+    """An interval of a share: Student's t knows nothing of the bounds that a share has."""
+    low, high = interval
+    return f"{percent(max(low, 0.0))} to {percent(min(high, 1.0))}"
 
 
 def _final(setting: Setting) -> list[str]:
@@ -135,12 +167,15 @@ def _final(setting: Setting) -> list[str]:
     passes = [value for run in setting.runs if (value := _last(run, "pass_at_k")) is not None]
     lengths = [value for run in setting.runs if (value := _last(run, "length_mean")) is not None]
     seconds = [s for run in setting.runs if isinstance(s := run.summary.get("seconds"), int | float)]
+    over_seeds = _interval_over_seeds(means)
+    interval = _share_interval(over_seeds) if over_seeds else _own_interval(setting.runs[0])
     best = [max(v for v in found if v is not None) for run in setting.runs if (found := _means(run))]
     return [
         setting.name,
         number(len(setting.runs)),
+        " and ".join(map(number, _last_steps([setting]))) or "–",
         percent(statistics.fmean(means)) if means else "–",
-        _interval_over_seeds(means) or (_own_interval(setting.runs[0]) if means else "") or "–",
+        (interval if means else "") or "–",
         percent(statistics.fmean(best)) if best else "–",
         percent(statistics.fmean(passes)) if passes else "–",
         quantity(statistics.fmean(lengths), "") if lengths else "–",
@@ -169,17 +204,28 @@ def _solved(setting: Setting) -> dict[str, tuple[float, bool]]:
     return {key: (statistics.fmean(shares), max(shares) > 0) for key, shares in found.items()}
 
 
+def _common(a: Setting, b: Setting) -> tuple[list[tuple[float, bool]], list[tuple[float, bool]]] | None:
+    """What `_solved` has for the problems that both were evaluated on, in one order; None where none is."""
+    of_a, of_b = _solved(a), _solved(b)
+    common = [key for key in of_a if key in of_b]
+    return ([of_a[key] for key in common], [of_b[key] for key in common]) if common else None
+
+
+def _difference(a: Setting, b: Setting) -> tuple[float, float, float]:
+    """(difference of Mean@n, B's less A's, low, high), by bootstrap over the problems that both have."""
+    common = _common(a, b)
+    assert common is not None
+    return paired.difference_interval(*(np.array([share for share, _ in of]) for of in common))
+
+
 def _pairs(settings: Sequence[Setting]) -> list[list[str]]:
     """A row for each pair of settings: what each alone solves, McNemar's test, the difference of Mean@n."""
     rows = []
     for a, b in itertools.combinations(settings, 2):
-        of_a, of_b = _solved(a), _solved(b)
-        common = [key for key in of_a if key in of_b]
-        if not common:
+        if not (common := _common(a, b)):
             continue
-        table = paired.paired_table(*(np.array([of[key][1] for key in common]) for of in (of_a, of_b)))
-        values = (np.array([of[key][0] for key in common]) for of in (of_a, of_b))
-        gap, low, high = paired.difference_interval(*values)
+        table = paired.paired_table(*(np.array([solved for _, solved in of]) for of in common))
+        gap, low, high = _difference(a, b)
         p_value = paired.mcnemar(table.only_a, table.only_b)
         rows.append(
             [
@@ -192,13 +238,50 @@ def _pairs(settings: Sequence[Setting]) -> list[list[str]]:
     return rows
 
 
+def _by_seed(a: Setting, b: Setting) -> list[float]:
+    """Differences of Mean@n, B's less A's, of runs with the same seed; empty where the seeds differ."""
+    of_a, of_b = ({run.config.get("seed"): _last(run, "mean_at_n") for run in one.runs} for one in (a, b))
+    whole = len(of_a) == len(a.runs) and len(of_b) == len(b.runs) and None not in of_a
+    if not whole or of_a.keys() != of_b.keys():
+        return []
+    pairs = [(of_a[seed], of_b[seed]) for seed in of_a]
+    return [y - x for x, y in pairs if x is not None and y is not None]
+
+
 def _verdict(settings: Sequence[Setting]) -> str:
-    """The comparison of two settings in a sentence; empty where there are not two, or nothing to pair."""
-    rows = _pairs(settings) if len(settings) == 2 else []
-    if not rows:
+    """The comparison of two settings in a sentence; empty where there are not two, or nothing to pair.
+
+    A difference counts where neither other problems nor other seeds would explain it.
+    """
+    if len(settings) != 2 or not _pairs(settings):
         return ""
-    seeds = " and ".join(f"{len(one.runs)} of {one.name}" for one in settings)
-    return (
-        f"Held-out accuracy at the last evaluation, {rows[0][0]}: {rows[0][1]} points, 95 % interval over "
-        f"problems in brackets; runs: {seeds}."
+    a, b = settings
+    (gap, low, high), by_seed = _difference(a, b), _by_seed(a, b)
+    over_seeds = _interval_over_seeds(by_seed)
+    intervals = [(low, high), over_seeds] if over_seeds else [(low, high)]
+    chance = any(bottom <= 0 <= top for bottom, top in intervals)
+    found = "No difference beyond chance" if chance else "A difference beyond chance"
+    sentence = (
+        f"{found}: {b.name} against {a.name} is {points(gap)} points of held-out accuracy at the last "
+        f"evaluation; 95 % interval over problems {points(low)} to {points(high)}"
     )
+    if over_seeds:
+        each = ", ".join(map(points, by_seed))
+        bounds = " to ".join(map(points, over_seeds))
+        sentence += f", over {len(by_seed)} seeds {bounds} (seed by seed {each})"
+    return sentence + "."
+
+
+def _last_steps(settings: Sequence[Setting]) -> list[int]:
+    """The steps of the runs' last evaluations, each once."""
+    steps = {run.evaluations[-1]["step"] for one in settings for run in one.runs if run.evaluations}
+    return sorted(steps)
+
+
+def _uneven(settings: Sequence[Setting]) -> str:
+    """A sentence where the last evaluations are not of the same step: then they cannot be compared."""
+    steps = _last_steps(settings)
+    if len(steps) < 2:
+        return ""
+    last = ", ".join(map(number, steps))
+    return f"The last evaluations are of different steps ({last}): some runs have not ended, or are shorter."

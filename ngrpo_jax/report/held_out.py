@@ -76,6 +76,8 @@ def _best(run: Run) -> str:
 def problems(run: Run) -> dict[str, Any] | None:
     """Each held-out problem: correct responses before, at best and at the last evaluation. None: unknown.
 
+    Those with the fewest at last come first.
+
     `never` counts the problems that no evaluation solved.
     """
     rows = [row for row in run.evaluations if row.get("correct")]
@@ -84,6 +86,7 @@ def problems(run: Run) -> dict[str, Any] | None:
     texts: dict[str, str] = next((row["problems"] for row in rows if row.get("problems")), {})
     of_problem = {key: [row["correct"].get(key) for row in rows] for key in rows[-1]["correct"]}
     shown = [_problem(key, texts.get(key, ""), counts) for key, counts in of_problem.items()]
+    shown.sort(key=lambda row: (row["last"], row["best"], row["first"]))  # what is not solved comes first
     return {
         "rows": shown,
         "samples": rows[-1]["samples"],

@@ -35,7 +35,7 @@ def _histogram(mixtures: Mixtures) -> list[tuple[str, str, float]]:
     return rows[int(shares.nonzero()[0][0]) :]
 
 
-def _tokens(mixtures: Mixtures) -> list[tuple[str, str, str, str]]:
+def _tokens(mixtures: Mixtures) -> list[tuple[str, str, str, list[tuple[str, str]]]]:
     """(anchor, times, its mean weight, its partners with their mean weights), the most frequent first."""
     ordered = sorted(mixtures.anchors.items(), key=lambda item: -item[1][0])[:MOST_TOKENS]
     return [
@@ -43,13 +43,18 @@ def _tokens(mixtures: Mixtures) -> list[tuple[str, str, str, str]]:
             visible(anchor),
             number(int(times)),
             percent(weight / times),
-            ", ".join(
-                f"{visible(text)} {percent(total / times)}"
+            [
+                (visible(text), _small(total / times))
                 for text, total in mixtures.partners[anchor].most_common(PARTNERS)
-            ),
+            ],
         )
         for anchor, (times, weight) in ordered
     ]
+
+
+def _small(share: float) -> str:
+    """A share that is above 0 and may be far below."""
+    return percent(share) if share >= 5e-4 else "under 0.1 %"
 
 
 def visible(text: str) -> str:

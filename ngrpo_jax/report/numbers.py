@@ -40,7 +40,8 @@ def percent(share: float) -> str:
 
 def points(change: float) -> str:
     """A difference of two shares in percentage points, with its sign."""
-    return f"{100 * change:+.1f}".replace("-", "\u2212")
+    text = f"{100 * change:+.1f}"
+    return "0.0" if float(text) == 0 else text.replace("-", "\u2212")
 
 
 def short(value: float | None) -> float | None:

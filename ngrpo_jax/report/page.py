@@ -4,6 +4,7 @@ Owns the order and words of the page; templates/run.html is its HTML. Reads and 
 """
 
 from collections.abc import Iterator
+from pathlib import PurePath
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -69,7 +70,9 @@ def _shown(of_section: list[tuple[panels.Panel, list[curves.Line]]]) -> list[dic
 
 def subtitle(settings: dict[str, Any]) -> str:
     """What a run is, by its settings: model, mixing, size of a step."""
-    parts = [str(settings["model.path"])] if settings.get("model.path") else []
+    model = str(settings.get("model.path") or "")
+    # Of a local directory its own name; a hub name, ORG/MODEL, stays whole.
+    parts = [PurePath(model).name if PurePath(model).is_absolute() else model] if model else []
     strategy, rate = settings.get("mixing.strategy"), settings.get("mixing.rate")
     if strategy is not None and rate is not None:
         mixes = f"{strategy} mixing, ρ = {rate}, k = {settings.get('mixing.k')}"
@@ -81,7 +84,9 @@ def subtitle(settings: dict[str, Any]) -> str:
 
 def _places(run: Run) -> Facts:
     names = (("latest", "checkpoint"), ("best", "best_checkpoint"), ("export", "export"))
-    return [(label, run.summary[name]) for label, name in names if run.summary.get(name)]
+    found = [(label, str(run.summary[name])) for label, name in names if run.summary.get(name)]
+    # Within the workdir, which may have been moved since.
+    return [(label, path.rpartition(f"/{run.name}/")[2]) for label, path in found]
 
 
 def _settings(run: Run) -> list[tuple[str, Facts]]:

@@ -18,7 +18,7 @@ from ngrpo_jax.run import summary
 from ngrpo_jax.run.neighbor_table import refresh_table
 from ngrpo_jax.run.state import Run, RunState, save
 from ngrpo_jax.run.step import policy_of, train_step
-from ngrpo_jax.runtime import distributed, ending, metrics
+from ngrpo_jax.runtime import console, distributed, ending, metrics
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.runtime.lock import Lock
 from ngrpo_jax.settings import TrainSettings
@@ -127,7 +127,7 @@ def take_steps(
             again = False
             if distributed.process().primary:
                 pace = (time.monotonic() - clock) / max(state.step - began_at, 1)
-                print(summary.step_line(state.step, row | found, steps, pace), flush=True)
+                console.say(summary.step_line(state.step, row | found, steps, pace))
             if stop:
                 raise stopped(run, checkpoints, stop)
     return state, after

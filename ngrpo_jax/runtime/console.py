@@ -16,16 +16,25 @@ from typing import Any, Self, TextIO
 _SI = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _REWRITE_S = 0.2  # a terminal line is redrawn at most so often
 _BEAT_S = 1.0  # ... and at least so often, while its work goes on
+_said_at = time.monotonic()  # when this process last said something, or began
 _SPELLED = ("-", "x", "-", "-", "-", "...", "->", "[", "]", "pi")
 _ASCII = dict(zip("·×–−─…→⟦⟧π", _SPELLED, strict=True))
+
+
+def say(text: str) -> None:
+    """Prints a line at once; in a log, work that is under way then has its whole `every` seconds again."""
+    global _said_at
+    print(text, flush=True)
+    _said_at = time.monotonic()
 
 
 class Progress:
     """One line for a piece of work: done and total, rate, elapsed time and time left.
 
     On a terminal the line is rewritten in place, cut to the terminal's width: it never takes two rows.
-    Elsewhere (a log file, a pipe) a new line is printed at most every `every` seconds, and work shorter than
-    that prints nothing. A thread prints it also while the work reports nothing, such as a compilation.
+    Elsewhere (a log file, a pipe) a new line is printed at most every `every` seconds, counted from whatever
+    was last said there: works that are shorter print nothing, unless they come one after the other. A thread
+    prints it also while the work reports nothing, such as a compilation.
 
     Args:
         label: the name of the work, such as "rollout".
@@ -52,11 +61,14 @@ class Progress:
     ):
         self._label, self._total, self._unit, self._start = label, total, unit, start
         self._done, self._note = start, ""
+        self._shared = stream is None
         self._stream = sys.stderr if stream is None else stream
         self._terminal = self._stream.isatty()
         self._pause, self._silence = (_REWRITE_S, _BEAT_S) if self._terminal else (every, every)
         self._keep, self._enabled, self._clock = keep, enabled, clock
         self._began = self._printed_at = clock()
+        if self._shared and not self._terminal:
+            self._printed_at = _said_at
         self._printed: str | None = None
         self._lock, self._ended = threading.Lock(), threading.Event()
 
@@ -72,7 +84,7 @@ class Progress:
         """Sets how much is done, counted from zero; `note` comes at the end of the line."""
         with self._lock:
             self._done, self._note = done, note
-            if self._enabled and self._clock() - self._printed_at >= self._pause:
+            if self._enabled and self._quiet_s() >= self._pause:
                 self._print(note)
 
     def count(self, done: int, total: int) -> None:
@@ -112,12 +124,20 @@ class Progress:
         """Prints the line where nothing has printed it for too long."""
         while not self._ended.wait(_BEAT_S):
             with self._lock:
-                if not self._ended.is_set() and self._clock() - self._printed_at >= self._silence:
+                if not self._ended.is_set() and self._quiet_s() >= self._silence:
                     self._print(self._note)
 
+    def _quiet_s(self) -> float:
+        """Seconds since the last line, of this work or, in a log, of the process."""
+        said_at = _said_at if self._shared and not self._terminal else self._printed_at
+        return self._clock() - max(self._printed_at, said_at)
+
     def _print(self, note: str) -> None:
+        global _said_at
         text = self.line(note)
         self._printed_at = self._clock()
+        if self._shared:
+            _said_at = self._printed_at
         if text == self._printed:
             return
         self._printed = text

@@ -134,7 +134,7 @@ def compile_rollouts(policy: Policy, requests: Sequence[RolloutRequest]) -> None
         with console.Progress(label, 1, "sizes", keep=False, enabled=primary) as progress:
             seconds += programs.compile_ahead(policy.params, request, policy.table_VC, progress.count)
     if requests and primary:
-        print(f"rollouts   compiled for every size in {console.format_seconds(seconds)}", flush=True)
+        console.say(f"rollouts   compiled for every size in {console.format_seconds(seconds)}")
 
 
 def write_responses(

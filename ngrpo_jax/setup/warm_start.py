@@ -32,8 +32,7 @@ def warm_start(
     """
     pairs = zip(training.prompts, training.problems, strict=True)
     examples = [(prompt, _worked_ids(tokenizer, problem)) for prompt, problem in pairs]
-    label = f"warm start on {len(examples)} worked solutions"
-    with console.Progress(label, settings.warm_start.steps, "steps") as progress:
+    with console.Progress("warm start", settings.warm_start.steps, "steps") as progress:
         params = train_supervised(
             config,
             examples,

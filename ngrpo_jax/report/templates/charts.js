@@ -87,6 +87,9 @@ function marks(chart) {
   ctx.restore();
 }
 
+// Of a logarithmic axis the lines at powers of ten alone.
+const powers = (plot, splits) => splits.map((v) => (Math.abs(Math.log10(v) - Math.round(Math.log10(v))) < 1e-6 ? v : null));
+
 function draw(chart, place) {
   const stack = chart.kind === "stack" && new Set(chart.lines.map((line) => line.x)).size === 1;
   const { data, plan } = stack ? stacked(chart) : columns(chart);
@@ -122,7 +125,7 @@ function draw(chart, place) {
     },
     axes: [
       { stroke: ink, grid: { show: false }, ticks: { show: false }, size: 26, font: FONT, incrs: [1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500, 1000, 2000, 5000, 10000] },
-      { stroke: ink, grid, ticks: { show: false }, font: FONT, size: (u, labels) => Math.max(30, 12 + 6.6 * Math.max(0, ...(labels ?? []).map((label) => (label ?? "").length))),
+      { stroke: ink, grid: chart.kind === "log" ? { ...grid, filter: powers } : grid, ticks: { show: false }, font: FONT, size: (u, labels) => Math.max(30, 12 + 6.6 * Math.max(0, ...(labels ?? []).map((label) => (label ?? "").length))),
         values: (u, splits) => splits.map((v) => (v === null ? "" : quantity(v, chart.unit, 5))) },
     ],
     hooks: {

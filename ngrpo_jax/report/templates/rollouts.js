@@ -154,7 +154,7 @@ function startRollouts() {
     return `step ${group.step ?? "?"} · ${right} of ${group.responses.length} right · ${String(group.problem ?? "").slice(0, 60)}`;
   };
   const picker = el("select", { id: "group" }, ...DATA.groups.map((group, i) => el("option", { value: i }, label(group))));
-  const search = el("input", { type: "search", id: "search", placeholder: "text of a response or problem" });
+  const search = el("input", { type: "search", id: "search", placeholder: "response or problem" });
   const filter = el("select", { id: "filter" }, ...Object.entries(FILTERS).map(([name, [words]]) => el("option", { value: name }, words)));
   const move = (by) => {
     picker.value = Math.min(DATA.groups.length - 1, Math.max(0, Number(picker.value) + by));
