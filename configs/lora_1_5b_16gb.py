@@ -4,6 +4,8 @@
 
 configs/ngrpo_1_5b.py with adapters of rank 32 on all matrices of the layers and ten times its learning rate
 (docs/lora.md). 16 responses are decoded side by side; prompts longer than 256 tokens are left out.
+Hardware: 11.1 of the 15.75 GiB of a TPU v5e chip, by compiling for it.
+Expect: nothing has been run at this size yet; docs/lora.md has small models.
 """
 
 from configs import base

@@ -1,6 +1,9 @@
-"""configs/lora_7b_80gb.py for a TPU v5e-8: eight chips of 16 GB, which share the base and the rollout's copy.
+"""configs/lora_7b_80gb.py for a TPU v5e-8, whose chips share the base and the rollout's copy.
 
-python -m ngrpo_jax.train --config=configs/lora_7b_v5e_8.py --workdir=runs/lora_7b
+    python -m ngrpo_jax.train --config=configs/lora_7b_v5e_8.py --workdir=runs/lora_7b
+
+Hardware: eight TPU v5e chips of 15.75 GiB; docs/lora.md has what each holds.
+Expect: nothing has been run at this size yet; docs/lora.md has small models.
 """
 
 from configs import lora_7b_80gb
