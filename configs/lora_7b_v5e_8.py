@@ -2,7 +2,7 @@
 
     python -m ngrpo_jax.train --config=configs/lora_7b_v5e_8.py --workdir=runs/lora_7b
 
-Hardware: eight TPU v5e chips of 15.75 GiB; docs/lora.md has what each holds.
+Hardware: 9.9 of the 15.75 GiB of each of eight TPU v5e chips, by compiling for them.
 Expect: nothing has been run at this size yet; docs/lora.md has small models.
 """
 

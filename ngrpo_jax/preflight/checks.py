@@ -19,7 +19,7 @@ from ngrpo_jax.preflight.checklist import Check
 from ngrpo_jax.runtime import console, distributed, mesh
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.settings import Settings, resolve
-from ngrpo_jax.setup.model_spec import as_trained, locate_model
+from ngrpo_jax.setup.model_spec import as_trained, locate_adapter, locate_model
 from ngrpo_jax.setup.problems import load_set
 from ngrpo_jax.setup.resume import best_key, check_resumable
 from ngrpo_jax.setup.tokenizer_info import TokenizerInfo, make_tokenizer_info
@@ -104,9 +104,10 @@ def _sizes(settings: Settings, model: tuple[pathlib.Path, ModelConfig | None], t
     config = model[1] or warm_start_config(settings.warm_start, tokenizer)
     config = as_trained(config, settings)
     fit.check_positions(settings, config)
+    locate_adapter(settings, config)
     count = console.format_count(decoder.parameter_count(config))
     trained = console.format_count(decoder.trained_count(config))
-    adapters = "" if config.lora is None else f", {trained} of them and of adapters trained"
+    adapters = "" if config.lora is None else f" and {trained} of adapters"
     return config, f"{config.architecture}, {count} parameters{adapters}, {config.max_positions} positions"
 
 

@@ -64,7 +64,7 @@ def as_trained(config: ModelConfig, settings: Settings) -> ModelConfig:
     return dataclasses.replace(config, lora=adapters)
 
 
-def locate_adapter(settings: Settings, config: ModelConfig, *, weights: bool = True) -> str | None:
+def locate_adapter(settings: Settings, config: ModelConfig) -> str | None:
     """The directory of `model.adapter`, None without one.
 
     Raises:
@@ -72,7 +72,7 @@ def locate_adapter(settings: Settings, config: ModelConfig, *, weights: bool = T
     """
     if settings.model.adapter is None:
         return None
-    directory = hf.locate(settings.model.adapter, weights=weights)
+    directory = hf.locate(settings.model.adapter)
     found = peft.check(directory, config)
     if config.lora is not None:
         lora.check_same(config.lora, found, str(directory))
