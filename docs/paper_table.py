@@ -16,7 +16,15 @@ DOCUMENT = pathlib.Path(__file__).parent / "paper.md"
 CONFIGS = DOCUMENT.parent.parent / "configs"
 BEGIN = "<!-- written by python -m docs.paper_table -->"
 END = "<!-- end of what docs.paper_table writes -->"
-OWN = ("base", "tiny", "smollm2")  # not of the paper
+OWN = (
+    "base",
+    "tiny",
+    "smollm2",
+    "lora_1_5b_16gb",
+    "lora_1_5b_24gb",
+    "lora_7b_80gb",
+    "lora_7b_v5e_8",
+)  # not of the paper
 
 
 def values(path: pathlib.Path) -> dict[str, Any]:
