@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
             any_model=MODEL in allowed,
         ) as checkpoints:
             run, state = begin(run, params, checkpoints)
-            del params  # donated
+            del params  # the state holds them, and donates what is trained at every update
             if process.primary:
                 files.write_json(workdir / "config.json", config.to_dict())
             with flags.report_fatal():
