@@ -27,7 +27,7 @@ from ngrpo_jax.model.layers import Block, RMSNorm, Rotate, rope_angles, rotate
 
 Params = dict[str, Any]
 
-_ADAPTERS = 1  # folded into a key for the adapters' initial values
+_ADAPTERS = 1  # folded into a key for fresh adapters, so that the base is that of a model without them
 _REMAT_POLICIES = {
     # Saves all but gathered weights: those of every layer would be the whole model.
     "none": lambda primitive, *_, **__: primitive.name not in ("all_gather", "reshape"),
@@ -59,9 +59,14 @@ def init(key: jax.Array, config: ModelConfig) -> Params:
         params["head"] = {"rows": D**-0.5 * jax.random.normal(head_key, (V, D))}
     if config.lora is None:
         return params
-    # A stream of its own: the base is that of a model without adapters.
-    adapters = lora.init(jax.random.fold_in(key, _ADAPTERS), config, config.lora)
-    return lora.joined(jax.tree.map(lambda leaf: leaf.astype(config.dtype), params), adapters)
+    base = jax.tree.map(lambda leaf: leaf.astype(config.dtype), params)
+    return lora.joined(base, fresh_adapters(key, config))
+
+
+def fresh_adapters(key: jax.Array, config: ModelConfig) -> Params:
+    """The adapters of `config.lora` that `init` makes of this key; they add nothing yet."""
+    assert config.lora is not None
+    return lora.init(jax.random.fold_in(key, _ADAPTERS), config, config.lora)
 
 
 def unstack_layers(params: Params) -> Params:

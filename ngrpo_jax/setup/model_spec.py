@@ -30,8 +30,6 @@ from ngrpo_jax.setup.tokenizer_info import TokenizerInfo, make_tokenizer_info
 from ngrpo_jax.setup.warm_start import RECIPE, recipe
 from ngrpo_jax.tasks import prompts
 
-ADAPTER_STREAM = 1  # folded into the key of a run's seed for fresh adapters
-
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
@@ -103,19 +101,15 @@ def load_params(model_spec: ModelSpec, devices: jax.sharding.Mesh) -> Any:
     dtype = "float32" if config.lora is None else config.dtype
     base = hf.read(model_spec.directory, dtype=dtype, place=put)[1]
     if model_spec.adapter is None:
-        return base if config.lora is None else lora.joined(base, _fresh_adapters(model_spec, shardings))
+        if config.lora is None:
+            return base
+        draw = jax.jit(decoder.fresh_adapters, static_argnums=1, out_shardings=lora.split(shardings)[0])
+        return lora.joined(base, draw(jax.random.key(model_spec.seed), config))
     found, read = peft.read(model_spec.adapter, config, fingerprint(base))
     shapes = decoder.parameter_shapes(dataclasses.replace(config, lora=found))
     of_adapters = lora.split(mesh.param_shardings(devices, shapes))[0]
     params = lora.joined(base, jax.tree.map(mesh.put, read, of_adapters))
     return params if config.lora is not None else merged(params, dataclasses.replace(config, lora=found))
-
-
-def _fresh_adapters(model_spec: ModelSpec, shardings: Any) -> Any:
-    """Adapters that add nothing yet, drawn from the run's seed."""
-    config, of_adapters = model_spec.config, lora.split(shardings)[0]
-    draw = jax.jit(lora.init, static_argnums=(1, 2), out_shardings=of_adapters)
-    return draw(jax.random.fold_in(jax.random.key(model_spec.seed), ADAPTER_STREAM), config, config.lora)
 
 
 def merged(params: Any, config: ModelConfig) -> Any:
