@@ -1,7 +1,7 @@
 """Rollouts against vLLM and Hugging Face, against the machine's bounds, and against themselves unmixed.
 
     python benchmarks/rollout.py [--equal] [--tail] [--mixing] [--memory] [--model=DIR]
-                                 [--vllm-python=PATH] [--peer-python=PATH]
+                                 [--by-slots] [--vllm-python=PATH] [--peer-python=PATH]
 
 Without a choice of cases: equal lengths, long tail and mixing. Without --model: random weights in the shape
 of a small Qwen2. Without --vllm-python no vLLM, without --peer-python no Hugging Face `generate`. Prints
@@ -35,6 +35,7 @@ PROMPT = 64
 EQUAL_PROMPTS, EQUAL_NEW = 8, 128
 TAIL_PROMPTS, TAIL_MEDIAN, TAIL_95TH, TAIL_CAP = 64, 60, 400, 512
 BOUND_STEPS = 64
+SLOTS = (16, 32, 64, 128, 256)
 OURS, DECODING, HUGGING_FACE, VLLM, PRODUCTS, READING, MATRICES = (
     "this engine",
     "this engine, decoding alone",
@@ -62,6 +63,8 @@ def main() -> None:
         if given.mixing:
             sizes = dict(slots=given.slots, context=given.context, steps=given.steps, pairs=given.pairs)
             mixing.report_mixing(report, model.params, model.config, **sizes)
+        if given.by_slots:
+            by_slots(report, model, given)
         if given.memory:
             rollout_memory.report_memory(report, slots=given.memory_slots, tokens=given.memory_tokens)
         report.save(given.json)
@@ -138,6 +141,22 @@ def long_tail(
     )
 
 
+def by_slots(report: measure.Report, model: Model, given: argparse.Namespace) -> None:
+    """The long tail by number of slots: what `rollout.slots` should be where memory sets no bound."""
+    work = Work(_prompts(model.config, TAIL_PROMPTS), tail_lengths(TAIL_PROMPTS * SAMPLES))
+    sides = {str(count): Ours(model, work, count, given.chunk) for count in SLOTS}
+    timings = measure.alternate(sides, given.tail_rounds, warmups=given.tail_warmups)
+    report.table(
+        f"Slots: long tail, {TAIL_PROMPTS} prompts × {SAMPLES}, prompt {PROMPT}",
+        ("slots", "tokens/s", f"time / {SLOTS[-1]} slots"),
+        [
+            (name, measure.interval(work.tokens / timings.seconds[name]), timings.ratio(name, str(SLOTS[-1])))
+            for name in sides
+        ],
+        timings.note() + ".",
+    )
+
+
 def tail_lengths(count: int, seed: int = 0) -> np.ndarray:
     """int32 [count]: log-normal with the median and the 95th percentile of TAIL_*, from 1 to the cap."""
     sigma = math.log(TAIL_95TH / TAIL_MEDIAN) / 1.6448536  # the 95th percentile of a standard normal
@@ -202,6 +221,7 @@ def _arguments() -> argparse.Namespace:
     for case, what in (
         ("equal", "32 responses of 128 tokens each"),
         ("tail", "256 responses with a long tail"),
+        ("by-slots", "the same responses with 16 to 256 slots"),
         ("mixing", "what mixing costs a decode step"),
         ("memory", "a long rollout's memory, calculated and measured (minutes)"),
     ):
@@ -225,7 +245,7 @@ def _arguments() -> argparse.Namespace:
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} ({default})")
     given = parser.parse_args()
-    if not (given.equal or given.tail or given.mixing or given.memory):
+    if not (given.equal or given.tail or given.mixing or given.memory or given.by_slots):
         given.equal = given.tail = given.mixing = True
     return given
 

@@ -29,13 +29,13 @@ from ngrpo_jax.model import ring_attention
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.model.decoder import parameter_count
 from ngrpo_jax.model.inference import InferenceModel
-from ngrpo_jax.preflight import memory
+from ngrpo_jax.preflight import memory, slots
 from ngrpo_jax.rollout import engine, programs
 from ngrpo_jax.rollout.decode import ChunkOutput
 from ngrpo_jax.rollout.request import RolloutRequest, SamplingParams, Sequences
 from ngrpo_jax.rollout.slots import Insertions
 from ngrpo_jax.runtime.hardware import CHIPS
-from ngrpo_jax.settings import DataSettings, MeshSettings, RolloutSettings, Settings
+from ngrpo_jax.settings import MeshSettings, RolloutSettings, Settings
 
 PROMPTS, SAMPLES, PROMPT, LONGEST, CHUNK = 64, 4, 256, 8192, 32
 PROMPT_LIMIT = 4096
@@ -197,18 +197,16 @@ def response_lengths(seed: int) -> np.ndarray:
 
 def most_slots(config: ModelConfig, machine: Machine) -> int:
     """The most slots for which a training fits by the estimate of memory, up to the sequences there are."""
-    available = (CHIPS[machine.kind].memory_gib or math.nan) * 2**30
+    settings = Settings(
+        rollout=RolloutSettings(prompts=PROMPTS, group=SAMPLES, max_new_tokens=LONGEST),
+        mesh=MeshSettings(fsdp=machine.devices),
+    )
 
-    def needed(slots: int) -> int:
-        settings = Settings(
-            data=DataSettings(max_prompt_tokens=PROMPT),
-            rollout=RolloutSettings(slots=slots, max_new_tokens=LONGEST),
-            mesh=MeshSettings(fsdp=machine.devices),
-        )
-        return memory.peak(memory.training_estimate(settings, config, platform=machine.platform))[0]
+    def needed(changed: Settings) -> int:
+        return memory.peak(memory.training_estimate(changed, config, platform=machine.platform))[0]
 
-    grain = 8 * machine.devices  # halved three times
-    return max(n for n in range(grain, PROMPTS * SAMPLES + 1, grain) if needed(n) <= available)
+    room = int((CHIPS[machine.kind].memory_gib or math.nan) * 2**30)
+    return slots.decided(settings, needed, PROMPTS * SAMPLES, PROMPT, room).rollout.slot_count
 
 
 def main() -> None:

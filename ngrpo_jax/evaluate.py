@@ -23,15 +23,16 @@ from ngrpo_jax import flags
 from ngrpo_jax.errors import require
 from ngrpo_jax.evaluation import comparison, one_prompt, runner, stored
 from ngrpo_jax.evaluation.runner import SetEvaluation
-from ngrpo_jax.evaluation.sets import eval_sets, parse_flag
+from ngrpo_jax.evaluation.sets import EvalSet, eval_sets, parse_flag
 from ngrpo_jax.evaluation.writer import GenerationsWriter, generations_path, make_header
-from ngrpo_jax.preflight import capacity, fit
+from ngrpo_jax.model.config import ModelConfig
+from ngrpo_jax.preflight import capacity, fit, slots
 from ngrpo_jax.runtime import distributed, mesh
 from ngrpo_jax.settings import Settings, resolve
 from ngrpo_jax.setup.model_spec import ModelSpec, model_identity, open_checkpoint, open_model_spec
 from ngrpo_jax.setup.neighbor_table import build_table
 from ngrpo_jax.setup.policy import Policy, evaluation_mixes, make_policy
-from ngrpo_jax.setup.problems import load_set
+from ngrpo_jax.setup.problems import ProblemSet, load_set
 from ngrpo_jax.setup.resume import best_key
 from ngrpo_jax.tasks.rewards import Grader
 
@@ -43,12 +44,12 @@ def main(argv: Sequence[str]) -> None:
     if any(argument.partition("=")[0] in _OF_STORED for argument in argv[1:]):
         _read_stored(argv)
         return
-    config, options = flags.parse_flags(
+    given, options = flags.parse_flags(
         argv, of_run=True, step="best", prompt=None, sets=None, generations=None
     )
     if options["sets"] is not None:
-        config.eval.sets = parse_flag(options["sets"])
-    settings, workdir = resolve(config), pathlib.Path(options["workdir"])
+        given.eval.sets = parse_flag(options["sets"])
+    settings, workdir = resolve(given), pathlib.Path(options["workdir"])
     folder = pathlib.Path(options["generations"] or workdir)
     distributed.require_alone("evaluate")
     sets = eval_sets(settings)
@@ -56,13 +57,17 @@ def main(argv: Sequence[str]) -> None:
     for directory in (workdir, folder):
         capacity.check_workdir(directory)
     model_spec = open_model_spec(settings, workdir)
-    needed_bytes = max(fit.check_evaluation(one.settings, model_spec.config, devices) for one in sets)
+    config, room = model_spec.config, capacity.whole_memory(devices)
     checkpoint = workdir, options["step"], best_key(settings)
     if options["prompt"] is not None:
+        longest, sequences = settings.data.max_prompt_tokens, settings.eval.samples
+        settings = slots.for_evaluation(settings, config, sequences, longest, room)
+        fit.check_evaluation(settings, config, devices)
         step, _, policy = _open_policy(settings, model_spec, devices, *checkpoint)
         one_prompt.print_responses(settings, policy, options["prompt"], step)
         return
     held_out = [load_set(one.settings, model_spec.tokenizer_info.tokenizer, "test") for one in sets]
+    sets, needed_bytes = _sized(sets, held_out, config, devices)
     with Grader(settings.reward.workers, settings.reward.deadline_s, settings.reward.memory_mb) as grader:
         for one in sets:
             grader.check(one.settings.reward.kind)
@@ -77,6 +82,24 @@ def main(argv: Sequence[str]) -> None:
         runner.announce(model_spec, evaluations, needed_bytes)
         runner.run(policy, evaluations, grader)
     stored.show([one.writer.path for one in evaluations], None, regrade=False)
+
+
+def _sized(
+    sets: Sequence[EvalSet], held_out: Sequence[ProblemSet], config: ModelConfig, devices: jax.sharding.Mesh
+) -> tuple[list[EvalSet], int]:
+    """The sets with numbers of slots, and the bytes that they need on each device. UserError: too large."""
+    longest, room = max(one.longest_prompt for one in held_out), capacity.whole_memory(devices)
+    sequences = max(
+        len(problems.problems) * one.settings.eval.samples
+        for one, problems in zip(sets, held_out, strict=True)
+    )
+    sized = [
+        dataclasses.replace(
+            one, settings=slots.for_evaluation(one.settings, config, sequences, longest, room)
+        )
+        for one in sets
+    ]
+    return sized, max(fit.check_evaluation(one.settings, config, devices) for one in sized)
 
 
 def _open_policy(

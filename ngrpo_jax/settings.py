@@ -10,7 +10,7 @@ learner run without it.
 import dataclasses
 import typing
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from ngrpo_jax import choices
 from ngrpo_jax.algo.mixture import STRATEGIES, TABLES, TOKENS, WEIGHTS, Mixing
@@ -136,7 +136,8 @@ class RolloutSettings(Section, prefix="rollout."):
     group: Annotated[int, Check(lambda n: n >= 2, "2 or above: advantages compare a group's responses")] = 4
     max_new_tokens: Count = 8192
     temperature: Positive = 0.7  # tau: divides the logits in rollout and learner alike
-    slots: Annotated[Count, MAY_CHANGE] = 64  # sequences decoded side by side
+    # Sequences decoded side by side; None: as many as fit in an accelerator's memory, 64 on a CPU.
+    slots: Annotated[Count | None, MAY_CHANGE] = None
     # Decode steps between two checks of which sequences have ended.
     chunk: Annotated[Count, MAY_CHANGE, at_most(1024)] = 32
     # Parameters split over mesh.tensor, or "replicated": a whole copy on each device.
@@ -146,6 +147,13 @@ class RolloutSettings(Section, prefix="rollout."):
     # Of a decode step: a kernel for TPU and GPU reads what rows of the "ring" cache hold, "plain" whole rows.
     # "auto": the kernel on TPU alone; on a GPU it has not been timed yet.
     attention: Annotated[str, one_of(choices.DECODE_ATTENTION), MAY_CHANGE] = "auto"
+
+    @property
+    def slot_count(self) -> int:
+        """`slots`, given or decided (preflight/slots.py)."""
+        if self.slots is None:
+            raise ValueError("rollout.slots is not decided yet")
+        return self.slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -432,6 +440,10 @@ class Settings(Section, prefix=""):
             f"objective.overlong_interval is {self.objective.overlong_interval}; it must be below "
             f"rollout.max_new_tokens {rollout.max_new_tokens}.",
         )
+
+    def with_slots(self, count: int) -> Self:
+        """The same settings with so many `rollout.slots`."""
+        return dataclasses.replace(self, rollout=dataclasses.replace(self.rollout, slots=count))
 
     @property
     def loggers(self) -> tuple[str, ...]:

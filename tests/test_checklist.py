@@ -33,7 +33,7 @@ def test_tiny_passes_in_under_a_minute_and_leaves_nothing(tmp_path, capsys):
     begun = time.process_time()
     status, rows = _table(capsys, [*argv, "--config.train.rows_per_device=4"])
     assert status == 0 and {verdict for verdict, _ in rows.values()} == {checklist.OK}, rows
-    assert len(rows) == 18 and not workdir.exists()
+    assert len(rows) == 19 and not workdir.exists()
     assert time.process_time() - begun < 60
     assert "most in the update" in rows["memory"][1]
     names = {

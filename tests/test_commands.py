@@ -31,7 +31,7 @@ SMALL = {
     "rollout.prompts": 4,
     "rollout.group": 4,
     "rollout.max_new_tokens": 12,
-    "rollout.slots": 16,
+    "rollout.slots": None,
     "train.mini_batch_prompts": 2,
     "train.row_tokens": 64,
     "train.rows_per_device": 1,

@@ -44,7 +44,7 @@ SPLIT = {
 def _settings(**changes):
     """The settings of configs/base.py on eight devices, with changes `section__leaf=value`."""
     config = load_config(str(BASE))
-    changes = {"mesh__fsdp": 8} | changes
+    changes = {"mesh__fsdp": 8, "rollout__slots": 64} | changes
     config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
     return resolve(config)
 

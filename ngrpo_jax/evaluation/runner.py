@@ -68,7 +68,7 @@ def _complete(policy: Policy, evaluation: SetEvaluation, grader: Grader) -> None
     eval_set, problems, writer = evaluation.eval_set, evaluation.problems, evaluation.writer
     settings, samples = eval_set.settings, eval_set.settings.eval.samples
     count, before, graded_before = len(problems.problems), writer.finished, grader.snapshot()
-    size = max(1, SEQUENCES_PER_SLOT * settings.rollout.slots // samples)
+    size = max(1, SEQUENCES_PER_SLOT * settings.rollout.slot_count // samples)
     begun, tokens = time.monotonic(), 0
     line = console.Progress(eval_set.name, count * samples, "sequences", start=before * samples, keep=False)
     with line as progress:

@@ -32,6 +32,12 @@ def device_memory(device: jax.Device, sharers: int = 1) -> int | None:
     return min(free) // sharers if free else None
 
 
+def whole_memory(devices: jax.sharding.Mesh) -> int | None:
+    """Bytes of a device's own memory left to programs, used or not; None: none, or unknown."""
+    device = mesh.device_of(devices)
+    return None if device.platform == "cpu" else device_memory(device)
+
+
 def check_workdir(workdir: str | os.PathLike[str], needed_bytes: int = 0) -> None:
     """Checks that the workdir can be written, or made, and has room; writes nothing.
 

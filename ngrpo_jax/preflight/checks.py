@@ -14,13 +14,13 @@ import jax
 from ngrpo_jax.errors import UserError, require
 from ngrpo_jax.model import decoder, hf, hf_directory
 from ngrpo_jax.model.config import ModelConfig
-from ngrpo_jax.preflight import capacity, checklist, environment, fit, memory, programs
+from ngrpo_jax.preflight import capacity, checklist, environment, fit, memory, programs, slots
 from ngrpo_jax.preflight.checklist import Check
 from ngrpo_jax.runtime import console, distributed, mesh
 from ngrpo_jax.runtime.checkpoints import Checkpoints
 from ngrpo_jax.settings import Settings, resolve
 from ngrpo_jax.setup.model_spec import as_trained, locate_adapter, locate_model
-from ngrpo_jax.setup.problems import load_set
+from ngrpo_jax.setup.problems import ProblemSet, load_set
 from ngrpo_jax.setup.resume import best_key, check_resumable
 from ngrpo_jax.setup.tokenizer_info import TokenizerInfo, make_tokenizer_info
 from ngrpo_jax.setup.warm_start import warm_start_config
@@ -162,6 +162,14 @@ def _checkpoints(settings: Settings, config: ModelConfig, workdir: pathlib.Path)
     return step, f"step {step} would be resumed"
 
 
+def _slots(settings: Settings, devices: jax.sharding.Mesh, config: ModelConfig, *sets: ProblemSet) -> Found:
+    """The settings with a number of slots."""
+    longest, room = max(one.longest_prompt for one in sets), capacity.whole_memory(devices)
+    decided = slots.for_training(settings, config, devices, longest, room)
+    how = "as many as fit" if settings.rollout.slots is None and room is not None else "as set"
+    return decided, f"{decided.rollout.slots} sequences decoded side by side, {how}"
+
+
 def _memory(settings: Settings, devices: jax.sharding.Mesh, config: ModelConfig) -> Found:
     fit.check_offload(settings, devices)
     fit.check_decode_attention(settings, config, devices)
@@ -210,7 +218,8 @@ CHECKS = (
     Check("reward", _reward, ("settings",)),
     Check("sharding", _sharding, ("mesh", "sizes")),
     Check("checkpoints", _checkpoints, ("settings", "sizes", "directory")),
-    Check("memory", _memory, ("settings", "mesh", "sizes")),
+    Check("slots", _slots, ("settings", "mesh", "sizes", "held-out data", "training data")),
+    Check("memory", _memory, ("slots", "mesh", "sizes")),
     Check("update programs", _update_programs, ("settings", "sizes", "mesh", "sharding")),
-    Check("rollout programs", _rollout_programs, ("settings", "sizes", "mesh", "mixing", "sharding")),
+    Check("rollout programs", _rollout_programs, ("slots", "sizes", "mesh", "mixing", "sharding")),
 )

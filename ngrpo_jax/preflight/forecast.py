@@ -22,7 +22,7 @@ from ngrpo_jax.choices import WARM_START
 from ngrpo_jax.errors import require
 from ngrpo_jax.model import hf
 from ngrpo_jax.model.config import ModelConfig
-from ngrpo_jax.preflight import fit, memory, program_text, programs, targets
+from ngrpo_jax.preflight import fit, memory, program_text, programs, slots, targets
 from ngrpo_jax.runtime import console, hardware, mesh
 from ngrpo_jax.settings import Settings, resolve
 from ngrpo_jax.setup.learner import attention_name
@@ -76,10 +76,14 @@ def run(config: Any, target: str, json_file: str | None) -> int:
     hosts, kind = mesh.hosts(devices), mesh.device_of(devices).device_kind
     fit.check_hosts(settings, hosts)
     fit.check_positions(settings, model)
+    chip, longest = hardware.chip(mesh.device_of(devices)), settings.data.max_prompt_tokens
+    room = None if chip is None or chip.memory_gib is None else int(chip.memory_gib * GIB)
+    settings = slots.for_training(settings, model, devices, longest, room)
     print(
         f"{target}: {devices.size} × {kind} on {hosts} host(s), data {grid.data} × fsdp "
         f"{grid.fsdp} × tensor {grid.tensor}; {console.format_count(memory.parameter_count(model))} "
-        f"parameters; attention {attention_name(settings, devices)}",
+        f"parameters; attention {attention_name(settings, devices)}; "
+        f"{settings.rollout.slots} slots",
         flush=True,
     )
     rows = compiled(work(settings, model, devices, info))
@@ -276,11 +280,8 @@ def _proposals(
     def train(**change: Any) -> Settings:
         return dataclasses.replace(settings, train=dataclasses.replace(settings.train, **change))
 
-    def slots(count: int) -> Settings:
-        return dataclasses.replace(settings, rollout=dataclasses.replace(settings.rollout, slots=count))
-
     of_rows = [count for count in range(1, 65) if fits(train(rows_per_device=count), "update")]
-    of_slots = [n for n in (2**i * 8 for i in range(13)) if fits(slots(n), "rollout")]
+    of_slots = [n for n in (2**i * 8 for i in range(13)) if fits(settings.with_slots(n), "rollout")]
     remats = [name for name in ("none", "dots", "full") if fits(train(remat=name), "update")]
     found = {
         "train.rows_per_device": max(of_rows, default=None),

@@ -63,7 +63,7 @@ class RolloutSizes:
     @classmethod
     def of(cls, settings: Settings, *, samples: int, new_tokens: int) -> Self:
         """The sizes of a rollout of `samples` responses a prompt, each of at most `new_tokens` tokens."""
-        grid, slots, longest = settings.mesh, settings.rollout.slots, settings.data.max_prompt_tokens
+        grid, slots, longest = settings.mesh, settings.rollout.slot_count, settings.data.max_prompt_tokens
         tensor = grid.tensor if settings.rollout.layout == "tensor" else 1
         shards = grid.data * grid.fsdp * grid.tensor // tensor
         return cls(slots, max(1, slots // samples), longest, longest + new_tokens, shards, tensor)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ngrpo_jax.learner import update
 from ngrpo_jax.model import decoder, hf, lora
-from ngrpo_jax.preflight import capacity, memory
+from ngrpo_jax.preflight import capacity, memory, slots
 from ngrpo_jax.preflight.fit import check_decode_attention, check_memory, check_offload, check_positions
 from ngrpo_jax.run.state import Run, RunState, restore
 from ngrpo_jax.runtime import distributed, mesh
@@ -45,7 +45,10 @@ def compose(settings: Settings, workdir: pathlib.Path, devices: jax.sharding.Mes
     check_offload(settings, devices)
     check_decode_attention(settings, config, devices)
     check_positions(settings, config)
-    check_memory(settings, config, devices)
+    room = capacity.whole_memory(devices)
+    longest = settings.data.max_prompt_tokens
+    least = slots.for_training(settings, config, devices, longest, room)
+    check_memory(least, config, devices)
     begun = (workdir / "checkpoints").exists()  # then the disk already holds what it has to
     capacity.check_workdir(
         workdir, 0 if begun else memory.checkpoint_bytes(config, kept=settings.checkpoint.keep + 1)
@@ -57,8 +60,9 @@ def compose(settings: Settings, workdir: pathlib.Path, devices: jax.sharding.Mes
     elif distributed.process().primary:
         warm_start(settings, base, tokenizer, training, directory)
     distributed.allgather("the starting model is there", None)
+    longest = max(training.longest_prompt, held_out.longest_prompt)
     return Run(
-        settings,
+        slots.for_training(settings, config, devices, longest, room),
         workdir,
         devices,
         ModelSpec(str(directory), config, tokenizer_info, adapter, settings.seed),

@@ -118,7 +118,7 @@ def _request(
         SamplingParams(**sampling, stop_ids=tuple(info.stop_ids)),
         samples=samples,
         max_new_tokens=max_new_tokens,
-        slots=-(-settings.rollout.slots // policy.hosts),
+        slots=-(-settings.rollout.slot_count // policy.hosts),
         chunk=settings.rollout.chunk,
         max_prompt_tokens=policy.longest_prompt or settings.data.max_prompt_tokens,
         sharding=policy.sharding,
