@@ -70,6 +70,15 @@ class LoraSettings(Section, prefix="lora."):
     # Of the first factor: "uniform" in ±1/sqrt(inputs), or "gaussian" with deviation 1/rank; the second is 0.
     init: Annotated[str, one_of(choices.LORA_INITS)] = "uniform"
 
+    def rules(self) -> Iterator[tuple[bool, str]]:
+        for name in ("alpha", "targets", "scaling", "init"):
+            value, default = getattr(self, name), getattr(type(self), name)
+            yield (
+                self.rank is not None or value == default,
+                f"lora.{name} is {value!r} without lora.rank, so that there are no adapters; set lora.rank, or "
+                f"leave it at {default!r}.",
+            )
+
     @property
     def scale(self) -> float:
         """The factor of the adapters' product; not to be asked without a rank."""

@@ -271,6 +271,10 @@ def test_a_wrong_value_is_one_sentence_naming_the_setting(leaf, value, sentence)
             "mixing.distinct_spelling is True, which",
         ),
         (
+            {"lora.targets": "attention"},
+            "lora.targets is 'attention' without lora.rank, so that there are no adapters; set lora.rank, or",
+        ),
+        (
             {"objective.old_logprobs": "sampler", "objective.importance_cap": 2.0},
             "objective.importance_cap is set with objective.old_logprobs 'sampler'",
         ),
