@@ -121,6 +121,11 @@ def parse_flags(
     values = vars(options)
     without = values.get("target") is not None  # nothing is written where a target is compiled for
     path, workdir, kinds = values.pop("config"), values["workdir"], Settings.kinds()
+    require(
+        "://" not in (workdir or ""),
+        f"--workdir={workdir} is an address and no folder; mount the bucket and name a folder below the "
+        "mount (docs/launch.md).",
+    )
     if path is None and of_run and workdir is not None:
         config = config_of_run(pathlib.Path(workdir))
     else:

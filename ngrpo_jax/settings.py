@@ -75,8 +75,8 @@ class LoraSettings(Section, prefix="lora."):
             value, default = getattr(self, name), getattr(type(self), name)
             yield (
                 self.rank is not None or value == default,
-                f"lora.{name} is {value!r} without lora.rank, so that there are no adapters; set lora.rank, or "
-                f"leave it at {default!r}.",
+                f"lora.{name} is {value!r} without lora.rank, so that there are no adapters; set lora.rank, "
+                f"or leave it at {default!r}.",
             )
 
     @property

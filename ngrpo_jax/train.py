@@ -68,6 +68,8 @@ def main(argv: Sequence[str]) -> None:
         held(workdir, primary=process.primary) as lock,
         Grader(settings.reward.workers, settings.reward.deadline_s, settings.reward.memory_mb) as grader,
     ):
+        if process.primary:
+            capacity.check_renames(workdir)
         grader.check(settings.reward.kind)
         run = dataclasses.replace(compose(settings, workdir, devices), allowed=allowed)
         with console.Progress("reading the model", keep=False, enabled=process.primary):

@@ -1,6 +1,7 @@
 """Preflight: shares of memory against real trees and XLA's own account, remedies, workdirs as they come."""
 
 import dataclasses
+import errno
 import math
 import os
 import pathlib
@@ -9,6 +10,7 @@ import jax
 import pytest
 
 from ngrpo_jax.algo.neighbors.eligibility import eligible_rows
+from ngrpo_jax.errors import UserError
 from ngrpo_jax.flags import load_config
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.preflight import capacity, memory, programs
@@ -241,3 +243,15 @@ def test_a_workdir_that_may_not_be_written_is_refused(tmp_path, monkeypatch):
 def test_a_disk_without_room_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"free, and the checkpoints of this model need 1024 TiB"):
         capacity.check_workdir(tmp_path, needed_bytes=1024 * 1024**4)
+
+
+def test_a_workdir_whose_folders_cannot_be_renamed_is_refused_and_left_as_it_was(tmp_path, monkeypatch):
+    capacity.check_renames(tmp_path)
+
+    def refuse(self, target):
+        raise OSError(errno.EMFILE, "Too many open files")  # what gcsfuse says of a bucket without folders
+
+    monkeypatch.setattr(pathlib.Path, "rename", refuse)
+    with pytest.raises(UserError, match=r"cannot be renamed \(Too many open files\).*hierarchical namespace"):
+        capacity.check_renames(tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -272,7 +272,7 @@ def test_a_wrong_value_is_one_sentence_naming_the_setting(leaf, value, sentence)
         ),
         (
             {"lora.targets": "attention"},
-            "lora.targets is 'attention' without lora.rank, so that there are no adapters; set lora.rank, or",
+            "lora.targets is 'attention' without lora.rank, so that there are no adapters; set lora.rank,",
         ),
         (
             {"objective.old_logprobs": "sampler", "objective.importance_cap": 2.0},
@@ -330,6 +330,8 @@ def test_missing_flags_are_asked_for():
         flags.parse_flags(["train", "--workdir=w"])
     with pytest.raises(ValueError, match=r"'nowhere\.py' does not exist"):
         flags.parse_flags(["train", "--workdir=w", "--config=nowhere.py"])
+    with pytest.raises(ValueError, match=r"--workdir=gs://bucket/run is an address and no folder; mount"):
+        flags.parse_flags(["train", "--workdir=gs://bucket/run"])
     with pytest.raises(ValueError, match="--workdir=DIR is missing"):
         flags.parse_flags(["train", f"--config={ROOT / 'configs' / 'tiny.py'}"])
 

@@ -6,10 +6,11 @@ Owns what is read from the system; changes nothing. Must not know what a run nee
 import os
 import pathlib
 import shutil
+import tempfile
 
 import jax
 
-from ngrpo_jax.errors import require
+from ngrpo_jax.errors import UserError, require, storage
 from ngrpo_jax.runtime import mesh
 from ngrpo_jax.runtime.console import format_bytes
 
@@ -59,6 +60,25 @@ def check_workdir(workdir: str | os.PathLike[str], needed_bytes: int = 0) -> Non
         f"--workdir {path} lies on a disk with {format_bytes(free)} free, and the checkpoints of this model "
         f"need {format_bytes(needed_bytes)}; name a directory on another disk.",
     )
+
+
+def check_renames(workdir: pathlib.Path) -> None:
+    """Checks that folders of an existing workdir can be renamed: a checkpoint that is whole gets its name so.
+
+    Raises:
+        UserError: they cannot, as in a bucket without folders of its own.
+    """
+    with storage(workdir, "written"), tempfile.TemporaryDirectory(prefix=".rename-", dir=workdir) as probe:
+        folder = pathlib.Path(probe, "one")
+        folder.mkdir()
+        (folder / "file").touch()
+        try:
+            folder.rename(folder.with_name("other"))
+        except OSError as error:
+            raise UserError(
+                f"folders in {workdir} cannot be renamed ({error.strerror}), as a checkpoint is when it is "
+                "whole; a mounted bucket has to be made with a hierarchical namespace (docs/launch.md)."
+            ) from error
 
 
 def nearest_existing(path: pathlib.Path) -> pathlib.Path:

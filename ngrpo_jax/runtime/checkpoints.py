@@ -58,8 +58,7 @@ class Checkpoints:
         any_model: bool = False,
     ) -> None:
         logging.getLogger("absl").addFilter(_is_shown)  # the same filter twice counts once
-        name = os.fspath(directory)
-        self.directory = name if "://" in name else os.path.abspath(name)
+        self.directory = os.path.abspath(directory)
         self._model = None if model is None else as_json(model)
         self._path = pathlib.Path(self.directory)
         self._any_model = any_model
