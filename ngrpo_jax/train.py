@@ -92,6 +92,7 @@ def main(argv: Sequence[str]) -> None:
 
 def cli() -> None:
     """The console script ngrpo-train."""
+    ending.listen()
     flags.run_command(main)
 
 
