@@ -146,14 +146,32 @@ def _override(argument: str, kinds: Collection[str], options: Collection[str]) -
 
 def _unknown(flag: str, kinds: Collection[str], options: Collection[str]) -> str:
     """The sentence about a flag that is none, with those that it may have meant."""
-    leaf = flag.lstrip("-")
-    meant = [f"--config.{name}" for name in kinds if name == leaf or name.endswith(f".{leaf}")]
+    name = flag.lstrip("-")
+    meant = [f"--config.{one}" for one in kinds if one == name or one.endswith(f".{name}")]
     known = [
-        *(f"--config.{name}" for name in kinds),
+        *(f"--config.{one}" for one in kinds),
         *(f"--{option.replace('_', '-')}" for option in options),
     ]
     # The settings of the small model that a run makes come last: few mean them.
-    near = sorted(meant, key=lambda name: "warm_start." in name) or difflib.get_close_matches(
-        flag, known, n=1
-    )
+    near = sorted(meant, key=lambda one: "warm_start." in one) or _nearest(flag, known)
     return f"unknown setting {flag}" + (f"; did you mean {' or '.join(near)}?" if near else ".")
+
+
+def _nearest(flag: str, known: Sequence[str]) -> list[str]:
+    """The one of `known` that a wrong flag may have meant: by the initials of its last part, or by spelling.
+
+    Flags that share no more than their section are not near: --config.optimizer.lr is no misspelling of .b2.
+    """
+    section, _, leaf = flag.rpartition(".")
+    leaves = {one: one.rpartition(".")[2].lstrip("-") for one in known}
+    short = [
+        one
+        for one, whole in leaves.items()
+        if one.rpartition(".")[0] == section and "".join(part[0] for part in whole.split("_")) == leaf
+    ]
+    spelled = [
+        one
+        for one in difflib.get_close_matches(flag, known, n=5)
+        if difflib.get_close_matches(leaf.lstrip("-"), [leaves[one]])
+    ]
+    return [*short, *spelled][:1]

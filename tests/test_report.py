@@ -79,7 +79,12 @@ def test_a_whole_run(tmp_path, capsys):
         "pass_at_k_before": 0.5,
         "pass_at_k_after": 0.4,
     }
-    summary |= {"seconds": 185.0, "steps": 3, "checkpoint": "/old/place/checkpoints/3", "export": "/old/place/export"}
+    summary |= {
+        "seconds": 185.0,
+        "steps": 3,
+        "checkpoint": "/old/place/checkpoints/3",
+        "export": "/old/place/export",
+    }
     config = {
         "seed": 0,
         "eval": {"samples": 8, "pass_k": 4},

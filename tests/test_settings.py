@@ -304,6 +304,12 @@ def test_gspo_with_token_means_is_refused():
             ["--config.rollout.grup=4"],
             "unknown setting --config.rollout.grup; did you mean --config.rollout.group?",
         ),
+        (
+            ["--config.optimizer.lr=1"],
+            "unknown setting --config.optimizer.lr; did you mean --config.optimizer.learning_rate?",
+        ),
+        (["--config.optimizer.zz=1"], "unknown setting --config.optimizer.zz."),
+        (["--config.optimzer.learning_rat=1"], "did you mean --config.optimizer.learning_rate?"),
         (["--config.mixing.rate=often"], "mixing.rate is 'often'; it must be a finite number."),
         (["--config.train.steps=1.5"], "train.steps is 1.5; it must be a whole number."),
         (["--config.train.steps"], "--config.train.steps has no value; write --config.train.steps=VALUE."),

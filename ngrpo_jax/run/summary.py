@@ -74,6 +74,7 @@ def announce(run: Run, state: RunState) -> None:
         f"{settings.rollout.prompts // settings.train.mini_batch_prompts} optimiser steps, "
         f"on {run.mesh.size} {mesh.device_of(run.mesh).platform} device(s)"
         + (f" of {process.count} processes" if process.several else "")
+        + _repeats(len(run.training.problems), settings.rollout.prompts)
     )
     needed, phase = memory.peak(fit.training_memory(settings, model_spec.config, run.mesh))
     print(
@@ -82,6 +83,13 @@ def announce(run: Run, state: RunState) -> None:
     print(f"stops at   {_stops(run)}")
     print(f"steps      {state.step} of {settings.train.steps} done; workdir {run.workdir}", flush=True)
     explain_steps()
+
+
+def _repeats(problems: int, prompts: int) -> str:
+    """How often a problem comes in one step, where there are fewer problems than prompts."""
+    if problems >= prompts:
+        return ""
+    return f"\n           only {problems} problems: each comes about {prompts / problems:.3g} times a step"
 
 
 def _adapters(config: ModelConfig) -> str:
