@@ -21,6 +21,9 @@ from ngrpo_jax.settings import resolve
 from ngrpo_jax.setup.model_spec import open_checkpoint, open_model_spec, save_model
 from ngrpo_jax.setup.resume import best_key
 
+# For --help: beginnings of the names of the settings that this command reads.
+SETTINGS_READ = ("model.", "lora.", "mesh.", "checkpoint.best_metric")
+
 
 def main(argv: Sequence[str]) -> None:
     """Writes WORKDIR/export (or --out) from the chosen checkpoint, in `model.dtype`."""

@@ -29,18 +29,21 @@ AGREED = (Preempted, FloatingPointError, SystemExit)
 def run_command(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
     """Runs a command's main, or prints its module's docstring where --help is given.
 
+    After the docstring come the settings: all, or those of the module's `SETTINGS_READ`.
+
     Exit status: 2 with one sentence for what the user can mend, 1 with one sentence for storage that fails,
     128 + signal for a run that was preempted, 1 with a traceback for everything else.
     """
     words = sys.argv if argv is None else argv
     console.spell_out_symbols()
     if not {"--help", "-h"}.isdisjoint(words[1:]):
-        text = inspect.getdoc(sys.modules[command.__module__]) or ""
+        module = sys.modules[command.__module__]
+        text = inspect.getdoc(module) or ""
         print(text)
         if "--config" in text:
             from ngrpo_jax.settings_text import for_terminal  # here alone: settings import jax
 
-            print(f"\n{for_terminal()}")
+            print(f"\n{for_terminal(getattr(module, 'SETTINGS_READ', None))}")
         return
     try:
         with report_fatal():

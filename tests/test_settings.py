@@ -8,7 +8,7 @@ import pathlib
 import pytest
 
 from configs import base
-from ngrpo_jax import flags, settings_text
+from ngrpo_jax import evaluate, export, flags, settings_text
 from ngrpo_jax.algo.mixture import Mixing
 from ngrpo_jax.algo.objectives import LossConfig
 from ngrpo_jax.errors import UserError
@@ -84,6 +84,13 @@ def test_help_fits_a_terminal_and_has_every_setting():
     text = settings_text.for_terminal()
     assert max(map(len, text.splitlines())) <= 110
     assert all(f"  {name}=" in text for name in Settings.kinds())
+
+
+@pytest.mark.parametrize("command", [evaluate, export])
+def test_what_a_command_reads_are_settings(command):
+    """A name of SETTINGS_READ that no setting begins with is a mistake, such as one that was renamed."""
+    for start in command.SETTINGS_READ:
+        assert any(name.startswith(start) for name in Settings.kinds()), start
 
 
 SECTIONS = {
