@@ -65,7 +65,11 @@ need_value() {
   [[ -n $2 ]] || die "$1 is empty"
 }
 
-unknown_flag() { die "unknown argument $1; ${0##*/} --help lists them"; }
+unknown_flag() {
+  local more=""
+  ! grep -q '^#.*\[-- ' "$0" || more='; flags of the command that it starts follow "--"'
+  die "unknown argument $1; ${0##*/} --help lists them$more"
+}
 
 # require NAME FLAG: a setting that has no default and must come from its flag or the environment.
 require() { [[ -n ${!1:-} ]] || die "$1 is not set; give $2 or export $1 (launch/env.example)"; }

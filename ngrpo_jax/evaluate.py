@@ -36,6 +36,14 @@ from ngrpo_jax.setup.problems import ProblemSet, load_set
 from ngrpo_jax.setup.resume import best_key
 from ngrpo_jax.tasks.rewards import Grader
 
+# For --help: beginnings of the names of the settings that this command reads.
+SETTINGS_READ = (
+    *("seed", "model.", "lora.", "mixing.", "mesh.", "reward.", "checkpoint.best_metric"),
+    *("data.eval", "data.prompt", "data.chat_template", "data.stop", "data.system_prompt"),
+    *("data.template_options", "data.max_prompt_tokens", "eval.problems", "eval.samples"),
+    *("eval.temperature", "eval.top_", "eval.max_new_tokens", "eval.pass_k", "eval.mixing", "eval.sets"),
+    *("rollout.slots", "rollout.chunk", "rollout.layout", "rollout.attention"),
+)
 _OF_STORED = ("--from", "--compare")
 
 

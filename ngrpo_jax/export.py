@@ -9,16 +9,20 @@ written, as a directory of PEFT; `--merge` writes the whole model, adapter inclu
 directory to the Hugging Face hub, as the user of `hf auth login`; a repository that it makes is private.
 """
 
+import contextlib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from ngrpo_jax import flags
-from ngrpo_jax.errors import explained, require
+from ngrpo_jax.errors import UserError, explained, require
 from ngrpo_jax.model import decoder
 from ngrpo_jax.runtime import console, distributed, mesh
 from ngrpo_jax.settings import resolve
 from ngrpo_jax.setup.model_spec import open_checkpoint, open_model_spec, save_model
 from ngrpo_jax.setup.resume import best_key
+
+# For --help: beginnings of the names of the settings that this command reads.
+SETTINGS_READ = ("model.", "lora.", "mesh.", "checkpoint.best_metric")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -52,19 +56,36 @@ def main(argv: Sequence[str]) -> None:
 def upload(directory: pathlib.Path, repository: str, step: int) -> str:
     """Uploads a directory to a model repository of the hub, made where it is missing; the commit's address.
 
-    UserError where the hub refuses: no login, no right, no network.
+    UserError where the hub refuses (no login, no right) or is not reached.
     """
     import huggingface_hub
 
     # HTTPError: that of the HTTP library, whichever this version of the hub's client has.
     refused = (OSError, huggingface_hub.errors.HTTPError)
     fault = f"{repository} cannot be written on the hub"
-    with explained(refused, fault, "log in by hf auth login, and check the name and your rights"):
+    remedy = "log in by hf auth login, and check the name and your rights"
+    with explained(refused, fault, remedy), _reached(directory):
         huggingface_hub.create_repo(repository, private=True, exist_ok=True)
         commit = huggingface_hub.upload_folder(
             repo_id=repository, folder_path=directory, commit_message=f"step {step}"
         )
     return str(commit)
+
+
+@contextlib.contextmanager
+def _reached(directory: pathlib.Path) -> Iterator[None]:
+    """UserError where no answer of the hub comes: no network, no name server, a time-out."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.HfHubHTTPError:  # an answer
+        raise
+    except (ConnectionError, TimeoutError, errors.HTTPError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"the hub was not reached ({reason}); check the connection. The export is in {directory}."
+        ) from error
 
 
 def cli() -> None:

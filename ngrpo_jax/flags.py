@@ -29,18 +29,21 @@ AGREED = (Preempted, FloatingPointError, SystemExit)
 def run_command(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
     """Runs a command's main, or prints its module's docstring where --help is given.
 
+    After the docstring come the settings: all, or those of the module's `SETTINGS_READ`.
+
     Exit status: 2 with one sentence for what the user can mend, 1 with one sentence for storage that fails,
     128 + signal for a run that was preempted, 1 with a traceback for everything else.
     """
     words = sys.argv if argv is None else argv
     console.spell_out_symbols()
     if not {"--help", "-h"}.isdisjoint(words[1:]):
-        text = inspect.getdoc(sys.modules[command.__module__]) or ""
+        module = sys.modules[command.__module__]
+        text = inspect.getdoc(module) or ""
         print(text)
         if "--config" in text:
             from ngrpo_jax.settings_text import for_terminal  # here alone: settings import jax
 
-            print(f"\n{for_terminal()}")
+            print(f"\n{for_terminal(getattr(module, 'SETTINGS_READ', None))}")
         return
     try:
         with report_fatal():
@@ -151,14 +154,32 @@ def _override(argument: str, kinds: Collection[str], options: Collection[str]) -
 
 def _unknown(flag: str, kinds: Collection[str], options: Collection[str]) -> str:
     """The sentence about a flag that is none, with those that it may have meant."""
-    leaf = flag.lstrip("-")
-    meant = [f"--config.{name}" for name in kinds if name == leaf or name.endswith(f".{leaf}")]
+    name = flag.lstrip("-")
+    meant = [f"--config.{one}" for one in kinds if one == name or one.endswith(f".{name}")]
     known = [
-        *(f"--config.{name}" for name in kinds),
+        *(f"--config.{one}" for one in kinds),
         *(f"--{option.replace('_', '-')}" for option in options),
     ]
     # The settings of the small model that a run makes come last: few mean them.
-    near = sorted(meant, key=lambda name: "warm_start." in name) or difflib.get_close_matches(
-        flag, known, n=1
-    )
+    near = sorted(meant, key=lambda one: "warm_start." in one) or _nearest(flag, known)
     return f"unknown setting {flag}" + (f"; did you mean {' or '.join(near)}?" if near else ".")
+
+
+def _nearest(flag: str, known: Sequence[str]) -> list[str]:
+    """The one of `known` that a wrong flag may have meant: by the initials of its last part, or by spelling.
+
+    Flags that share no more than their section are not near: --config.optimizer.lr is no misspelling of .b2.
+    """
+    section, _, leaf = flag.rpartition(".")
+    leaves = {one: one.rpartition(".")[2].lstrip("-") for one in known}
+    short = [
+        one
+        for one, whole in leaves.items()
+        if one.rpartition(".")[0] == section and "".join(part[0] for part in whole.split("_")) == leaf
+    ]
+    spelled = [
+        one
+        for one in difflib.get_close_matches(flag, known, n=5)
+        if difflib.get_close_matches(leaf.lstrip("-"), [leaves[one]])
+    ]
+    return [*short, *spelled][:1]

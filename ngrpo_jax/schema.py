@@ -35,10 +35,14 @@ _KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """Which values of a type are allowed: `must_be` ends the sentence "NAME is VALUE; it must be ..."."""
+    """Which values of a type are allowed: `must_be` ends the sentence "NAME is VALUE; it must be ...".
+
+    A `technical` check is one of how numbers are stored, which a list of settings leaves out.
+    """
 
     holds: Callable[[Any], bool]
     must_be: str
+    technical: bool = False
 
 
 def one_of(choices: Collection[str]) -> Check:
@@ -65,12 +69,13 @@ def at_least(bound: float) -> Check:
     return Check(lambda value: value >= bound, f"{bound} or above")
 
 
-def at_most(bound: float) -> Check:
+def at_most(bound: float, *, technical: bool = False) -> Check:
     """Check that a number is `bound` or below."""
-    return Check(lambda value: value <= bound, f"{bound} or below")
+    return Check(lambda value: value <= bound, f"{bound} or below", technical)
 
 
-_INT32 = at_most(2**31 - 1)  # what an array on a device can count
+INT64 = at_most(2**63 - 1, technical=True)
+_INT32 = at_most(2**31 - 1, technical=True)  # what an array on a device can count
 Count = Annotated[int, Check(lambda value: value > 0, "above 0"), _INT32]
 Natural = Annotated[int, at_least(0), _INT32]
 Positive = Annotated[float, Check(lambda value: value > 0, "above 0")]

@@ -20,6 +20,7 @@ from ngrpo_jax.errors import require
 from ngrpo_jax.former_settings import former
 from ngrpo_jax.runtime.loggers import LOGGERS
 from ngrpo_jax.schema import (
+    INT64,
     MAY_CHANGE,
     Check,
     Count,
@@ -61,7 +62,7 @@ class ModelSettings(Section, prefix="model."):
 class LoraSettings(Section, prefix="lora."):
     """Low-rank adapters (arXiv 2106.09685), trained in the place of the model's own weights."""
 
-    rank: Count | None = None  # of the two factors of an adapter; None: all weights are trained
+    rank: Count | None = None  # width of the two factors of an adapter; None: all weights are trained
     alpha: Positive = 32.0  # the adapters' product is scaled by alpha / rank
     # Matrices with adapters: "all" of the layers, "attention", "mlp", or a regular expression over paths.
     targets: Annotated[str, Check(is_pattern, "a regular expression")] = "all"
@@ -310,7 +311,8 @@ class TrainSettings(Section, prefix="train."):
     offload: Annotated[str, one_of(choices.OFFLOAD), MAY_CHANGE] = "none"
     # Steps in a row with a loss or gradient that is not finite, whose update is skipped, that end a run.
     max_bad_steps: Annotated[Count, MAY_CHANGE] = 5
-    # Where metrics go besides metrics.jsonl.
+    # Where metrics go besides metrics.jsonl. For Weights & Biases set log.wandb, which names the project, and
+    # not "wandb" here, whose project is ngrpo_jax.
     loggers: Annotated[tuple[str, ...], each_of(LOGGERS), MAY_CHANGE] = ("tensorboard",)
     # First step that is traced into WORKDIR/profile; None: no trace.
     profile_from: Annotated[Count | None, MAY_CHANGE] = None
@@ -399,7 +401,7 @@ class Settings(Section, prefix=""):
     """All settings of a run, checked one by one and against each other."""
 
     # Of data order, rollouts and, with model.path "warm-start", of the model.
-    seed: Annotated[int, at_least(0), at_most(2**63 - 1)] = 0
+    seed: Annotated[int, at_least(0), INT64] = 0
     model: ModelSettings = ModelSettings()
     lora: LoraSettings = LoraSettings()
     warm_start: WarmStartSettings = WarmStartSettings()  # read only with model.path "warm-start"

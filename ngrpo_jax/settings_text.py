@@ -9,7 +9,7 @@ import io
 import textwrap
 import tokenize
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ngrpo_jax.schema import Kind, Section
@@ -46,7 +46,7 @@ def _described(section: type[Section]) -> list[Described]:
         Described(
             section.prefix + field.name,
             _type(kinds[field.name]),
-            "; ".join(check.must_be for check in kinds[field.name].checks),
+            "; ".join(check.must_be for check in kinds[field.name].checks if not check.technical),
             _value(field.default),
             comments.get(field.name, ""),
             kinds[field.name].may_change,
@@ -83,10 +83,23 @@ def _comments(section: type[Section]) -> dict[str, str]:
     return found
 
 
-def for_terminal() -> str:
-    """Every setting with its default and meaning, grouped, for `--help`."""
-    text = ["Settings, each as --config.SECTION.NAME=VALUE; the default stands after the equals sign:"]
-    for name, meaning, settings in sections():
+def for_terminal(read: Sequence[str] | None = None) -> str:
+    """Settings with their defaults and meanings, grouped, for `--help`.
+
+    Args:
+      read: of a command that takes a run's settings the beginnings of the names that it reads; None: all.
+    """
+    head = "Settings, each as --config.SECTION.NAME=VALUE; the default stands after the equals sign:"
+    if read is not None:
+        head = (
+            "Settings that this command reads, each as --config.SECTION.NAME=VALUE; as the run has them\n"
+            "unless given. The default stands after the equals sign; train --help lists all settings:"
+        )
+    text = [head]
+    for name, meaning, of_section in sections():
+        settings = [one for one in of_section if read is None or one.name.startswith(tuple(read))]
+        if not settings:
+            continue
         text += ["", f"{name}: {meaning}" if name != "run" else "without a section:"]
         for one in settings:
             text.append(f"  {one.name}={one.default}")

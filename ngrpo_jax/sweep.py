@@ -7,22 +7,32 @@ Each run has a workdir in DIR, named by its values of the swept settings. Runs c
 `--jobs` at a time, each then with its output in DIR/NAME.log. The same command goes on where it was stopped,
 and a run that fails does not keep the others from running. `--task` becomes the N-th alone, counted from 0,
 for the array of a cluster's scheduler (launch/gpu/sweep.sbatch), and makes no page. Without it, at the end
-DIR/compare.html shows the runs that there are, with the seeds of one setting joined.
+DIR/compare.html shows the runs that there are, with the seeds of one setting joined. Ctrl-C or SIGTERM is
+handed on to the runs, which stop after their step.
 """
+
+from ngrpo_jax.runtime import ending
+
+if __name__ == "__main__":
+    ending.listen()  # before the slow imports; also where a script started the sweep with SIGINT ignored
 
 import ast
 import itertools
+import math
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, NoReturn
 
 from ngrpo_jax import flags
-from ngrpo_jax.errors import UserError, require
+from ngrpo_jax.errors import Preempted, UserError, require
+
+_POLL_S = 0.2  # between two looks at the runs that are under way
 
 
 class Trial(NamedTuple):
@@ -57,7 +67,8 @@ def main(argv: Sequence[str]) -> None:
     _write_page(folder)
     failed = {trial.name: status for trial, status in zip(trials, statuses, strict=True) if status}
     if failed:
-        print(f"error: these runs did not end well: {', '.join(failed)}.", file=sys.stderr)
+        left = f"; {statuses.count(None)} have not begun" if None in statuses else ""
+        print(f"error: these runs did not end well: {', '.join(failed)}{left}.", file=sys.stderr)
         raise SystemExit(next(iter(failed.values())))
 
 
@@ -139,26 +150,86 @@ def _become(words: list[str], folder: pathlib.Path) -> NoReturn:
 
 def run_all(
     commands: Sequence[list[str]], trials: Sequence[Trial], folder: pathlib.Path, jobs: int
-) -> list[int]:
-    """Runs the commands, `jobs` at a time: their exit statuses. A signal to a run ends the sweep."""
+) -> list[int | None]:
+    """Runs the commands, `jobs` at a time: their exit statuses, None for those that were not begun.
+
+    A run that a signal ended keeps the others from beginning.
+
+    Raises:
+        Preempted: a signal came, and the runs that were under way have ended by it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    stopped: list[int] = []
+    statuses: list[int | None] = [None] * len(commands)
+    running: dict[int, subprocess.Popen[bytes]] = {}
+    waiting = list(range(len(commands)))
 
-    def run(number: int) -> int:
-        if stopped:
-            return stopped[0]
-        print(f"run {number + 1} of {len(commands)}: {trials[number].name}", flush=True)
-        if jobs == 1:
-            status = subprocess.run(commands[number], check=False).returncode
-        else:
-            with (folder / f"{trials[number].name}.log").open("a", encoding="utf-8") as log:
-                status = subprocess.run(commands[number], check=False, stdout=log, stderr=log).returncode
-        if status > 128 or status < 0:
-            stopped.append(status)
-        return status
+    def how_to_go_on() -> str:
+        return _how_to_go_on(trials, statuses, running, folder)
 
-    with ThreadPoolExecutor(jobs) as threads:
-        return list(threads.map(run, range(len(commands))))
+    ending.last_words(how_to_go_on)
+    with (
+        ending.last_act(lambda: _end(running.values())),
+        ending.Deferred(math.inf, kept=lambda: False) as signals,
+    ):
+        while running or waiting:
+            while waiting and len(running) < jobs and not signals.received:
+                number = waiting.pop(0)
+                print(f"run {number + 1} of {len(commands)}: {trials[number].name}", flush=True)
+                log = None if jobs == 1 else folder / f"{trials[number].name}.log"
+                running[number] = _start(commands[number], log)
+            if signals.received:
+                _end(running.values())
+                raise Preempted(signals.received, how_to_go_on())
+            time.sleep(_POLL_S)
+            for number in [number for number, child in running.items() if child.poll() is not None]:
+                statuses[number] = status = running.pop(number).returncode
+                if status < 0 or status > 128:
+                    waiting.clear()
+    return statuses
+
+
+def _start(words: Sequence[str], log: pathlib.Path | None) -> "subprocess.Popen[bytes]":
+    """Starts a run, its output in `log`.
+
+    It has a process group of its own: Ctrl-C in a terminal reaches the sweep alone, which hands it on once. A
+    run takes a second signal for the wish to end within its step.
+    """
+    if log is None:
+        return subprocess.Popen(words, stdin=subprocess.DEVNULL, process_group=0)
+    with log.open("a", encoding="utf-8") as output:
+        return subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, process_group=0
+        )
+
+
+def _end(children: Iterable["subprocess.Popen[bytes]"]) -> None:
+    """Tells the runs to stop after their step, and waits until they have."""
+    under_way = list(children)
+    for child in under_way:
+        child.send_signal(signal.SIGTERM)
+    for child in under_way:
+        child.wait()
+
+
+def _how_to_go_on(
+    trials: Sequence[Trial], statuses: Sequence[int | None], begun: Iterable[int], folder: pathlib.Path
+) -> str:
+    """What a stopped sweep leaves: the runs under way with their steps, the finished ones, the rest."""
+    under_way = [f"{trials[number].name} has {_steps_done(folder / trials[number].name)}" for number in begun]
+    rest = statuses.count(None) - len(under_way)
+    parts = [
+        *under_way,
+        f"{len(trials) - statuses.count(None)} of {len(trials)} runs have ended",
+        f"{rest} {'has' if rest == 1 else 'have'} not begun",
+    ]
+    return f"{', '.join(parts)}; the same command goes on."
+
+
+def _steps_done(workdir: pathlib.Path) -> str:
+    """The steps of a run's newest checkpoint, from which it goes on."""
+    found = (int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal())
+    steps = max(found, default=0)
+    return f"{steps} step{'' if steps == 1 else 's'}" if steps else "no step yet"
 
 
 def _write_page(folder: pathlib.Path) -> None:
@@ -172,6 +243,9 @@ def _write_page(folder: pathlib.Path) -> None:
 
 def cli() -> None:
     """The console script ngrpo-sweep."""
+    ending.listen()
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # a terminal that is closed; nohup ignores it
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     flags.run_command(main)
 
 

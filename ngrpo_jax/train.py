@@ -1,4 +1,4 @@
-"""The training command: flags, checks in order, and the loop of a run (run/).
+"""The training command: trains a model, or goes on with a run that was stopped.
 
     python -m ngrpo_jax.train --config=configs/NAME.py --workdir=DIR [--config.a.b=value] [--preflight]
 
@@ -6,9 +6,9 @@ prompts -> rollout -> reward -> update -> next rollout, with an evaluation befor
 A run is resumed from the newest good checkpoint of its workdir; a finished one prints its summary again. What
 changes its numbers is refused then, by name, unless `--allow-changes=NAME,…` has the name: that of a setting
 (`data.train` and `data.eval` also for what they contain), `model` or `tokenizer`.
-`--preflight` trains nothing and prints whether this run could start here and would fit
-(preflight/checks.py). `--preflight --target=CHIP:TOPOLOGY [--json=FILE]`, such as v5e:2x4 or h100:8, compiles
-every program for that machine, which need not be here (preflight/forecast.py), and takes no `--workdir`.
+`--preflight` trains nothing and prints whether this run could start here and would fit.
+`--preflight --target=CHIP:TOPOLOGY [--json=FILE]`, such as v5e:2x4 or h100:8, compiles every program for that
+machine, which need not be here, and takes no `--workdir`.
 """
 
 from ngrpo_jax.runtime import ending
@@ -94,6 +94,7 @@ def main(argv: Sequence[str]) -> None:
 
 def cli() -> None:
     """The console script ngrpo-train."""
+    ending.listen()
     flags.run_command(main)
 
 

@@ -93,11 +93,11 @@ def test_help_says_how_a_command_is_used(command, capsys):
     run_command(command.main, ["command", "--help"])
     name = command.__name__
     printed = capsys.readouterr().out
-    assert (
-        f"python -m {name}" in printed
-        and "--workdir=DIR" in printed
-        and "optimizer.learning_rate=" in printed
-    )
+    assert f"python -m {name}" in printed and "--workdir=DIR" in printed
+    # Of the settings those that the command reads.
+    assert ("optimizer.learning_rate=" in printed) == (command is train)
+    assert ("eval.temperature=" in printed) == (command in (train, evaluate))
+    assert "model.path=" in printed and "2147483647" not in printed and "preflight/" not in printed
 
 
 def test_a_run_stopped_and_resumed_ends_as_one_that_was_not(finished, tmp_path, monkeypatch, capsys):

@@ -282,3 +282,20 @@ def test_a_field_whose_own_name_has_a_dot_is_that_field():
     row = {"a.b": "own", "a": {"b": "nested"}}
     assert rows.opened("place", row, ["a.b"])["a.b"] == "own"
     assert rows.opened("place", {"a": 1}, ["a.b"]) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("query", "row", "remedy"),
+    [
+        ("", '{"question": "1+1", "answer": "2"}', "?problem=question"),
+        ("?answer=gold", '{"question": "1+1", "gold": "2"}', "?answer=gold&problem=question"),
+        ("", '{"question": "1+1", "topic": "sums", "answer": "2"}', "?problem=FIELD"),
+        ("?problem=text", '{"question": "1+1", "answer": "2"}', None),
+    ],
+)
+def test_how_a_field_of_another_name_is_named(tmp_path, query, row, remedy):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(row + "\n")
+    with pytest.raises(UserError) as refusal:
+        load_problems(f"jsonl:{path}{query}", split="train", seed=0)
+    assert str(refusal.value).endswith(f"; name it by jsonl:{path}{remedy}" if remedy else ")")

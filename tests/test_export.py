@@ -30,3 +30,22 @@ def test_what_the_hub_refuses_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "create_repo", refuses)
     with pytest.raises(flags.UserError, match=r"cannot be written on the hub \(Token is required\); log in"):
         export.upload(tmp_path, "org/name", 1)
+
+
+@pytest.mark.parametrize("kind", ["transport", "offline"])
+def test_a_hub_that_is_not_reached_is_no_matter_of_rights(tmp_path, monkeypatch, kind):
+    import huggingface_hub
+
+    errors = huggingface_hub.errors
+    raised = {"transport": errors.HTTPError, "offline": errors.OfflineModeIsEnabled}[kind]
+
+    def fails(*_, **__):
+        raise raised("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub, "create_repo", fails)
+    with pytest.raises(flags.UserError) as refusal:
+        export.upload(tmp_path, "org/name", 1)
+    assert str(refusal.value) == (
+        "the hub was not reached ([Errno -2] Name or service not known); check the connection. "
+        f"The export is in {tmp_path}."
+    )

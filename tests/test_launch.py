@@ -191,6 +191,7 @@ def test_setup_refuses_uncommitted_changes(cloud, clone):
     ("script", "words", "culprit"),
     [
         ("create.sh", ["--type", "v3-8"], "v3-8"),
+        ("babysit.sh", ["--type", "v5e-8"], "write v5litepod-8"),
         ("create.sh", ["--nmae=x"], "--nmae"),
         ("create.sh", ["--zone"], "--zone"),
         ("create.sh", ["--name=-x"], "-x"),

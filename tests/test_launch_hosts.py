@@ -117,6 +117,13 @@ def test_dry_run_shows_the_training_and_starts_none(machine, script):
     assert not machine.trace.exists()
 
 
+def test_a_flag_of_the_train_command_is_told_where_to_stand(machine):
+    result = machine.run("gpu/local.sh", "--preflight")
+    assert result.returncode == 2 and "error: unknown argument --preflight" in result.stderr
+    assert 'flags of the command that it starts follow "--"' in result.stderr
+    assert "--preflight" in machine.run("gpu/local.sh", "--help").stdout
+
+
 def test_local_starts_one_process_with_flags_set(machine):
     assert machine.run("gpu/local.sh", *RUN).returncode == 0
     (started,) = machine.started

@@ -1,5 +1,6 @@
 """The report: what it shows, what it says is missing, what it refuses, and that a run's text stays text."""
 
+import dataclasses
 import html.parser
 import http.client
 import json
@@ -78,7 +79,12 @@ def test_a_whole_run(tmp_path, capsys):
         "pass_at_k_before": 0.5,
         "pass_at_k_after": 0.4,
     }
-    summary |= {"seconds": 185.0, "steps": 3, "checkpoint": "ck/3", "export": "out/export"}
+    summary |= {
+        "seconds": 185.0,
+        "steps": 3,
+        "checkpoint": "/old/place/checkpoints/3",
+        "export": "/old/place/export",
+    }
     config = {
         "seed": 0,
         "eval": {"samples": 8, "pass_k": 4},
@@ -102,8 +108,9 @@ def test_a_whole_run(tmp_path, capsys):
     data, text = _page(tmp_path, capsys)
     for words in ("Held-out Mean@8", "75.0 %", "+50.0 points", "Held-out Pass@4", "\u221210.0 points"):
         assert words in text
-    for words in ("3 min 05 s", "ck/3", "out/export", "neighbor mixing, ρ = 0.1, k = 3", "odd/thing"):
+    for words in ("3 min 05 s", "checkpoints/3", "export", "neighbor mixing, ρ = 0.1, k = 3", "odd/thing"):
         assert words in text
+    assert "/old/place" not in text
     (group,) = data["groups"]
     assert (group["step"], group["problem"], group["answer"]) == (1, "2+2?", "4")
     assert group["responses"][0]["parts"] == ["<think>", ["two"], " & two</think>\\boxed{4}"]
@@ -310,6 +317,14 @@ def test_the_verdict_says_what_is_known():
     same = _run("same", 0, 0.1, [(1, 4, 2), (2, 3, 2)])
     assert held_out.verdict(same).startswith("No change beyond chance")
     assert held_out.verdict(Run("none", risen.rows)) == ""
+
+
+def test_a_best_checkpoint_below_the_start_is_called_that():
+    fallen = _run("fallen", 0, 0.1, [(4, 8, 8), (3, 8, 8)])
+    sentence = " The best checkpoint is that of step 4 (79.2 % held out)"
+    for value, end in ((19 / 24, "; below the starting model's 83.3 %."), (20 / 24, ".")):
+        best = dataclasses.replace(fallen, summary={"best_step": 4, "best_value": value})
+        assert held_out.verdict(best).endswith(sentence.replace("79.2", f"{100 * value:.1f}") + end)
 
 
 def test_held_out_problems_never_solved_learnt_and_lost():

@@ -8,7 +8,7 @@ import pathlib
 import pytest
 
 from configs import base
-from ngrpo_jax import flags, settings_text
+from ngrpo_jax import evaluate, export, flags, settings_text
 from ngrpo_jax.algo.mixture import Mixing
 from ngrpo_jax.algo.objectives import LossConfig
 from ngrpo_jax.errors import UserError
@@ -84,6 +84,13 @@ def test_help_fits_a_terminal_and_has_every_setting():
     text = settings_text.for_terminal()
     assert max(map(len, text.splitlines())) <= 110
     assert all(f"  {name}=" in text for name in Settings.kinds())
+
+
+@pytest.mark.parametrize("command", [evaluate, export])
+def test_what_a_command_reads_are_settings(command):
+    """A name of SETTINGS_READ that no setting begins with is a mistake, such as one that was renamed."""
+    for start in command.SETTINGS_READ:
+        assert any(name.startswith(start) for name in Settings.kinds()), start
 
 
 SECTIONS = {
@@ -308,6 +315,12 @@ def test_gspo_with_token_means_is_refused():
             ["--config.rollout.grup=4"],
             "unknown setting --config.rollout.grup; did you mean --config.rollout.group?",
         ),
+        (
+            ["--config.optimizer.lr=1"],
+            "unknown setting --config.optimizer.lr; did you mean --config.optimizer.learning_rate?",
+        ),
+        (["--config.optimizer.zz=1"], "unknown setting --config.optimizer.zz."),
+        (["--config.optimzer.learning_rat=1"], "did you mean --config.optimizer.learning_rate?"),
         (["--config.mixing.rate=often"], "mixing.rate is 'often'; it must be a finite number."),
         (["--config.train.steps=1.5"], "train.steps is 1.5; it must be a whole number."),
         (["--config.train.steps"], "--config.train.steps has no value; write --config.train.steps=VALUE."),

@@ -96,7 +96,11 @@ def test_a_signal_ends_a_process_at_once_or_after_a_step(name, number):
         assert (process.returncode, said) == (128 + number, f"\nstopped by {number.name}; words.\n")
 
 
-def test_the_training_command_listens_before_it_imports_jax():
+@pytest.mark.parametrize("command", ["train", "sweep"])
+def test_the_command_listens_before_it_imports_jax(command):
     """By the order of its own lines: a signal in the seconds of these imports would leave a traceback."""
-    text = (ROOT / "ngrpo_jax" / "train.py").read_text(encoding="utf-8")
-    assert text.index("ending.listen()") < min(text.index("\nimport "), text.index("\nfrom ngrpo_jax.model"))
+    text = (ROOT / "ngrpo_jax" / f"{command}.py").read_text(encoding="utf-8")
+    first = min(text.index("\nimport "), text.index("\nfrom ngrpo_jax import"))
+    assert text.index("ending.listen()") < first
+    console_script = text[text.index("def cli()") :]
+    assert console_script.index("ending.listen()") < console_script.index("flags.run_command(main)")

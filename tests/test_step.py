@@ -10,7 +10,7 @@ from ngrpo_jax.algo.mixture import Mixture
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.model.flops import forward_flops
 from ngrpo_jax.rollout.trajectory import Trajectories
-from ngrpo_jax.run import metrics, samples
+from ngrpo_jax.run import metrics, samples, step
 from ngrpo_jax.run.step import problems_of
 from ngrpo_jax.runtime import distributed, hardware
 from ngrpo_jax.setup.problems import ProblemSet
@@ -188,3 +188,19 @@ def test_cosines_are_of_mixed_inputs_spread_over_all_hosts(monkeypatch):
             None, rollout._replace(trajectories=trajectories([2 * host, 2 * host + 1])), responses
         )
     assert sorted(cosine for pairs in given for cosine, _ in pairs) == pytest.approx(sorted(chosen))
+
+
+def test_only_the_first_step_of_a_process_says_that_it_compiles(monkeypatch):
+    labels = []
+    progress = step.console.Progress
+    monkeypatch.setattr(
+        step.console, "Progress", lambda label, **rest: labels.append(label) or progress(label, **rest)
+    )
+    monkeypatch.setattr(step, "_to_compile", {"logprobs", "update"})
+    for _ in range(2):
+        for phase in ("reward", "logprobs", "update"):
+            with step._timed({}, phase):
+                pass
+    note = " (the first time compiles)"
+    once = ["grading", "log-probabilities", "update"]
+    assert labels == [once[0], *(label + note for label in once[1:]), *once]

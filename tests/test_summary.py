@@ -1,5 +1,6 @@
 """What a run writes and prints at its end, and how its processes get there together."""
 
+import dataclasses
 import json
 import types
 
@@ -63,8 +64,30 @@ def test_a_finished_run_is_summed_up_on_disk_and_in_print(tmp_path, capsys):
     assert written["mix_cosine_mean"] == 0.5, "the step without mixed inputs is not counted"
     printed = capsys.readouterr().out
     assert f"best       {tmp_path}/checkpoints/2 (step 2, mean_at_n 0.75 held out)" in printed
+    tmp_path.rename(moved := tmp_path.with_name("moved"))
+    summary.print_finished(written, run.settings, moved)
+    printed = capsys.readouterr().out
+    assert f"latest     {moved}/checkpoints/2 (step 2)" in printed and f"export     {moved}/export" in printed
+    assert f"{tmp_path}/" not in printed, "the place where the run was"
+    moved.rename(tmp_path)
     exported = hf.load(tmp_path / "export")[1]
     jax.tree.map(np.testing.assert_array_equal, exported, state.train_state.params)
+
+
+@pytest.mark.parametrize(
+    ("start", "words"), [(0.75, "0.75 held out)"), (0.8, "held out; below the starting")]
+)
+def test_a_best_checkpoint_below_the_start_is_called_that(tmp_path, capsys, start, words):
+    run, state, checkpoints = _finished(tmp_path)
+    state = dataclasses.replace(state, initial_evaluation=BEFORE | {"mean_at_n": start})
+    summary.finish(run, state, AFTER, checkpoints, 90.0)
+    printed = capsys.readouterr().out
+    assert words in printed and printed.count("below the starting model's 0.8)") == (start > 0.75)
+
+
+def test_fewer_problems_than_prompts_are_mentioned():
+    assert summary._repeats(32, 32) == ""
+    assert summary._repeats(3, 32).endswith("only 3 problems: each comes about 10.7 times a step")
 
 
 def test_only_a_summary_of_as_many_steps_counts_as_finished(tmp_path):

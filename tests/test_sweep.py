@@ -2,11 +2,17 @@
 
 import json
 import pathlib
+import signal
+import subprocess
 import sys
+import time
+import types
 
 import pytest
 
 from ngrpo_jax import flags, sweep
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 def test_values_are_divided_by_commas_outside_of_brackets():
@@ -44,7 +50,7 @@ def _sweep(*words):
     ],
 )
 def test_what_cannot_be_right_is_refused_before_any_run(words, sentence, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sweep.subprocess, "run", lambda *_, **__: pytest.fail("a run was started"))
+    monkeypatch.setattr(sweep.subprocess, "Popen", lambda *_, **__: pytest.fail("a run was started"))
     with pytest.raises(SystemExit) as refusal:
         _sweep(f"--workdir={tmp_path}", *words)
     error = capsys.readouterr().err
@@ -58,7 +64,7 @@ class _Runs:
     def __init__(self, **failing):
         self.failing, self.commands = failing, []
 
-    def run(self, command, **_):
+    def start(self, command, **_):
         assert command[:3] == [sys.executable, "-m", "ngrpo_jax.train"]
         self.commands.append(command)
         (workdir,) = (word.removeprefix("--workdir=") for word in command if word.startswith("--workdir="))
@@ -68,12 +74,13 @@ class _Runs:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         seed = folder.name.rpartition("seed=")[2]
         (folder / "config.json").write_text(json.dumps({"seed": int(seed)}))
-        return type("Ended", (), {"returncode": self.failing.get(f"seed{seed}", 0)})
+        status = self.failing.get(f"seed{seed}", 0)
+        return types.SimpleNamespace(returncode=status, poll=lambda: status)
 
 
 def test_runs_come_in_order_and_are_compared(tmp_path, monkeypatch, capsys):
     runs = _Runs()
-    monkeypatch.setattr(sweep.subprocess, "run", runs.run)
+    monkeypatch.setattr(sweep.subprocess, "Popen", runs.start)
     _sweep("--workdir", str(tmp_path), "--set", "seed=0,1", "--config.train.steps=4")
     assert [command[3:] for command in runs.commands] == [
         [
@@ -91,7 +98,7 @@ def test_runs_come_in_order_and_are_compared(tmp_path, monkeypatch, capsys):
 def test_a_failed_run_does_not_keep_the_others_from_running_but_a_signal_does(tmp_path, monkeypatch, capsys):
     for status, started in ((2, 3), (143, 1)):
         runs = _Runs(seed0=status)
-        monkeypatch.setattr(sweep.subprocess, "run", runs.run)
+        monkeypatch.setattr(sweep.subprocess, "Popen", runs.start)
         with pytest.raises(SystemExit) as ended:
             _sweep(f"--workdir={tmp_path / str(status)}", "--set", "seed=0,1,2")
         assert ended.value.code == status and len(runs.commands) == started
@@ -111,3 +118,52 @@ def test_one_task_of_an_array_runs_alone(tmp_path, monkeypatch):
     path, words = replaced.value.args
     assert path == sys.executable and words[1:3] == ["-m", "ngrpo_jax.train"]
     assert words[-1] == "--config.seed=1" and f"--workdir={tmp_path}/seed=1" in words
+
+
+# A sweep over sleeping processes: each counts the signals that it hears, and ends some time after the first.
+SIGNALLED = """
+import pathlib, sys
+from ngrpo_jax import flags, sweep
+CHILD = (
+    "import pathlib, signal, sys, time; log = pathlib.Path(sys.argv[1]) / 'heard'; heard = []; "
+    "signal.signal(signal.SIGTERM, lambda number, _: heard.append(number)); log.write_text('ready')\\n"
+    "while not heard: time.sleep(0.05)\\n"
+    "time.sleep(0.3); log.write_text(str(heard)); sys.exit(143)"
+)
+folder = pathlib.Path(sys.argv[1])
+trials = sweep.combinations({"seed": ["0", "1", "2"]})
+for trial in trials:
+    (folder / trial.name / "checkpoints").mkdir(parents=True)
+(folder / "seed=0" / "checkpoints" / "7").mkdir()
+words = [[sys.executable, "-c", CHILD, str(folder / trial.name)] for trial in trials]
+sweep.main = lambda argv: sweep.run_all(words, trials, folder, jobs=2)
+sweep.cli()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_the_runs_too_and_the_sweep_says_how_far_they_are(tmp_path, number):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a script
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-c", SIGNALLED, str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    heard = [tmp_path / f"seed={seed}" / "heard" for seed in (0, 1)]
+    try:
+        for _ in range(200):
+            if all(path.exists() and path.read_text() for path in heard):
+                break
+            time.sleep(0.1)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    ended = signal.SIGTERM if number == signal.SIGHUP else number
+    assert (process.returncode, said) == (
+        128 + ended,
+        f"stopped by {ended.name}; seed=0 has 7 steps, seed=1 has no step yet, 0 of 3 runs have ended, "
+        "1 has not begun; the same command goes on.\n",
+    )
+    assert [path.read_text() for path in heard] == [str([int(signal.SIGTERM)])] * 2

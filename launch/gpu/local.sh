@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Trains on the GPUs of this machine.
 #
-#   local.sh --config configs/X.py --workdir DIR [--processes N] [flag...] [-- --config.a.b=value...]
+#   local.sh --config configs/X.py --workdir DIR [--processes N] [flag...] [-- flag of the train command...]
 #
-# One process drives all GPUs. The same workdir resumes a run. What follows "--" goes to the train command. Relative
-# paths begin at the root of this clone.
+# One process drives all GPUs. The same workdir resumes a run. What follows "--" goes to the train command:
+# --config.a.b=value, --preflight, --allow-changes=NAME. Relative paths begin at the root of this clone.
 #   --processes N   so many processes, which share the GPUs evenly and talk as several hosts would: 1.
 #                   Their output is in DIR/logs/process-N.log. Without GPUs each has one CPU device: a run of
 #                   several hosts in small, with --config.mesh.data=N

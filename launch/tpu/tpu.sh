@@ -46,6 +46,7 @@ tpu_generation() {
   require NGRPO_TPU_TYPE --type
   case $NGRPO_TPU_TYPE in
     v4-*) GENERATION=v4 ;;
+    v5e-*) die "TPU type $NGRPO_TPU_TYPE: gcloud calls v5e v5litepod; write v5litepod-${NGRPO_TPU_TYPE#v5e-}" ;;
     v5litepod-*) GENERATION=v5e ;;
     v5p-*) GENERATION=v5p ;;
     v6e-*) GENERATION=v6e ;;

@@ -69,8 +69,11 @@ def _best(run: Run) -> str:
     step, value = run.summary.get("best_step"), run.summary.get("best_value")
     if step is None:
         return ""
-    scored = f" ({percent(value)} held out)" if isinstance(value, int | float) else ""
-    return f" The best checkpoint is that of step {number(step)}{scored}."
+    if not isinstance(value, int | float):
+        return f" The best checkpoint is that of step {number(step)}."
+    start = (ends(run, run.summary.get("best_metric", "mean_at_n")) or (value,))[0]
+    below = f"; below the starting model's {percent(start)}" if value < start else ""
+    return f" The best checkpoint is that of step {number(step)} ({percent(value)} held out){below}."
 
 
 def problems(run: Run) -> dict[str, Any] | None:

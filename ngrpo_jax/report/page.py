@@ -83,10 +83,13 @@ def subtitle(settings: dict[str, Any]) -> str:
 
 
 def _places(run: Run) -> Facts:
-    names = (("latest", "checkpoint"), ("best", "best_checkpoint"), ("export", "export"))
-    found = [(label, str(run.summary[name])) for label, name in names if run.summary.get(name)]
-    # Within the workdir, which may have been moved since.
-    return [(label, path.rpartition(f"/{run.name}/")[2]) for label, path in found]
+    # The last parts of each path, those within the workdir: it may have been moved since.
+    names = (("latest", "checkpoint", 2), ("best", "best_checkpoint", 2), ("export", "export", 1))
+    return [
+        (label, "/".join(PurePath(str(run.summary[name])).parts[-within:]))
+        for label, name, within in names
+        if run.summary.get(name)
+    ]
 
 
 def _settings(run: Run) -> list[tuple[str, Facts]]:

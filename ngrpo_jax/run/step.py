@@ -155,19 +155,23 @@ def learn(
 _PHASES = {
     "table": "neighbour table",
     "reward": "grading",
-    "logprobs": "log-probabilities (the first time compiles)",
-    "update": "update (the first time compiles)",
+    "logprobs": "log-probabilities",
+    "update": "update",
 }
+_to_compile = {"logprobs", "update"}  # phases whose first time in this process compiles their programs
 
 
 @contextmanager
 def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     """Adds the block's wall time to that of a phase; the block's results must be on the host at its end.
 
-    A phase that takes long, as its first time does, in which it compiles, says that it goes on.
+    A phase that takes long says that it goes on, and its first time that it compiles.
     """
     start = time.monotonic()
     label = _PHASES.get(name)
+    if label and name in _to_compile:
+        label += " (the first time compiles)"
     with console.Progress(label or name, keep=False, enabled=bool(label) and distributed.process().primary):
         yield
+    _to_compile.discard(name)
     seconds[name] = seconds.get(name, 0.0) + time.monotonic() - start

@@ -24,8 +24,8 @@ from ngrpo_jax.tasks import prompts
 
 # What `print_summary` reads, besides the figures before and after.
 SHOWN = (
-    *("seconds", "mixed_fraction", "mix_cosine_mean", "mix_cosine_min", "zero_variance", "checkpoint"),
-    *("export", "best_step", "best_metric", "best_value", "best_checkpoint"),
+    *("seconds", "mixed_fraction", "mix_cosine_mean", "mix_cosine_min", "zero_variance"),
+    *("best_step", "best_metric", "best_value"),
 )
 
 
@@ -74,6 +74,7 @@ def announce(run: Run, state: RunState) -> None:
         f"{settings.rollout.prompts // settings.train.mini_batch_prompts} optimiser steps, "
         f"on {run.mesh.size} {mesh.device_of(run.mesh).platform} device(s)"
         + (f" of {process.count} processes" if process.several else "")
+        + _repeats(len(run.training.problems), settings.rollout.prompts)
     )
     needed, phase = memory.peak(fit.training_memory(settings, model_spec.config, run.mesh))
     print(
@@ -82,6 +83,13 @@ def announce(run: Run, state: RunState) -> None:
     print(f"stops at   {_stops(run)}")
     print(f"steps      {state.step} of {settings.train.steps} done; workdir {run.workdir}", flush=True)
     explain_steps()
+
+
+def _repeats(problems: int, prompts: int) -> str:
+    """How often a problem comes in one step, where there are fewer problems than prompts."""
+    if problems >= prompts:
+        return ""
+    return f"\n           only {problems} problems: each comes about {prompts / problems:.3g} times a step"
 
 
 def _adapters(config: ModelConfig) -> str:
@@ -230,13 +238,23 @@ def print_summary(summary: dict[str, Any], settings: Settings, workdir: pathlib.
         )
     print(f"groups     {100 * summary['zero_variance']:.1f} % without variance (all responses graded alike)")
     print(f"time       {console.format_seconds(summary['seconds'])} for {summary['steps']} steps")
-    print(f"latest     {summary['checkpoint']} (step {summary['steps']})")
+    # Paths by the given workdir: summary.json has those of where the run was, and it may have moved.
+    checkpoints = workdir / "checkpoints"
+    print(f"latest     {checkpoints / str(summary['steps'])} (step {summary['steps']})")
     best = "none, since no step was evaluated"
     if summary["best_step"] is not None:
-        value = summary["best_value"]
-        scored = "" if value is None else f", {summary['best_metric']} {value:.4g} held out"
-        best = f"{summary['best_checkpoint']} (step {summary['best_step']}{scored})"
+        best = f"{checkpoints / str(summary['best_step'])} (step {summary['best_step']}{_score(summary)})"
     print(f"best       {best}")
     kind = "a Hugging Face directory" if settings.lora.rank is None else "an adapter, in PEFT's format"
-    print(f"export     {summary['export']}  ({kind})")
+    print(f"export     {workdir / 'export'}  ({kind})")
     print(f"look       python -m ngrpo_jax.report --workdir={workdir}")
+
+
+def _score(summary: dict[str, Any]) -> str:
+    """What the best checkpoint is best at, beside the starting model where that was better."""
+    metric, value = summary["best_metric"], summary["best_value"]
+    if value is None:
+        return ""
+    start = summary.get(f"{metric}_before")  # of mean_at_n and pass_at_k
+    below = start is not None and value < start
+    return f", {metric} {value:.4g} held out" + (f"; below the starting model's {start:.4g}" if below else "")

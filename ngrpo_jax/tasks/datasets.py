@@ -76,7 +76,8 @@ def _problems(
 ) -> Iterator[Problem | None]:
     """A problem for each row; where tolerant, None for a row without a problem or an answer."""
     rows = read_rows(source, split=split, seed=seed, size=size)
-    reader = RowReader(rows.origin, rows.names, "every row", "row-{}", tolerant, spelling=str)
+    named = source if rows.nameable else ""
+    reader = RowReader(rows.origin, rows.names, "every row", "row-{}", tolerant, named, spelling=str)
     number = 0
     for number, row in rows.numbered:
         place = f"{rows.origin}, row {number}"

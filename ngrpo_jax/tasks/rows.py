@@ -36,6 +36,7 @@ class RowReader:
       names: for each field of a problem the names that a row may give it; the first that the row has is read.
       needed_by: what needs the fields, for the sentence of an error.
       default_id: the id of a row without one, a format of the row's number.
+      source: of a file or set whose source may name its fields; the sentence of an error then says how.
       tolerant: whether rows with an empty field are left out; else such a row is an error.
       spelling: names with the same spelling are one name.
     """
@@ -45,6 +46,7 @@ class RowReader:
     needed_by: str
     default_id: str
     tolerant: bool
+    source: str = ""
     spelling: Callable[[Any], str] = plain_name
     _numbers: dict[str, int] = dataclasses.field(default_factory=dict)  # id -> row
 
@@ -72,7 +74,7 @@ class RowReader:
                 also = f" (or {', '.join(others)})" if others else ""
                 raise UserError(
                     f"{place}: no field {first!r}{also}, which {self.needed_by} needs (fields here: "
-                    f"{', '.join(map(str, row)) or 'none'})"
+                    f"{', '.join(map(str, row)) or 'none'}){self._how_to_name(field, row)}"
                 )
             found[field] = name
         if self.tolerant and any(is_null(row[name]) for name in found.values()):
@@ -87,6 +89,17 @@ class RowReader:
         if earlier != number:
             raise UserError(f"{place}: row {earlier} has the id {own!r} too; ids must differ")
         return texts | {"id": own}
+
+    def _how_to_name(self, field: str, row: Row) -> str:
+        """How the source names a field of another name; nothing where it cannot, or names it already."""
+        if not self.source or self.names[field] != (field,):
+            return ""
+        used = {name for names in self.names.values() for name in names}
+        free = [str(name) for name in row if name not in used]
+        if not free:
+            return ""
+        joint = "&" if "?" in self.source else "?"
+        return f"; name it by {self.source}{joint}{field}={free[0] if len(free) == 1 else 'FIELD'}"
 
 
 def opened(place: str, row: Any, names: Iterable[str]) -> Any:

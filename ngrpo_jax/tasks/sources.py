@@ -42,6 +42,7 @@ class Rows:
     origin: the file or set, for the sentence of an error.
     numbered: (number, row), numbers from 1; can be read once.
     names: the one name in this source of each of `FIELDS`.
+    nameable: whether the source may give its fields' names, as a file's does.
     answer_after: the text before the answer within its field; empty where the field is the answer.
     """
 
@@ -49,6 +50,7 @@ class Rows:
     numbered: Iterator[tuple[int, Row]]
     names: dict[str, tuple[str]]
     answer_after: str = ""
+    nameable: bool = False
 
 
 def read_rows(source: str, *, split: str, seed: int, size: int | None) -> Rows:
@@ -64,13 +66,13 @@ def read_rows(source: str, *, split: str, seed: int, size: int | None) -> Rows:
     if kind in files.READERS and body:
         names, options = _field_names(source, query, (_ANSWER_AFTER,))
         path = pathlib.Path(body).expanduser()
-        return Rows(str(path), files.read(path, kind), names, **options)
+        return Rows(str(path), files.read(path, kind), names, **options, nameable=True)
     if kind == "tfds" and body:
         own = body.partition("/")[0].partition(":")[0] in builders.NAMES
         extra = (_ANSWER_AFTER, "data_dir", *(["manual_dir"] if own else []))
         names, options = _field_names(source, query, extra)
         after = options.pop(_ANSWER_AFTER, "")
-        return Rows(f"{kind}:{body} {split}", _tfds_rows(body, split, own, **options), names, after)
+        return Rows(f"{kind}:{body} {split}", _tfds_rows(body, split, own, **options), names, after, True)
     if rest and not body.startswith("//"):
         near = difflib.get_close_matches(kind, _KINDS, n=1)
         if near and "." not in kind and importlib.util.find_spec(kind) is None:
