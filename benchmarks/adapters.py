@@ -71,7 +71,7 @@ def _report(given: argparse.Namespace, timings: measure.Timings, peaks: dict[str
     ]
     report.table(
         "Whole step" if given.step else "Update alone",
-        ("", "seconds", f"{ADAPTERS} / it", "peak memory, GiB", f"{ADAPTERS} / it"),
+        ("", "seconds", "time, adapters / it", "peak memory, GiB", "memory, adapters / it"),
         rows,
         timings.note() + ".",
     )

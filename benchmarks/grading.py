@@ -12,15 +12,15 @@ a process of its own, and the ratio of their times is printed.
 import argparse
 import json
 import pathlib
-import platform
-import statistics
 import subprocess
 import sys
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from ngrpo_jax.runtime import console
+import numpy as np
+
+from benchmarks import measure
 from ngrpo_jax.tasks.rewards import Grader
 
 HERE = pathlib.Path(__file__).parent.parent
@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--numbers", type=int, default=20_000)
     parser.add_argument("--earlier", type=pathlib.Path)
+    parser.add_argument("--json", metavar="FILE", help="where the figures go as well")
     given = parser.parse_args()
     answers = _answers(given.data)
     numbers = [str(7 * i) for i in range(given.numbers)]
@@ -74,14 +75,16 @@ def main() -> None:
             *_measure([f"{{{answer}}}" for answer in answers], answers, given.workers),
         ),
     ]
-    print(f"{given.workers} workers, {platform.machine()}, Python {platform.python_version()}")
-    print(console.table(rows, ("", "verdicts/s", "verdicts", "by reading alone", "timed out")))
+    report = measure.Report("Grading")
+    headers = ("", "verdicts/s", "verdicts", "by reading alone", "timed out")
+    report.table(f"Verdicts of {given.workers} grading processes", headers, rows)
     if given.earlier is not None:
-        _compare(answers, given.earlier, given.workers)
+        _compare(report, answers, given.earlier, given.workers)
+    report.save(given.json)
 
 
-def _compare(answers: list[str], earlier: pathlib.Path, workers: int) -> None:
-    """Prints how long both versions take for the answers against themselves, in turns."""
+def _compare(report: measure.Report, answers: list[str], earlier: pathlib.Path, workers: int) -> None:
+    """How long both versions take for the answers against themselves, in turns."""
     seconds: dict[pathlib.Path, list[float]] = {HERE: [], earlier: []}
     for _ in range(ROUNDS):
         for checkout, times in seconds.items():
@@ -90,10 +93,14 @@ def _compare(answers: list[str], earlier: pathlib.Path, workers: int) -> None:
                 command, input=json.dumps(answers), cwd=checkout, capture_output=True, text=True, check=True
             )
             times.append(float(run.stdout))
-    ours, theirs = (statistics.median(times) for times in seconds.values())
-    print(
-        f"MATH answers against themselves: {1000 * ours:.1f} ms, the earlier version {1000 * theirs:.1f} ms, "
-        f"ratio {ours / theirs:.2f} (medians of {ROUNDS})"
+    ours, theirs = map(np.array, seconds.values())
+    report.table(
+        "MATH answers against themselves",
+        ("", "seconds", "this version / it"),
+        [
+            ("this version", measure.interval(ours), None),
+            ("the earlier one", measure.interval(theirs), measure.interval(ours / theirs)),
+        ],
     )
 
 

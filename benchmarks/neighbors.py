@@ -1,6 +1,6 @@
 """The neighbour table: against other libraries and a bare matrix product, and its certified refresh.
 
-    python benchmarks/neighbors.py [--model DIR] [--k 8] [--peer-python PATH] [--repeats 3]
+    python benchmarks/neighbors.py [--model DIR] [--k 8] [--peer-python PATH] [--repeats 3] [--json FILE]
     python benchmarks/neighbors.py --refresh [--model DIR] [--updates 50] [--rates 1e-6,1e-4]
 
 Without --model: random rows in clusters, --size × --width. The first form runs each method in a process of
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,13 +29,13 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
+from benchmarks import measure
 from ngrpo_jax.algo.neighbors import refresh
 from ngrpo_jax.algo.neighbors.eligibility import eligible_rows
 from ngrpo_jax.algo.neighbors.exact import TILE, neighbor_table
 from ngrpo_jax.algo.neighbors.nearness import tile_scores
 from ngrpo_jax.learner.optimizer import make_optimizer
 from ngrpo_jax.model import decoder, hf
-from ngrpo_jax.runtime import console
 from ngrpo_jax.settings import OptimizerSettings
 from ngrpo_jax.tasks import prompts
 
@@ -61,17 +60,21 @@ def main() -> None:
     parser.add_argument("--refresh", action="store_true")
     parser.add_argument("--updates", type=int, default=50)
     parser.add_argument("--rates", default="1e-6,1e-4")
+    parser.add_argument("--json", metavar="FILE", help="where the figures go as well")
     parser.add_argument("--only", choices=(OWN, PRODUCT), help=argparse.SUPPRESS)
     parser.add_argument("--rows", help=argparse.SUPPRESS)
     parser.add_argument("--save", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.only:
-        measure(given)
-    elif given.refresh:
+        measure_one(given)
+        return
+    report = measure.Report("Neighbour table")
+    if given.refresh:
         for rate in given.rates.split(","):
-            compare_refresh(given, float(rate))
+            compare_refresh(report, given, float(rate))
     else:
-        compare(given)
+        compare(report, given)
+    report.save(given.json)
 
 
 def make_rows(given: argparse.Namespace) -> np.ndarray:
@@ -84,7 +87,7 @@ def make_rows(given: argparse.Namespace) -> np.ndarray:
     return (rows + 0.7 * random.normal(size=rows.shape)).astype(np.float32)
 
 
-def compare(given: argparse.Namespace) -> None:
+def compare(report: measure.Report, given: argparse.Namespace) -> None:
     """Every method in turn, --repeats times; medians, memory, and rows that are not the nearest."""
     rows = make_rows(given)
     methods = [OWN, PRODUCT]
@@ -104,20 +107,22 @@ def compare(given: argparse.Namespace) -> None:
             for method in methods
             if method != PRODUCT
         }
-    seconds = {method: statistics.median(run["seconds"] for run in runs[method]) for method in methods}
+    seconds = {method: np.array([run["seconds"] for run in runs[method]]) for method in methods}
     lines = [
         (
             runs[method][0]["version"],
-            seconds[method],
-            seconds[method] / seconds[OWN],
+            measure.interval(seconds[method]),
+            measure.interval(seconds[method] / seconds[OWN]),
             max(run["extra_mb"] for run in runs[method]),
-            wrong.get(method, "-"),
+            wrong.get(method),
         )
         for method in methods
     ]
-    print(f"{rows.shape[0]} × {rows.shape[1]} float32, k = {given.k} with the row itself, {_machine()}")
-    headers = ("", "seconds", "time / ours", "peak extra MB", f"wrong of {given.sample} rows")
-    print(console.table(lines, headers))
+    report.table(
+        f"Exact table: {rows.shape[0]} × {rows.shape[1]} float32, k = {given.k} with the row itself",
+        ("", "seconds", "it / this table", "peak extra MB", f"wrong of {given.sample} rows"),
+        lines,
+    )
 
 
 def _start(given: argparse.Namespace, method: str, source: str, target: str) -> dict[str, Any]:
@@ -133,7 +138,7 @@ def _start(given: argparse.Namespace, method: str, source: str, target: str) -> 
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(given: argparse.Namespace) -> None:
+def measure_one(given: argparse.Namespace) -> None:
     """One of our own two methods in this process; prints one line of JSON. The first call compiles."""
     rows_VD = jax.block_until_ready(jnp.asarray(np.load(given.rows)))
     before = _reset_peak()
@@ -187,7 +192,7 @@ def _others(neighbors: np.ndarray, row: int) -> np.ndarray:
     return np.delete(neighbors, np.flatnonzero(neighbors == row)[:1] if row in neighbors else -1)
 
 
-def compare_refresh(given: argparse.Namespace, rate: float) -> None:
+def compare_refresh(report: measure.Report, given: argparse.Namespace, rate: float) -> None:
     """A table refreshed after each update of one learning rate, against one built from nothing."""
     if given.model:
         config, params = hf.load(str(given.model))
@@ -224,20 +229,17 @@ def compare_refresh(given: argparse.Namespace, rate: float) -> None:
         )
         before_VD = after_VD
     seconds, built, rescored, searched, other = (np.array(column) for column in zip(*lines, strict=True))
-    print(f"\n{given.updates} updates at learning rate {rate:g}, k = {REFRESH_K}, {_machine()}")
-    print(
-        console.table(
-            [
-                ("seconds of a refresh, median", float(np.median(seconds))),
-                ("seconds of a full build, median", float(np.median(built))),
-                ("refresh / full build, median", float(np.median(seconds / built))),
-                ("rows scored again, median", int(np.median(rescored))),
-                ("rows searched anew, median", int(np.median(searched))),
-                ("rows searched anew, most", int(searched.max())),
-                ("updates after which both tables are equal", f"{int((other == 0).sum())} of {len(other)}"),
-            ],
-            ("", ""),
-        )
+    report.table(
+        f"Refresh: {given.updates} updates at learning rate {rate:g}, k = {REFRESH_K}",
+        ("", "seen"),
+        [
+            ("seconds of a refresh", measure.interval(seconds)),
+            ("seconds of a full build", measure.interval(built)),
+            ("refresh / full build", measure.interval(seconds / built)),
+            ("rows scored again", measure.interval(rescored)),
+            ("rows searched anew", measure.interval(searched)),
+            ("updates after which both tables are equal", int((other == 0).sum())),
+        ],
     )
 
 
@@ -290,11 +292,6 @@ def _reset_peak() -> float:
     """Resets VmHWM to the memory in use, and returns that."""
     pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     return _memory_mb("VmRSS")
-
-
-def _machine() -> str:
-    device = jax.devices()[0]
-    return f"{device.device_kind} × {jax.device_count()}, jax {jax.__version__}"
 
 
 if __name__ == "__main__":

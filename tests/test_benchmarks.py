@@ -7,12 +7,14 @@ import os
 import pathlib
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import all as everything
 from benchmarks import bounds, chunks, measure, memory, mixing, rollout, shapes, simulation, strategies
 from benchmarks.peer import Peer
 from ngrpo_jax import flags
@@ -281,3 +283,36 @@ def test_a_peer_answers_fails_and_ends_in_so_many_words(tmp_path):
 def test_a_python_of_a_peer_that_is_none_is_refused():
     with pytest.raises(ValueError, match="/nowhere/python is no program"):
         Peer("/nowhere/python", "hf_generate.py")
+
+
+def test_a_goals_figure_is_the_one_furthest_from_it_and_a_miss_is_said():
+    headers = ["", "seconds", "it / ours"]
+    rows = [
+        ["peer 1.2", 3.0, {"median": 1.9, "low": 1.8, "high": 2.1}],
+        ["peer 1.3", 2.0, 2.5],
+        ["ours", 1.0, None],
+    ]
+    report = {"machine": "a machine", "tables": [{"title": "Speed: all", "headers": headers, "rows": rows}]}
+    goal = everything.Goal("speed", "case", "Speed", "peer", "it / ours", least=2.0)
+    assert everything.find(report, goal) == rows[0][2]
+    assert everything.find(report, goal._replace(row="peer 1.3")) == 2.5
+    assert everything.find(report, goal._replace(row="other")) is None
+    assert everything.find(report, goal._replace(column="other")) is None
+    assert everything.find(report, goal._replace(least=None, most=2.0)) == 2.5  # too large now
+    with mock.patch.object(
+        everything, "GOALS", (goal, goal._replace(row="peer 1.3"), goal._replace(case="none"))
+    ):
+        lines = everything.table({"case": report}).splitlines()
+    assert lines[2:] == [
+        "| speed | ≥ 2.0 | **1.9 (1.8 … 2.1)**, missed |",
+        "| speed | ≥ 2.0 | 2.5 |",
+        "| speed | ≥ 2.0 | not measured |",
+        "",
+        "a machine",
+    ]
+
+
+def test_every_goal_is_of_a_benchmark_and_every_script_is_there():
+    assert {goal.case for goal in everything.GOALS} == set(everything.CASES)
+    for case in everything.CASES.values():
+        assert (everything.HERE / case.words.split()[0]).is_file()

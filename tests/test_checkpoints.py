@@ -426,3 +426,34 @@ def test_a_reader_sees_new_steps_and_is_told_when_its_own_was_replaced(tmp_path)
                 reader.restore(1, _state())
         assert reader.latest_step() == 2
         _assert_equal(reader.restore(2, _state())[0], _state(2))
+
+
+def test_a_step_that_is_saved_again_stays_until_the_new_one_is_on_disk(three, tmp_path):
+    directory, found = tmp_path / "checkpoints", []
+    shutil.copytree(three, directory)
+    with Checkpoints(directory, model=MODEL, best="score", keep=3) as checkpoints:
+        checkpoints.put_back()
+
+        def save():
+            found.append(sorted(os.listdir(directory)))
+            checkpoints.save(3, _state(30), {"position": 3}, {"score": 2.0})
+
+        checkpoints.replace(3, save)
+        assert found == [["1", "2", "replaced-3"]]
+        assert checkpoints.best_step() == 3
+        _assert_equal(checkpoints.restore(3, _state())[0], _state(30))
+    assert sorted(os.listdir(directory)) == ["1", "2", "3"]
+
+
+def test_a_process_killed_while_it_saves_a_step_again_loses_nothing(three, tmp_path):
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(three, directory)
+    with Checkpoints(directory, model=MODEL, best="score", keep=3) as killed, pytest.raises(SystemExit):
+        killed.replace(3, sys.exit)
+    with Checkpoints(directory, model=MODEL, best="score", keep=3) as checkpoints:
+        checkpoints.put_back()
+        assert checkpoints.newest_good(pytest.fail) == 3
+        _assert_equal(checkpoints.restore(3, _state())[0], _state(3))
+        checkpoints.go_on_from(3)
+        checkpoints.save(4, _state(4), {})
+    assert sorted(os.listdir(directory)) == ["1", "2", "3", "4"]

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 import types
@@ -176,6 +177,12 @@ def test_short_works_one_after_the_other_are_no_long_silence(monkeypatch, capsys
             bar.update(1)
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(" 1/2")[0] for line in lines] == ["work 2"]
+
+
+def test_the_first_line_of_a_log_comes_at_once():
+    words = "from ngrpo_jax.runtime.console import Progress; Progress('work', 9, 'parts').update(0)"
+    ended = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
+    assert ended.stderr.startswith("work 0/9 parts")
 
 
 def test_progress_on_a_terminal_rewrites_its_line():

@@ -28,7 +28,7 @@ from ngrpo_jax.tasks.datasets import Problem, fingerprint
 
 CONFIG = ModelConfig("qwen2", 32, 16, 32, 2, 4, 2, 4, dtype="bfloat16")
 PROBLEMS = ProblemSet([Problem("1", "1+1", "2")], [[1, 2]])
-FRESH = types.SimpleNamespace(newest_good=lambda warn: None)
+FRESH = types.SimpleNamespace(newest_good=lambda warn: None, put_back=lambda: None)
 
 
 def _run(workdir, problems=PROBLEMS, **changes):

@@ -4,6 +4,7 @@ Owns the schedule, and how a run stops early. Must not know what a step or an ev
 """
 
 import dataclasses
+import functools
 import math
 import pathlib
 import time
@@ -121,9 +122,11 @@ def take_steps(
                 raise not_finite(run, bad, state.step)
             stop = max(distributed.allgather("signals", signals.received))
             if last or scheduled or state.step % settings.checkpoint.every == 0 or stop:
+                save_state = functools.partial(save, state, run, checkpoints, found or None)
                 if again:
-                    checkpoints.delete(state.step)
-                save(state, run, checkpoints, found or None)
+                    checkpoints.replace(state.step, save_state)
+                else:
+                    save_state()
             again = False
             if distributed.process().primary:
                 pace = (time.monotonic() - clock) / max(state.step - began_at, 1)

@@ -80,6 +80,7 @@ def begin(run: Run, params: Any, checkpoints: Checkpoints) -> tuple[Run, RunStat
     """
     if run.settings.objective.kl_coef > 0:
         run = dataclasses.replace(run, reference=_reference(run, params))
+    checkpoints.put_back()
     step = checkpoints.newest_good(_warn)
     if step is not None:
         state = restore(run, checkpoints, step)

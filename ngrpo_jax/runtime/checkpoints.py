@@ -117,9 +117,25 @@ class Checkpoints:
         """Whether a step is on disk whole, and not still written."""
         return (self._path / str(step)).exists()
 
-    def delete(self, step: int) -> None:
-        """Deletes a step, so that it can be saved again."""
-        self._writer().delete(step)
+    def replace(self, step: int, save: Callable[[], None]) -> None:
+        """Calls `save`, which saves a step that is there already, and waits until it is on disk.
+
+        The old one stays until then: the next `put_back` brings it back should this process be killed.
+        """
+        self.wait()
+        if distributed.process().primary:
+            steps.step_aside(self._path, step)
+        distributed.allgather("the step that is saved again is set aside", None)
+        self._writer().reload()
+        save()
+        self.wait()
+        self.put_back()
+
+    def put_back(self) -> None:
+        """Ends what was begun by `replace`, here or in a process that was killed."""
+        if distributed.process().primary:
+            steps.put_back(self._path)
+        distributed.allgather("replaced checkpoints are put back", None)
 
     def save(
         self, step: int, state: Any, host: Mapping[str, Json], metrics: Mapping[str, float] | None = None

@@ -16,7 +16,7 @@ from typing import Any, Self, TextIO
 _SI = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _REWRITE_S = 0.2  # a terminal line is redrawn at most so often
 _BEAT_S = 1.0  # ... and at least so often, while its work goes on
-_said_at = time.monotonic()  # when this process last said something, or began
+_said_at = -math.inf  # when this process last said something: imports may have taken long before it does
 _SPELLED = ("-", "x", "-", "-", "-", "...", "->", "[", "]", "pi")
 _ASCII = dict(zip("·×–−─…→⟦⟧π", _SPELLED, strict=True))
 
@@ -33,8 +33,8 @@ class Progress:
 
     On a terminal the line is rewritten in place, cut to the terminal's width: it never takes two rows.
     Elsewhere (a log file, a pipe) a new line is printed at most every `every` seconds, counted from whatever
-    was last said there: works that are shorter print nothing, unless they come one after the other. A thread
-    prints it also while the work reports nothing, such as a compilation.
+    was last said there, if anything was: works that are shorter print nothing, unless they come one after the
+    other. A thread prints it also while the work reports nothing, such as a compilation.
 
     Args:
         label: the name of the work, such as "rollout".

@@ -20,6 +20,7 @@ from ngrpo_jax.runtime import checksums, distributed
 
 HOST, METRICS = "host/metadata", "metrics/metrics"  # files of Orbax in a step's folder
 _READ_BY_ALL = (METRICS, "_CHECKPOINT_METADATA")  # what Orbax reads of every step when it opens a directory
+_REPLACED = "replaced-"  # in front of a step's number, while that step is saved again
 _DELETED_S = 5.0  # how long the process that writes takes to delete a step
 
 
@@ -128,6 +129,21 @@ def set_aside(directory: pathlib.Path, after: int) -> None:
             target = folder.with_name(f"damaged-{step}")
             shutil.rmtree(target, ignore_errors=True)
             folder.rename(target)
+
+
+def step_aside(directory: pathlib.Path, step: int) -> None:
+    """Renames the folder of a step to replaced-STEP, where `put_back` finds it."""
+    (directory / str(step)).rename(directory / f"{_REPLACED}{step}")
+
+
+def put_back(directory: pathlib.Path) -> None:
+    """Gives a step that was to be replaced its name again, or deletes it where the new one is there."""
+    for old in directory.glob(f"{_REPLACED}*"):
+        new = directory / old.name.removeprefix(_REPLACED)
+        if new.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(new)
 
 
 def _without_checksums(folder: pathlib.Path) -> bool:
