@@ -65,7 +65,7 @@ def wait_for_a_moment(rng, process, workdir, seconds):
     while process.poll() is None and time.monotonic() < end and (by_clock or rows() < wanted):
         time.sleep(0.005)
     if not by_clock:
-        end = time.monotonic() + rng.uniform(0, 4.0 if wanted == steps else 1.0)
+        end = time.monotonic() + rng.uniform(0, seconds if wanted == steps else 1.0)
         while process.poll() is None and time.monotonic() < end:
             time.sleep(0.005)
 
