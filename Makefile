@@ -45,7 +45,7 @@ test-targets: $(VENV)/.requirements-dev
 	$(BIN)/python -m pytest -m "long or not long" tests/test_targets.py
 
 faults: $(VENV)/.requirements-dev
-	for part in kills signals fuzz; do $(BIN)/python tests/faults/run.py $$part || exit 1; done
+	for part in kills signals signals-to-two steady fuzz; do $(BIN)/python tests/faults/run.py $$part || exit 1; done
 
 lint: $(VENV)/.requirements-dev
 	$(BIN)/ruff check .

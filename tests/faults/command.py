@@ -3,6 +3,8 @@
 import json
 import os
 import pathlib
+import signal
+import socket
 import subprocess
 import sys
 
@@ -50,6 +52,67 @@ def start(workdir, *more, command="train", environment=None, **changes):
             stdout=out,
             stderr=err,
         )
+
+
+class Group:
+    """The processes of one run: one alone, or several that talk on this machine as hosts do."""
+
+    def __init__(self, workdir, count=1):
+        if count == 1:
+            self.processes = [start(workdir)]
+            return
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        told = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
+        self.processes = [
+            start(workdir, environment=told | {"JAX_PROCESS_ID": str(index)}, mesh__data=count)
+            for index in range(count)
+        ]
+
+    def poll(self):
+        """None while one of them runs."""
+        return None if any(process.poll() is None for process in self.processes) else 0
+
+    def send_signal(self, number):
+        """To all of them, as launchers do."""
+        for process in self.processes:
+            process.send_signal(number)
+
+    def wait(self):
+        """The one status of all, or the list of their statuses where these differ."""
+        statuses = [process.wait() for process in self.processes]
+        return statuses[0] if len(set(statuses)) == 1 else statuses
+
+
+def listens(group):
+    """Whether all processes of a group have a handler for SIGTERM."""
+    masks = []
+    for process in group.processes:
+        try:
+            status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+        except OSError:  # it has ended
+            continue
+        masks.append(int(status.partition("SigCgt:")[2].split()[0], 16))
+    return all(mask >> (signal.SIGTERM - 1) & 1 for mask in masks)
+
+
+def holdings(pid):
+    """What a process and its descendants hold: resident MB, open files, threads; and how many they are."""
+    pids, found = [pid], {"MB": 0.0, "handles": 0, "threads": 0, "processes": 0}
+    for one in pids:  # grows on the way
+        try:
+            tasks = list(pathlib.Path(f"/proc/{one}/task").iterdir())
+            pages = int(pathlib.Path(f"/proc/{one}/statm").read_text().split()[1])
+            handles = len(list(pathlib.Path(f"/proc/{one}/fd").iterdir()))
+            pids += [int(n) for task in tasks for n in (task / "children").read_text().split()]
+        except OSError:  # it has ended meanwhile
+            continue
+        found["MB"] += pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+        found["threads"] += len(tasks)
+        found["handles"] += handles
+        found["processes"] += 1
+    return found
 
 
 def said(workdir):

@@ -34,15 +34,15 @@ def tally(part, **added):
     return own
 
 
-def unbroken(folder):
+def unbroken(folder, processes):
     """(the workdir of a run without a fault, the seconds of one whose programs were all compiled before)."""
-    workdir = folder / "unbroken"
+    workdir = folder / f"unbroken-{processes}"
     if not (workdir / "summary.json").exists():
         shutil.rmtree(workdir, ignore_errors=True)
-        assert command.start(workdir).wait() == 0, command.said(workdir)
+        assert command.Group(workdir, processes).wait() == 0, command.said(workdir)
     again, begun = folder / "again", time.monotonic()
     shutil.rmtree(again, ignore_errors=True)
-    assert command.start(again).wait() == 0, command.said(again)
+    assert command.Group(again, processes).wait() == 0, command.said(again)
     assert not command.differences(again, workdir)
     return workdir, time.monotonic() - begun
 
@@ -50,20 +50,22 @@ def unbroken(folder):
 def wait_for_a_moment(rng, process, workdir, seconds):
     """Waits for a random moment of a run: by the clock, or some time after one of its next steps.
 
-    Not before the interpreter can have come to the command: seconds on a busy machine. Later steps are waited
-    for with their evaluations, saves and, after the last one, the export.
+    Not before the command listens for signals, for which a busy machine may need seconds. Later
+    steps are waited for with their evaluations, saves and, after the last one, the export.
     """
     path, steps = workdir / "metrics.jsonl", command.SMALL["train.steps"]
 
     def rows():
         return path.read_bytes().count(b"\n") if path.exists() else 0
 
+    while process.poll() is None and not command.listens(process):
+        time.sleep(0.005)
     by_clock, wanted = rng.random() < 0.25, min(rows() + rng.randint(1, 4), steps)
-    end = time.monotonic() + (rng.uniform(2.0, 0.7 * seconds) if by_clock else 600)
+    end = time.monotonic() + (rng.uniform(0, 0.7 * seconds) if by_clock else 600)
     while process.poll() is None and time.monotonic() < end and (by_clock or rows() < wanted):
         time.sleep(0.005)
     if not by_clock:
-        end = time.monotonic() + rng.uniform(0, 4.0 if wanted == steps else 1.0)
+        end = time.monotonic() + rng.uniform(0, seconds if wanted == steps else 1.0)
         while process.poll() is None and time.monotonic() < end:
             time.sleep(0.005)
 
@@ -74,7 +76,7 @@ def kills(folder, reference, seconds, count, deadline, rng):
         workdir = folder / f"kills-{rng.randrange(1 << 32):08x}"
         killed = 0
         while True:
-            process = command.start(workdir)
+            process = command.Group(workdir)
             wait_for_a_moment(rng, process, workdir, seconds)
             process.send_signal(signal.SIGKILL)
             status = process.wait()
@@ -91,37 +93,63 @@ def kills(folder, reference, seconds, count, deadline, rng):
         shutil.rmtree(workdir)
 
 
-def signals(folder, reference, seconds, count, deadline, rng):
+def signals(folder, reference, seconds, count, deadline, rng, part="signals", processes=1):
     """SIGTERM and SIGINT at random moments: status, sentence, and in the end the run of one without."""
     numbers = {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
     while time.monotonic() < deadline:
-        done = {name: tally("signals").get(name, 0) for name in numbers}
+        done = {name: tally(part).get(name, 0) for name in numbers}
         if min(done.values()) >= count:
             return
         workdir, got = folder / f"signals-{rng.randrange(1 << 32):08x}", []
         while True:
             name = min(numbers, key=lambda name: done[name] + got.count(name))
-            process = command.start(workdir)
-            wait_for_a_moment(rng, process, workdir, seconds)
-            process.send_signal(numbers[name])
-            status = process.wait()
+            before = len(command.said(workdir))
+            group = command.Group(workdir, processes)
+            wait_for_a_moment(rng, group, workdir, seconds)
+            group.send_signal(numbers[name])
+            status = group.wait()
             if status == 0:
                 break
             got.append(name)
-            *_, last = command.said(workdir).splitlines() or [""]
-            told = last.startswith(f"stopped by {name}; ") and "Traceback" not in command.said(workdir)
+            said = command.said(workdir)[before:]
+            told = f"\nstopped by {name}; " in f"\n{said}" and "Traceback" not in said
             if status != 128 + numbers[name] or not told:
-                print(f"{workdir}: {name}: status {status}: {last}", flush=True)
-                tally("signals", failed=1)
+                print(f"{workdir}: {name}: status {status}: {said[-300:]}", flush=True)
+                tally(part, failed=1)
                 break
         differ = command.differences(workdir, reference) if status == 0 else [f"status {status}"]
         if differ:
             print(f"{workdir}: after {got}: {', '.join(differ)}", flush=True)
-            tally("signals", failed=len(got))
+            tally(part, failed=len(got))
             continue
-        figures = tally("signals", runs=1, **{name: got.count(name) for name in numbers})
+        figures = tally(part, runs=1, **{name: got.count(name) for name in numbers})
         print(f"{got}, equal; in all {figures}", flush=True)
         shutil.rmtree(workdir)
+
+
+def signals_to_two(*arguments):
+    """The same with two processes, which both get each signal."""
+    signals(*arguments, part="signals-to-two", processes=2)
+
+
+def steady(folder, reference, seconds, count, deadline, rng):
+    """A run of `count` steps: the most that it holds in its last 50 steps, and in those from 50 to 100."""
+    workdir = folder / "steady"
+    shutil.rmtree(workdir, ignore_errors=True)
+    process = command.start(workdir, train__steps=count, checkpoint__every=50, eval__every=50)
+    early, late = {}, {}
+    while process.poll() is None and time.monotonic() < deadline:
+        path = workdir / "metrics.jsonl"
+        step = path.read_bytes().count(b"\n") if path.exists() else 0
+        for most, wanted in ((early, 50 <= step < 100), (late, step >= count - 50)):
+            for name, held in command.holdings(process.pid).items() if wanted else ():
+                most[name] = max(most.get(name, 0), held)
+        time.sleep(0.1)
+    status = process.wait()
+    growth = 100 * (late["MB"] / early["MB"] - 1)
+    flat = all(late[name] <= early[name] + 2 for name in ("handles", "threads", "processes"))
+    print(f"status {status}; resident memory {growth:+.2f} %; steps 50 to 100: {early}, the last 50: {late}")
+    tally("steady", **{"as promised" if status == 0 and growth < 2 and flat else "failed": 1})
 
 
 def fuzzing(folder, reference, seconds, count, deadline, rng):
@@ -138,7 +166,14 @@ def fuzzing(folder, reference, seconds, count, deadline, rng):
                 tally("fuzz", failed=1)
 
 
-PARTS = {"kills": (kills, 100), "signals": (signals, 30), "fuzz": (fuzzing, 500)}
+# Part -> (what injects its faults, how many, processes of a run).
+PARTS = {
+    "kills": (kills, 100, 1),
+    "signals": (signals, 30, 1),
+    "signals-to-two": (signals_to_two, 30, 2),
+    "steady": (steady, 500, 1),
+    "fuzz": (fuzzing, 500, 1),
+}
 
 
 def main():
@@ -152,9 +187,11 @@ def main():
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(options.folder / "cache"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-    part, count = PARTS[options.part]
+    part, count, processes = PARTS[options.part]
     deadline = time.monotonic() + 60 * options.minutes
-    reference, seconds = (None, 0.0) if options.part == "fuzz" else unbroken(options.folder)
+    reference, seconds = (
+        (None, 0.0) if options.part in ("fuzz", "steady") else unbroken(options.folder, processes)
+    )
     part(options.folder, reference, seconds, options.count or count, deadline, random.Random())
     figures = tally(options.part)
     print(f"{options.part}: {figures}")
