@@ -23,7 +23,7 @@ help:
 	@echo "make test       the test suite, about twelve minutes on two cores"
 	@echo "make test-long  the long tests"
 	@echo "make test-targets  compiles for TPUs and GPUs that are not here (extras aot-tpu, aot-cuda12); 20 minutes"
-	@echo "make test-gpu-programs  compiles for GPUs that are not here, as CI does; fetches their compilers, 1.5 GB"
+	@echo "make test-gpu-programs  compiles for GPUs that are not here, as CI does; fetches their compilers, about 1 GB"
 	@echo "make faults     kills, signals and mutated input, each up to 55 minutes; goes on from its tallies"
 	@echo "make lint       ruff, ruff format --check, mypy"
 	@echo ""
@@ -87,14 +87,16 @@ $(VENV)/.requirements: requirements.txt | $(BIN)/python
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable . || { rm -f $@; exit 1; }
 
 # The compilers for GPUs, beside $(VENV) and not in it: with jax's plugin for CUDA installed there, every command
-# on a machine without a GPU would begin by looking for one. This environment sees the packages of $(VENV).
+# on a machine without a GPU would begin by looking for one. This environment sees the packages of $(VENV). Of
+# the extra aot-cuda12 it has what compiling loads: the plugin, ptxas, and cuDNN, which plans attention; 1.7 GB on
+# disk. cuBLAS, which cuDNN's wheel asks for (another 1 GB), is needed for running alone, hence --no-deps.
 $(AOT)/.installed: pyproject.toml | $(VENV)/.requirements-dev
 	@$(BIN)/python -m venv $(AOT)
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		>"$$($(AOT)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
-	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"] \
-		["optional-dependencies"]["aot-cuda12"], sep="\n")' >$(AOT)/requirements.txt
-	$(AOT)/bin/python -m pip install --quiet --disable-pip-version-check -r $(AOT)/requirements.txt
+	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)'); \
+	$(AOT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		"jax-cuda12-plugin==$$version" "jax-cuda12-pjrt==$$version" nvidia-cuda-nvcc-cu12 "nvidia-cudnn-cu12>=9.8"
 	@touch $@
 
 $(VENV)/.requirements-dev: requirements-dev.txt $(VENV)/.requirements

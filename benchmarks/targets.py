@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import pathlib
 import subprocess
 import sys
@@ -25,6 +24,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+import jax
 
 from benchmarks import measure, shapes
 from ngrpo_jax import flags
@@ -78,6 +79,7 @@ class Run(NamedTuple):
 def main() -> None:
     """Compiles what FILE does not have, and prints two tables."""
     given = _arguments()
+    jax.config.update("jax_platforms", "cpu")  # the report's line on this machine asks jax for its devices
     kept = {(run.config, run.target): run for run in (load(given.json) if given.json else [])}
     wanted = [(config, target) for target in given.targets for config in given.configs]
     for config, target in wanted:
@@ -231,7 +233,7 @@ def _compiled(config: str, target: str, changes: Sequence[str], layers: int | No
         words += [f"--config.mesh.{axis}={size}" for axis, size in dataclasses.asdict(grid).items()]
         words += [f"--config.{change}" for change in changes]
         command = [sys.executable, "-m", "ngrpo_jax.train", "--preflight", *words]
-        subprocess.run(command, cwd=ROOT, stdout=sys.stderr, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        subprocess.run(command, cwd=ROOT, stdout=sys.stderr)
         return run._replace(rows=json.loads((folder / "rows.json").read_text(encoding="utf-8")))
 
 

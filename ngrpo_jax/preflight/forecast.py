@@ -222,6 +222,9 @@ def _waiting(program: str, settings: Settings, model: ModelConfig) -> int:
     waiting = sum(
         one.size for name, one in held.items() if one.phase == "always" and name.partition(" ")[0] not in own
     )
+    if (rows := held.get("embedding before the update")) is not None:
+        # Kept from the first gradient on, and a part of the master parameters that the table is made of.
+        waiting += {"accumulate": 1, "zeros": 1, "apply": 1, "table": -1}.get(program, 0) * rows.size
     if program.startswith(("training", "evaluation")):
         shares = _waiting_in_rollout(program.partition(" ")[2], model)
         names = ("rollout copy", "KV cache", "keys and values of prefilled prompts")
