@@ -8,6 +8,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 VENV := .venv
 BIN := $(VENV)/bin
 WORKDIR := runs/tiny
+AOT := build/aot
 ORACLE := tests/test_learner_oracle.py
 INFERENCE := tests/test_inference.py::test_prefill_and_decode_equal_the_full_forward_for_ragged_rows
 GOLDEN_TESTS := tests/test_decoder.py::test_logits_equal_those_of_transformers \
@@ -15,13 +16,14 @@ GOLDEN_TESTS := tests/test_decoder.py::test_logits_equal_those_of_transformers \
 	$(ORACLE)::test_gspo_on_a_mesh_of_all_axes "$(ORACLE)::test_the_compiled_step_is_the_objective[as the paper has it]"
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-long test-targets faults lint
+.PHONY: help run test test-long test-targets test-gpu-programs faults lint
 
 help:
 	@echo "make run        train configs/tiny.py in $(WORKDIR): a small model learns by N-GRPO in about five minutes"
 	@echo "make test       the test suite, about twelve minutes on two cores"
 	@echo "make test-long  the long tests"
 	@echo "make test-targets  compiles for TPUs and GPUs that are not here (extras aot-tpu, aot-cuda12); 20 minutes"
+	@echo "make test-gpu-programs  compiles for GPUs that are not here, as CI does; fetches their compilers, about 1 GB"
 	@echo "make faults     kills, signals and mutated input, each up to 55 minutes; goes on from its tallies"
 	@echo "make lint       ruff, ruff format --check, mypy"
 	@echo ""
@@ -43,6 +45,9 @@ test-long: $(VENV)/.requirements-dev
 
 test-targets: $(VENV)/.requirements-dev
 	$(BIN)/python -m pytest -m "long or not long" tests/test_targets.py
+
+test-gpu-programs: $(AOT)/.installed
+	$(AOT)/bin/python -m pytest -k "gpus or ring" tests/test_targets.py
 
 faults: $(VENV)/.requirements-dev
 	for part in kills signals signals-to-two steady fuzz; do $(BIN)/python tests/faults/run.py $$part || exit 1; done
@@ -80,6 +85,19 @@ $(BIN)/python:
 $(VENV)/.requirements: requirements.txt | $(BIN)/python
 	$(call install,requirements.txt)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable . || { rm -f $@; exit 1; }
+
+# The compilers for GPUs, beside $(VENV) and not in it: with jax's plugin for CUDA installed there, every command
+# on a machine without a GPU would begin by looking for one. This environment sees the packages of $(VENV). Of
+# the extra aot-cuda12 it has what compiling loads: the plugin, ptxas, and cuDNN, which plans attention; 1.7 GB on
+# disk. cuBLAS, which cuDNN's wheel asks for (another 1 GB), is needed for running alone, hence --no-deps.
+$(AOT)/.installed: pyproject.toml | $(VENV)/.requirements-dev
+	@$(BIN)/python -m venv $(AOT)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		>"$$($(AOT)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)'); \
+	$(AOT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		"jax-cuda12-plugin==$$version" "jax-cuda12-pjrt==$$version" nvidia-cuda-nvcc-cu12 "nvidia-cudnn-cu12>=9.8"
+	@touch $@
 
 $(VENV)/.requirements-dev: requirements-dev.txt $(VENV)/.requirements
 	$(call install,requirements-dev.txt)

@@ -21,6 +21,20 @@ SHAPES = {
     # DeepSeek-R1-Distill-Qwen, as their config.json files say.
     "r1-1.5b": ModelConfig("qwen2", 151936, 1536, 8960, 28, 12, 2, 128, dtype="bfloat16"),
     "r1-7b": ModelConfig("qwen2", 152064, 3584, 18944, 28, 28, 4, 128, dtype="bfloat16"),
+    # Llama-3.2-1B and Qwen3-1.7B-Base, as theirs say.
+    "llama-1b": ModelConfig(
+        "llama", 128256, 2048, 8192, 16, 32, 8, 64, tie_embeddings=True, dtype="bfloat16"
+    ),
+    "qwen3-1.7b": ModelConfig(
+        "qwen3", 151936, 2048, 6144, 28, 16, 8, 128, tie_embeddings=True, dtype="bfloat16"
+    ),
+}
+# model.path of the paper's configs -> its shape.
+OF_PATH = {
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": "r1-1.5b",
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": "r1-7b",
+    "meta-llama/Llama-3.2-1B-Instruct": "llama-1b",
+    "Qwen/Qwen3-1.7B-Base": "qwen3-1.7b",
 }
 
 

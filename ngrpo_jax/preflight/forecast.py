@@ -11,7 +11,7 @@ import functools
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -51,12 +51,16 @@ class Row:
       device_gib: of a device of the target.
       collective_gb: bytes that collectives give back on a device.
       milliseconds: the compiler's estimate, without collectives and Pallas kernels; None where it has none.
+      phase: of a step, in which the program runs.
+      estimate_gib: the most that a device holds in that phase, as preflight/memory.py has it.
       problem: why the run cannot be, and the setting to change; None where all is well.
     """
 
     program: str
     compiled: bool
     seconds: float
+    phase: str | None = None
+    estimate_gib: float | None = None
     argument_gib: float | None = None
     temporary_gib: float | None = None
     waiting_gib: float | None = None
@@ -89,6 +93,7 @@ def run(config: Any, target: str, json_file: str | None) -> int:
     rows = compiled(work(settings, model, devices, info))
     if json_file is not None:
         files.write_json(pathlib.Path(json_file), [dataclasses.asdict(row) for row in rows])
+    print(f"The most that a device holds, by estimate in brackets, GiB: {_most_held(rows)}.")
     failed = [row for row in rows if row.problem]
     print(f"{len(failed)} of {len(rows)} programs fail." if failed else "Every program compiles and fits.")
     for sentence in _proposals(settings, model, devices, rows):
@@ -118,25 +123,22 @@ def work(
     settings: Settings, model: ModelConfig, devices: jax.sharding.Mesh, info: TokenizerInfo
 ) -> dict[str, Callable[[], Row]]:
     """The programs of a run by name; what is called compiles one, and says what a device then holds."""
-    device, name = mesh.device_of(devices), attention_name(settings, devices)
-    phases = {
+    chip = _chip(mesh.device_of(devices))
+    allocations = fit.training_memory(settings, model, devices)
+    phases: dict[memory.Phase, programs.Programs] = {
         "update": programs.update_programs(settings, model, devices),
         "table": programs.table_programs(settings, model, devices, info),
         "rollout": programs.rollout_programs(settings, model, devices, info),
     }
-    return {
-        program: functools.partial(
-            _row,
-            program,
-            phase,
-            compile_one,
-            device,
-            _waiting(program, settings, model),
-            name if phase == "update" else None,
-        )
-        for phase, compile_each in phases.items()
-        for program, compile_one in compile_each.items()
-    }
+    found: dict[str, Callable[[], Row]] = {}
+    for phase, compile_each in phases.items():
+        held = memory.held(allocations, "always") + memory.held(allocations, phase)
+        name = attention_name(settings, devices) if phase == "update" else None
+        for program, compile_one in compile_each.items():
+            row = Row(program, False, 0.0, phase, held / GIB, device_gib=chip.memory_gib, attention=name)
+            waiting = _waiting(program, settings, model)
+            found[program] = functools.partial(_compile, row, compile_one, waiting, chip.clock)
+    return found
 
 
 def compiled(work: Mapping[str, Callable[[], Row]]) -> list[Row]:
@@ -166,45 +168,47 @@ def compiled(work: Mapping[str, Callable[[], Row]]) -> list[Row]:
     return [rows[program] for program in work]
 
 
-def _row(
-    program: str,
-    phase: str,
-    compile_one: Callable[[], jax.stages.Compiled],
-    device: jax.Device,
-    waiting: int,
-    attention: str | None,
+def _chip(device: jax.Device) -> hardware.Chip:
+    chip = hardware.chip(device)
+    known = chip is not None and chip.memory_gib is not None
+    require(known, f"the memory of {device.device_kind} is unknown")
+    assert chip is not None
+    return chip
+
+
+def _compile(
+    row: Row, compile_one: Callable[[], jax.stages.Compiled], waiting: int, clock: float | None
 ) -> Row:
-    chip, begun = hardware.chip(device), time.monotonic()
-    require(
-        chip is not None and chip.memory_gib is not None, f"the memory of {device.device_kind} is unknown"
-    )
-    assert chip is not None and chip.memory_gib is not None
-    remedy = _REMEDIES[phase]
+    """The row with what the compiler says.
+
+    Args:
+      waiting: bytes that a device holds beside the program.
+      clock: GHz of the compiler's cycles; None where it tells none.
+    """
+    begun = time.monotonic()
+    assert row.phase is not None and row.device_gib is not None
+    remedy = _REMEDIES[row.phase]
     try:
         compiled = compile_one()
     except Exception as error:  # of any kind: what the compiler raises is the answer
         said = " ".join(str(error).split())[:300]
-        seconds = time.monotonic() - begun
         problem = f"does not compile ({said}); {remedy}"
-        return Row(program, False, seconds, device_gib=chip.memory_gib, attention=attention, problem=problem)
+        return dataclasses.replace(row, seconds=time.monotonic() - begun, problem=problem)
     sizes: Any = compiled.memory_analysis()
     needed = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     total = (needed + sizes.temp_size_in_bytes + waiting) / GIB
     cost = program_text.cost(compiled.as_text() or "")
-    excess = f"needs {total:.1f} GiB; {remedy}" if total > chip.memory_gib else None
-    return Row(
-        program,
-        True,
-        time.monotonic() - begun,
-        sizes.argument_size_in_bytes / GIB,
-        sizes.temp_size_in_bytes / GIB,
-        waiting / GIB,
-        total,
-        chip.memory_gib,
-        sum(cost.collective_bytes.values()) / 1e9,
-        cost.cycles / chip.clock / 1e6 if chip.clock else None,
-        attention,
-        excess,
+    return dataclasses.replace(
+        row,
+        compiled=True,
+        seconds=time.monotonic() - begun,
+        argument_gib=sizes.argument_size_in_bytes / GIB,
+        temporary_gib=sizes.temp_size_in_bytes / GIB,
+        waiting_gib=waiting / GIB,
+        total_gib=total,
+        collective_gb=sum(cost.collective_bytes.values()) / 1e9,
+        milliseconds=cost.cycles / clock / 1e6 if clock else None,
+        problem=f"needs {total:.1f} GiB; {remedy}" if total > row.device_gib else None,
     )
 
 
@@ -222,6 +226,9 @@ def _waiting(program: str, settings: Settings, model: ModelConfig) -> int:
     waiting = sum(
         one.size for name, one in held.items() if one.phase == "always" and name.partition(" ")[0] not in own
     )
+    if (rows := held.get("embedding before the update")) is not None:
+        # Kept from the first gradient on, and a part of the master parameters that the table is made of.
+        waiting += {"accumulate": 1, "zeros": 1, "apply": 1, "table": -1}.get(program, 0) * rows.size
     if program.startswith(("training", "evaluation")):
         shares = _waiting_in_rollout(program.partition(" ")[2], model)
         names = ("rollout copy", "KV cache", "keys and values of prefilled prompts")
@@ -256,6 +263,17 @@ def _line(row: Row) -> str:
     )
 
 
+def _most_held(rows: Sequence[Row]) -> str:
+    """The largest program of each phase, in words."""
+    largest: dict[str, Row] = {}
+    for row in rows:
+        if row.phase is not None and row.total_gib is not None:
+            largest[row.phase] = max(largest.get(row.phase, row), row, key=lambda one: one.total_gib or 0)
+    return ", ".join(
+        f"{phase} {row.total_gib:.2f} ({row.estimate_gib:.2f})" for phase, row in largest.items()
+    )
+
+
 def _proposals(
     settings: Settings, model: ModelConfig, devices: jax.sharding.Mesh, rows: list[Row]
 ) -> Iterator[str]:
@@ -270,9 +288,7 @@ def _proposals(
         return memory.held(allocations, "always") + memory.held(allocations, name)
 
     def most(name: str) -> float:
-        return GIB * max(
-            (row.total_gib or 0 for row in measured if _phase_of(row.program) == name), default=0
-        )
+        return GIB * max((row.total_gib or 0 for row in measured if row.phase == name), default=0)
 
     def fits(changed: Settings, name: memory.Phase) -> bool:
         return phase(changed, name) * most(name) / phase(settings, name) <= room
@@ -290,9 +306,3 @@ def _proposals(
     }
     told = ", ".join(f"{name} {'–' if value is None else value}" for name, value in found.items())
     yield f"The most that fits, each changed alone: {told} (slots in powers of two; – nothing fits)."
-
-
-def _phase_of(program: str) -> str:
-    if program == "table":
-        return "table"
-    return "rollout" if program.startswith(("training", "evaluation")) else "update"

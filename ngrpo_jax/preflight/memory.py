@@ -12,6 +12,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, Self, get_args
 
+from ngrpo_jax.algo.neighbors import tiles
+from ngrpo_jax.algo.neighbors.exact import TILE
 from ngrpo_jax.model import cached_attention
 from ngrpo_jax.model.config import ModelConfig
 from ngrpo_jax.model.decoder import parameter_count, trained_count
@@ -21,9 +23,8 @@ from ngrpo_jax.settings import Settings
 _SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 _F32 = 4
 _MORE_FSDP = "raise mesh.fsdp"
-_TILE_MEMORIES = (
-    512  # of each row while a neighbour table is made (algo/neighbors/tiles.py), each 2 x 4 bytes
-)
+# Of each row while a neighbour table is made (algo/neighbors/tiles.py), each 2 x 4 bytes.
+_TILE_MEMORIES = TILE // 4
 # float32 master parameters and the two moments of Adam: what is held, and what a checkpoint writes.
 _STATE_BYTES = 3 * _F32
 
@@ -98,7 +99,7 @@ def training_estimate(
             name, size, phase = "reference adapters, float32", _F32 * trained, "always"
         allocations.append(Allocation(name, size, phase, remedy))
     if settings.mixing.active and settings.mixing.method(()).uses_table:
-        allocations += _table_allocations(settings, config)
+        allocations += _table_allocations(settings, config, platform)
     # The larger rollout of training and evaluation: the longer response, more prompts in a prefill, and
     # weights that are not rounded, which evaluations have whatever rollout.quantize is.
     sizes = RolloutSizes.of(
@@ -180,12 +181,14 @@ def checkpoint_bytes(config: ModelConfig, kept: int) -> int:
     return (kept + 1) * _STATE_BYTES * trained_count(config)
 
 
-def _table_allocations(settings: Settings, config: ModelConfig) -> list[Allocation]:
-    grid, rows = settings.mesh, _F32 * config.vocab_size * config.hidden_size
-    devices = grid.data * grid.fsdp * grid.tensor
-    # The embedding with rows of comparable length, padded to whole tiles, and gathered from other devices.
-    copies = 2 if devices == 1 else 3
-    needed = copies * rows + 2 * _F32 * _TILE_MEMORIES * config.vocab_size
+def _table_allocations(settings: Settings, config: ModelConfig, platform: str) -> list[Allocation]:
+    grid, width = settings.mesh, _F32 * config.hidden_size
+    rows, devices = config.vocab_size * width, grid.data * grid.fsdp * grid.tensor
+    padded = tiles.make_tiling(config.vocab_size, TILE, devices).rows
+    # The embedding with rows of comparable length, and gathered from other devices. What TPUs gather along a
+    # row lies column by column, and a copy is made of it that lies row by row.
+    copies = 1 + (devices > 1) + (platform == "tpu" and grid.fsdp > 1)
+    needed = copies * rows + padded * (width + 2 * _F32 * _TILE_MEMORIES)
     moved = rows // (grid.fsdp * grid.tensor) if config.lora is None else 0  # no update moves it there
     return [
         Allocation(

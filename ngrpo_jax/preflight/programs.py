@@ -77,15 +77,16 @@ def rollout_programs(
         "training": (training_request, settings.rollout.quantize),
         "evaluation": (evaluation_request, None),
     }
+
+    @functools.cache
+    def copy_layer(quantize: str | None) -> jax.stages.Compiled:
+        return layer_to_inference_layout.lower((stacked, number), config, quantize).compile()
+
     programs: Programs = {}
     for purpose, (request_of, quantize) in requests.items():
         policy = abstract_policy(config, tokenizer_info, devices, layout, quantize)
         largest = largest_programs(policy.params, request_of(policy, settings), policy.table_VC)
-
-        def compile_copy(quantize: str | None = quantize) -> jax.stages.Compiled:
-            return layer_to_inference_layout.lower((stacked, number), config, quantize).compile()
-
-        programs[f"{purpose} copy_layer"] = compile_copy
+        programs[f"{purpose} copy_layer"] = functools.partial(copy_layer, quantize)
         programs |= {f"{purpose} {name}": compile_one for name, compile_one in largest.items()}
     return programs
 
