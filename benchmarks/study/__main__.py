@@ -2,6 +2,7 @@
 
     python -m benchmarks.study run [--task=NAME,…] [--arm=NAME,…] [--seeds=0:24] [--limit-minutes=N]
     python -m benchmarks.study status      what ran, what is missing, seconds a run, hours left
+    python -m benchmarks.study cases --task=NAME      single responses that one mixed step turned, of seed 0
     python -m benchmarks.study report      writes docs/study.md and its plots from the records
 
 `run` makes the runs that have no record yet, seed by seed: all arms of all tasks of one seed, then the next
@@ -15,7 +16,6 @@ seed. Without --task and --arm it makes those that plan.md counts. A run that wa
 """
 
 import argparse
-import dataclasses
 import itertools
 import pathlib
 import sys
@@ -36,7 +36,7 @@ from ngrpo_jax.settings import Settings
 def main(argv: Sequence[str]) -> None:
     """Parses flags and does what they ask."""
     parser = argparse.ArgumentParser("benchmarks.study", allow_abbrev=False)
-    parser.add_argument("command", choices=("run", "status", "report"))
+    parser.add_argument("command", choices=("run", "status", "cases", "report"))
     for name in ("task", "arm", "seeds", "model"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--limit-minutes", type=float, default=float("inf"))
@@ -47,6 +47,10 @@ def main(argv: Sequence[str]) -> None:
     options = parser.parse_args(argv[1:])
     if options.command == "run":
         run(options)
+    elif options.command == "cases":
+        from benchmarks.study import cases
+
+        cases.write(prepared(options), options.task, 0, options.results)
     elif options.command == "status":
         status(options.results)
     else:
@@ -57,21 +61,12 @@ def main(argv: Sequence[str]) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Makes the wanted runs that have no record."""
-    kinds = Settings.kinds()
-    pairs = [text.partition("=")[::2] for text in options.set]
-    changes = {name: kinds[name].read(name, value) for name, value in pairs}
     counted = options.results == results.RESULTS
     require(
-        not counted or not (changes or options.budget),
+        not counted or not (options.set or options.budget),
         "--set and --budget change what is run; give --results=DIR too.",
     )
-    for name in TASKS if options.budget else ():
-        TASKS[name] = dataclasses.replace(TASKS[name], budget=options.budget)
-    wanted = selected(options)
-    work = options.work.absolute()
-    jax.config.update("jax_compilation_cache_dir", str(work / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    study = trial.Study(work, mesh.make_mesh(1, 1, 1), changes, options.model)
+    wanted, study = selected(options), prepared(options)
     end = time.monotonic() + 60 * options.limit_minutes
     for name, arm, seed in results.missing(wanted, options.results):
         if time.monotonic() > end:
@@ -79,6 +74,17 @@ def run(options: argparse.Namespace) -> None:
         record = study.run(name, arm, seed)
         results.append(record, options.results)
         print(one_line(record), flush=True)
+
+
+def prepared(options: argparse.Namespace) -> trial.Study:
+    """What makes runs, with the settings that the flags change."""
+    kinds = Settings.kinds()
+    pairs = [text.partition("=")[::2] for text in options.set]
+    changes = {name: kinds[name].read(name, value) for name, value in pairs}
+    work = options.work.absolute()
+    jax.config.update("jax_compilation_cache_dir", str(work / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    return trial.Study(work, mesh.make_mesh(1, 1, 1), changes, options.model, options.budget)
 
 
 def selected(options: argparse.Namespace) -> list[results.Key]:

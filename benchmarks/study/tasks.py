@@ -80,8 +80,9 @@ class Task:
     search: Search | None = None
 
 
-def _search_settings(rows: str, reward: str, length: int) -> dict[str, Any]:
-    """What both search tasks set; `length`: tokens of a response, its end included."""
+def _search_settings(rows: str, reward: str, family: Family) -> dict[str, Any]:
+    """What both search tasks set."""
+    length = 6 * (family.count - 1)  # tokens of a solution: six a step, with its ";" or the response's end
     return {
         "model.dtype": "float32",
         "warm_start.num_layers": 2,
@@ -95,19 +96,19 @@ def _search_settings(rows: str, reward: str, length: int) -> dict[str, Any]:
         "data.eval": f"benchmarks.study.tasks:{rows}",
         "data.prompt": "plain",
         "data.chat_template": "plain",
-        "data.max_prompt_tokens": 12,
+        "data.max_prompt_tokens": family.count + 3,
         "rollout.prompts": 16,
         "rollout.group": 8,
         "rollout.max_new_tokens": length,
         "rollout.temperature": 1.0,
-        "rollout.slots": 512,
+        "rollout.slots": 128,
         "rollout.chunk": 6,
         "mixing.until": None,
         "objective.kl_coef": 0.0,
-        "optimizer.learning_rate": 5e-4,
+        "optimizer.learning_rate": 2e-4,
+        "optimizer.warmup_steps": 5,
         "train.mini_batch_prompts": 8,
-        "train.row_tokens": 128,
-        "train.rows_per_device": 32,
+        "train.rows_per_device": 64,  # of one sequence each
         "train.logprob_chunk": 4096,
         "train.remat": "none",
         "train.unroll": True,
@@ -123,19 +124,14 @@ def _search_settings(rows: str, reward: str, length: int) -> dict[str, Any]:
     }
 
 
-def _response_tokens(family: Family) -> int:
-    """Tokens of a solution: six a step, with its ";" or the end of the response."""
-    return 6 * (family.count - 1)
-
-
 def _synonyms(name: str, share: float) -> Task:
     family = Family(count=3, largest=12, bound=30)
     words = Search(family, spelling.synonyms(family.bound, share))
-    settings = _search_settings(f"rows_{name}", "reward_synonyms", _response_tokens(family))
+    settings = _search_settings(f"rows_{name}", "reward_synonyms", family)
     return Task(
         name=name,
         title=f"search in words, {share:.0%} of the concepts with synonyms",
-        settings={**settings, "warm_start.steps": 500},
+        settings={**settings, "warm_start.steps": 600},
         budget=60 * 128 * 12,
         bases=6,
         first_word=len(spelling.SPECIAL),
@@ -148,11 +144,11 @@ def _synonyms(name: str, share: float) -> Task:
 def _countdown() -> Task:
     family = Family(count=4, largest=13, bound=60)
     digits = Search(family, spelling.symbols(family.bound))
-    settings = _search_settings("rows_countdown", "reward_countdown", _response_tokens(family))
+    settings = _search_settings("rows_countdown", "reward_countdown", family)
     return Task(
         name="countdown",
         title="search in symbols, four numbers",
-        settings={**settings, "warm_start.steps": 500},
+        settings={**settings, "warm_start.steps": 700},
         budget=60 * 128 * 18,
         bases=6,
         first_word=len(spelling.SPECIAL),

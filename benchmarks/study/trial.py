@@ -22,7 +22,7 @@ from benchmarks.study.arms import ARMS
 from benchmarks.study.bases import base_directory
 from benchmarks.study.tasks import TASKS, Task
 from ngrpo_jax.config_files import put
-from ngrpo_jax.evaluation.answering import sample_and_grade
+from ngrpo_jax.evaluation.answering import Responses, sample_and_grade
 from ngrpo_jax.evaluation.cosines import mixed_cosines
 from ngrpo_jax.evaluation.sets import EvalSet, set_name
 from ngrpo_jax.rollout.trajectory import Trajectories
@@ -36,10 +36,10 @@ from ngrpo_jax.schema import as_config_dict
 from ngrpo_jax.settings import Settings, resolve
 from ngrpo_jax.setup.model_spec import load_params
 from ngrpo_jax.setup.policy import Policy
-from ngrpo_jax.setup.problems import load_set
-from ngrpo_jax.tasks.datasets import Problem
+from ngrpo_jax.setup.problems import ProblemSet, load_set
 from ngrpo_jax.tasks.rewards import Grader
 
+EVALUATION_SLOTS = 512  # an evaluation has many more sequences than a step
 Record = dict[str, Any]
 
 
@@ -61,6 +61,7 @@ class Study:
       devices: the mesh.
       changes: of all runs' settings, by dotted names.
       model: the directory of a pretrained model, for tasks that have no base models of their own.
+      budget: generated training tokens of a run; None: the task's.
     """
 
     def __init__(
@@ -69,23 +70,21 @@ class Study:
         devices: jax.sharding.Mesh,
         changes: dict[str, Any] | None = None,
         model: str | None = None,
+        budget: int | None = None,
     ) -> None:
         self._work, self._devices, self._changes, self._model = work, devices, changes or {}, model
+        self._budget = budget
         self._composed: dict[tuple[str, str], Run] = {}
         self._grader = Grader(workers=1)
 
     def run(self, name: str, arm: str, seed: int) -> Record:
         """Trains the arm on the seed's problems until its budget is spent, and evaluates it."""
         task = TASKS[name]
-        base = seed % task.bases
-        settings = settings_of(task, arm, seed, self._changes)
-        directory = self._model or str(base_directory(task, settings.warm_start, base, self._work))
+        prepared = self._prepared(task, arm, seed)  # makes a base that is missing, which is no run's time
         began, cpu = time.perf_counter(), time.process_time()
-        run = self._prepared(task, arm, settings, directory)
-        state = self._begin(run)
-        run, state = state
+        run, state = self._begin(prepared)
         trace = Trace()
-        budget = task.budget if ARMS[arm].trains else 0
+        budget = (self._budget or task.budget) if ARMS[arm].trains else 0
         while trace.tokens < budget:
             state = train_step(task, run, state, self._grader, trace)
         found = evaluate(task, run, state, self._grader)
@@ -93,7 +92,7 @@ class Study:
             "task": name,
             "arm": arm,
             "seed": seed,
-            "base": base,
+            "base": seed % task.bases,
             **found,
             "train": trace.summary(),
             "seconds": round(time.perf_counter() - began, 1),
@@ -102,13 +101,19 @@ class Study:
             **({"changes": {k: str(v) for k, v in self._changes.items()}} if self._changes else {}),
         }
 
-    def _prepared(self, task: Task, arm: str, settings: Settings, directory: str) -> Run:
-        """The run of these settings, with the programs that the arm's first run has compiled."""
-        key = task.name, arm
+    def responses(self, name: str, arm: str, seed: int) -> tuple[Responses, ProblemSet, tuple[str, ...]]:
+        """Responses of an arm that does not train to held-out problems, these, and the vocabulary."""
+        task = TASKS[name]
+        assert task.search is not None and not ARMS[arm].trains
+        run, state = self._begin(self._prepared(task, arm, seed))
+        return sample_held_out(run, state, self._grader)[1], run.held_out, task.search.language.vocabulary
+
+    def _prepared(self, task: Task, arm: str, seed: int) -> Run:
+        """The run of a seed, with the programs that the arm's first run has compiled."""
+        settings, key = settings_of(task, arm, seed, self._changes), (task.name, arm)
+        base = self._model or str(base_directory(task, settings.warm_start, seed % task.bases, self._work))
         if key not in self._composed:
-            of_model = dataclasses.replace(
-                settings, model=dataclasses.replace(settings.model, path=directory)
-            )
+            of_model = dataclasses.replace(settings, model=dataclasses.replace(settings.model, path=base))
             workdir = self._work / "composed" / task.name / arm
             workdir.mkdir(parents=True, exist_ok=True)
             self._composed[key] = compose(of_model, workdir, self._devices)
@@ -117,7 +122,7 @@ class Study:
         return dataclasses.replace(
             first,
             settings=settings,
-            model_spec=dataclasses.replace(first.model_spec, directory=directory, seed=settings.seed),
+            model_spec=dataclasses.replace(first.model_spec, directory=base, seed=seed),
             training=load_set(settings, tokenizer, "train"),
             held_out=load_set(settings, tokenizer, "test"),
         )
@@ -223,24 +228,23 @@ def paths(task: Task, written: Trajectories) -> list[str | None]:
     return found
 
 
+def sample_held_out(run: Run, state: RunState, grader: Grader) -> tuple[Policy, Responses]:
+    """Graded samples to each held-out problem, and the policy that wrote them."""
+    rollout = dataclasses.replace(run.settings.rollout, slots=EVALUATION_SLOTS)
+    settings = dataclasses.replace(run.settings, rollout=rollout)
+    table = refresh_table(run, state)[0] if settings.eval.mixing else None
+    policy = policy_of(run, state.train_state.params, table)
+    one, everything = EvalSet(set_name(settings.data.eval), settings), range(len(run.held_out.problems))
+    with console.Progress("evaluation", enabled=False) as progress:
+        return policy, sample_and_grade(policy, one, run.held_out, everything, grader, progress)
+
+
 def evaluate(task: Task, run: Run, state: RunState, grader: Grader) -> Record:
-    """The held-out problems: for each the correct samples, distinct correct paths, and distinct paths of any
-    kind.
+    """Of each held-out problem: correct samples, distinct correct paths, distinct paths of any kind.
 
     Counts are bytes in hexadecimal, two letters a problem.
     """
-    settings, problems = run.settings, run.held_out
-    table = refresh_table(run, state)[0] if settings.eval.mixing else None
-    policy = policy_of(run, state.train_state.params, table)
-    with console.Progress("evaluation", keep=False, enabled=False) as progress:
-        responses = sample_and_grade(
-            policy,
-            EvalSet(set_name(settings.data.eval), settings),
-            problems,
-            range(len(problems.problems)),
-            grader,
-            progress,
-        )
+    policy, responses = sample_held_out(run, state, grader)
     written, correct_PG = responses.trajectories, responses.rewards_PG > 0.5
     taken_PG = np.array(paths(task, written), object).reshape(correct_PG.shape)
     right = [len(set(row[flags])) for row, flags in zip(taken_PG, correct_PG, strict=True)]
@@ -248,7 +252,7 @@ def evaluate(task: Task, run: Run, state: RunState, grader: Grader) -> Record:
     tokens = int(written.lengths_B.sum())
     figures = mixing_figures(task, policy, written)
     return {
-        "samples": settings.eval.samples,
+        "samples": run.settings.eval.samples,
         "correct": packed(correct_PG.sum(axis=1).tolist()),
         "correct_paths": packed(right),
         "paths": packed(distinct),
@@ -266,14 +270,6 @@ def packed(counts: list[int]) -> str:
 def unpacked(text: str) -> np.ndarray:
     """The counts of `packed`, int [P]."""
     return np.frombuffer(bytes.fromhex(text), np.uint8).astype(int)
-
-
-def solution_counts(task: Task, problems: list[Problem]) -> list[int]:
-    """How many solutions each problem has."""
-    from benchmarks.study.tasks import problem_of
-
-    assert task.search is not None
-    return [len(search.solutions(problem_of(one.answer), task.search.family)) for one in problems]
 
 
 def versions() -> dict[str, str]:
