@@ -136,7 +136,7 @@ def _synonyms(name: str, share: float) -> Task:
         bases=6,
         first_word=len(spelling.SPECIAL),
         reasoning_words=words.reasoning_words,
-        matched_temperature=0.9,
+        matched_temperature=0.66,
         search=words,
     )
 
@@ -153,7 +153,7 @@ def _countdown() -> Task:
         bases=6,
         first_word=len(spelling.SPECIAL),
         reasoning_words=digits.reasoning_words,
-        matched_temperature=0.9,
+        matched_temperature=0.89,
         search=digits,
     )
 
