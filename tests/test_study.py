@@ -146,7 +146,7 @@ def test_the_plan_is_balanced_in_seeds_and_its_runs_are_found_again(tmp_path):
 
 def test_every_number_of_the_page_comes_from_the_records():
     records = results.read()
-    assert report.page(records) == report.PAGE.read_text(encoding="utf-8")
+    assert report.page(records, results.read_cases()) == report.PAGE.read_text(encoding="utf-8")
     assert report.plot(report.primary(report.by_arm(records))) == report.PLOT.read_text(encoding="utf-8")
 
 

@@ -7,6 +7,7 @@ place `{name}` for each table and sentence. Must not know how runs are made.
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -211,7 +212,7 @@ def control_table(runs: Runs) -> str:
 def synonyms_table(runs: Runs) -> str:
     """What is mixed on each task with words: the synonyms' share of the weight that is not the anchor's."""
     rows = []
-    for name in TASKS:
+    for name in (name for name in TASKS if name.startswith("synonyms")):
         for arm in ("ngrpo", "base_ngrpo"):
             of_arm = list(runs.get((name, arm), {}).values())
             shares = [r["train"]["synonyms"] if ARMS[arm].trains else r.get("synonyms") for r in of_arm]
@@ -391,7 +392,24 @@ def plot(comparisons: Sequence[Comparison]) -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>\n' + "\n".join(parts) + "\n</svg>\n"
 
 
-def page(records: Sequence[Record]) -> str:
+def case_list(cases: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Single responses that one mixed step turned, by task."""
+    lines = []
+    for task, found in cases.items():
+        lines.append(f"{task}:\n")
+        for number, case in enumerate(found, 1):
+            mixture = " + ".join(f"{weight:.2f} {word}" for word, weight in case["mixture"])
+            lines += [
+                f"{number}. *{case['problem']}*, turned **{case['turned']}** at word {case['word']}, fed "
+                f"{mixture}",
+                f"    - not mixed: {case['plain']}",
+                f"    - mixed: {case['mixed']}",
+            ]
+        lines.append("")
+    return "\n".join(lines).rstrip() or "None has been looked for yet."
+
+
+def page(records: Sequence[Record], cases: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """docs/study.md."""
     runs = by_arm(records)
     comparisons = primary(runs)
@@ -412,6 +430,7 @@ def page(records: Sequence[Record]) -> str:
         "claims": claims_table(runs, comparisons),
         "power": power_table(runs),
         "costs": cost_table(records),
+        "cases": case_list(cases),
         "missing": missing_list(runs),
     }
     text = pathlib.Path(__file__).with_name("page.md").read_text(encoding="utf-8")
@@ -423,6 +442,6 @@ def page(records: Sequence[Record]) -> str:
 def write(folder: pathlib.Path = results.RESULTS) -> None:
     """Writes the page and its plot."""
     records = results.read(folder)
-    PAGE.write_text(page(records), encoding="utf-8")
+    PAGE.write_text(page(records, results.read_cases(folder)), encoding="utf-8")
     PLOT.write_text(plot(primary(by_arm(records))), encoding="utf-8")
     print(f"{PAGE} and {PLOT}, from {len(records)} runs")

@@ -34,6 +34,12 @@ def read(folder: pathlib.Path = RESULTS) -> list[Record]:
     return [found[name] for name in sorted(found)]
 
 
+def read_cases(folder: pathlib.Path = RESULTS) -> dict[str, list[dict[str, Any]]]:
+    """The cases of each task that `cases.py` has found."""
+    paths = sorted((folder / "cases").glob("*.json"))
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+
 def append(record: Record, folder: pathlib.Path = RESULTS) -> None:
     """Adds a record as one line, which is on disk when this returns."""
     folder.mkdir(parents=True, exist_ok=True)
