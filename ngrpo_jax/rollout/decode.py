@@ -127,7 +127,9 @@ def decode_chunk(
 
     def step(slots: Slots, _: None) -> tuple[Slots, ChunkOutput]:
         logits_BV = model.logits(params, slots.hidden_BD)
-        token_B, mixture, mixed_B, logprob_B = sample_step(logits_BV, table_VC, slots, sampling)
+        token_B, mixture, mixed_B, logprob_B = sample_step(
+            logits_BV, table_VC, slots, sampling, params["embed"]["embedding"]
+        )
         # The log-sum-exp is finite just where no logit is NaN or +inf and not all are -inf.
         nonfinite_B = slots.active_B & ~jnp.isfinite(logprob_B)
         valid_B = slots.active_B & ~nonfinite_B
@@ -169,7 +171,11 @@ def held_attention(model: InferenceModel, cache: KVCache, sharding: SlotSharding
 
 
 def sample_step(
-    logits_BV: jax.Array, table_VC: jax.Array | None, slots: Slots, sampling: SamplingParams
+    logits_BV: jax.Array,
+    table_VC: jax.Array | None,
+    slots: Slots,
+    sampling: SamplingParams,
+    embedding_VD: jax.Array | None = None,
 ) -> tuple[jax.Array, mix.Mixture, jax.Array, jax.Array]:
     """One step (2)-(11): tokens [B], next inputs [B, C], whether mixed [B], log-probabilities [B].
 
@@ -200,6 +206,7 @@ def sample_step(
             slots.generated_B,
             table_VC,
             sampling.temperature,
+            embedding_VD,
         )
         token_B, mixture, mixed_B = mix.next_input(sampling.mixing, context, open_B)
     chosen_B = jnp.take_along_axis(scaled_BV, token_B[:, None], axis=1)[:, 0]

@@ -48,6 +48,7 @@ class StepContext(NamedTuple):
       position_B: int32, number of response tokens before this one.
       table_VC: neighbour table; None where the strategy uses none.
       temperature: the one that divided the logits.
+      embedding_VD: the input embedding, for strategies that need lengths and angles of rows.
     """
 
     logits_BV: jax.Array
@@ -57,6 +58,7 @@ class StepContext(NamedTuple):
     position_B: jax.Array
     table_VC: jax.Array | None
     temperature: float
+    embedding_VD: jax.Array | None = None
 
 
 class Proposal(NamedTuple):
