@@ -73,6 +73,9 @@ def report_fatal() -> Iterator[None]:
         if not ending.several():
             raise
         lost = ending.lost_connection(error)
+        if lost is not None and ending.received():
+            # The same signal ended the other process, which was in no step yet, or no more.
+            ending.preempted(ending.received())
         if lost is None:
             status = _print_end(error)
         else:

@@ -55,6 +55,15 @@ with ending.Deferred(grace_s=0, kept=lambda: True) as signals, signals.expected(
         ending.pause()
 log('finished')
 """,
+    "of several, and the others have ended": """
+from ngrpo_jax import flags
+ending.joined(several=True, primary=False)
+with flags.report_fatal(), ending.Deferred(grace_s=0, kept=lambda: True) as signals:
+    log('ready')
+    while not signals.received:
+        ending.pause()
+    raise ValueError("Gloo all-reduce failed: Connection closed by peer")
+""",
 }
 # What is logged after the first signal, and whether the process has to be ended by a second one.
 EXPECTED = {
@@ -65,6 +74,7 @@ EXPECTED = {
     "a long step": (["abandoned"], True),
     "a long step, and all is kept": ([], False),
     "of several": (["finished"], None),
+    "of several, and the others have ended": ([], False),
 }
 
 

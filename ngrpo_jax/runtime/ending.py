@@ -78,6 +78,7 @@ _heard = False  # whether `listen` has been called
 _last_words: Callable[[], str] = "nothing was written.".strip
 _last_acts: list[Callable[[], None]] = []
 _deferred: "Deferred | None" = None
+_received = 0  # the signal that was heard while a step was under way; 0 before
 
 
 def listen() -> None:
@@ -112,6 +113,23 @@ def last_act(act: Callable[[], None]) -> Iterator[None]:
     finally:
         _last_acts.remove(act)
         act()
+
+
+def received() -> int:
+    """The number of a signal that this process heard while a step was under way; 0 for none."""
+    return _received
+
+
+def preempted(number: int) -> NoReturn:
+    """Ends this process because of a signal, with the sentence on how to go on.
+
+    The first of several processes waits a little: jax aborts those that still run once it has ended.
+    """
+    # Not through sys.stderr: the main thread may be within it.
+    os.write(2, f"\n{Preempted(number, _last_words())}\n".encode())
+    if _several and _primary:
+        time.sleep(_AGREEMENT_S)
+    leave(128 + number)
 
 
 def finish() -> None:
@@ -189,15 +207,17 @@ def _ignore(number: int, frame: object) -> None:
 
 
 def _hear(pipe: int) -> None:
+    global _received
     while True:
         number = os.read(pipe, 1)[0]
         deferred = _deferred
         if number not in _SIGNALS:
             continue
-        if deferred is None or deferred.received or deferred.receive(number):
-            for act in reversed(_last_acts):
-                with contextlib.suppress(Exception):
-                    act()
-            # Not through sys.stderr: the main thread may be within it.
-            os.write(2, f"\n{Preempted(number, _last_words())}\n".encode())
-            leave(128 + number)
+        if deferred is not None and not deferred.received:
+            _received = number
+            if not deferred.receive(number):
+                continue
+        for act in reversed(_last_acts):
+            with contextlib.suppress(Exception):
+                act()
+        preempted(number)
