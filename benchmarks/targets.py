@@ -40,7 +40,7 @@ CONFIGS = ("ngrpo_1_5b", "ngrpo_7b", "ngrpo_llama_1b", "ngrpo_qwen3_1_7b")
 TARGETS = ("v5e:2x4", "v6e:2x4", "v5p:2x2x1", "v4:2x2x1", "v5e:4x4", "h100:1", "h100:8")
 KINDS = {"v4": "TPU v4", "v5e": "TPU v5e", "v5p": "TPU v5p", "v6e": "TPU v6e", "h100": "NVIDIA H100"}
 GIB = 2**30
-PHASES = ("update", "rollout", "table")
+PHASES: tuple[memory.Phase, ...] = ("update", "rollout", "table")
 # Forward passes over the layers, over the head, and over attention, as whose work a program counts: full
 # remat repeats the layers, and a kernel's backward pass computes the scores again.
 PASSES = {"accumulate": (4, 3, 4.5), "score": (1, 1, 1)}
@@ -65,6 +65,15 @@ class Run(NamedTuple):
         """The program of a phase that needs most memory; None where none was compiled."""
         rows = [row for row in self.rows if row["phase"] == phase and row["total_gib"] is not None]
         return max(rows, key=lambda row: row["total_gib"], default=None)
+
+    def estimates(self) -> dict[str, float]:
+        """GiB that a device holds in each phase, by the estimate of memory."""
+        settings = settings_of(self.config)
+        data, fsdp, tensor = self.mesh
+        grid = MeshSettings(data=data, fsdp=fsdp, tensor=tensor)
+        parts = _estimated(settings, model_of(settings), grid, self.target)
+        always = memory.held(parts, "always")
+        return {phase: (always + memory.held(parts, phase)) / GIB for phase in PHASES}
 
     def row(self, name: str) -> dict[str, Any] | None:
         """The row of the first program whose name contains `name`."""
@@ -108,7 +117,11 @@ def save(path: str | pathlib.Path, runs: Sequence[Run]) -> None:
 
     texts = []
     for run in runs:
-        rows = [json.dumps({name: rounded(value) for name, value in row.items()}) for row in run.rows]
+        rows = [
+            # The estimate is no figure of a compiler: it is computed where it is told.
+            json.dumps({name: rounded(value) for name, value in row.items() if name != "estimate_gib"})
+            for row in run.rows
+        ]
         head = json.dumps({**run._asdict(), "estimate_gib": rounded(run.estimate_gib), "rows": None})
         texts.append(head.replace("null}", "[" + ",".join(f"\n  {row}" for row in rows) + "]}"))
     pathlib.Path(path).write_text("[\n" + ",\n".join(texts) + "\n]\n", encoding="utf-8")
@@ -134,18 +147,24 @@ def choose(settings: Settings, model: ModelConfig, target: str) -> tuple[MeshSet
 
     Where none fits, the one that needs least.
     """
-    devices, kind = devices_of(target), KINDS[target.partition(":")[0]]
-    attention, platform = ("splash", "tpu") if kind.startswith("TPU") else ("cudnn", "gpu")
-    found = []
+    devices, found = devices_of(target), []
     for tensor in range(1, model.num_kv_heads + 1):
         if devices % tensor or model.num_kv_heads % tensor:
             continue
         grid = MeshSettings(data=1, fsdp=devices // tensor, tensor=tensor)
-        own = dataclasses.replace(settings, mesh=grid)
-        parts = memory.training_estimate(own, model, attention=attention, platform=platform)
-        found.append((grid, memory.peak(parts)[0] / GIB))
-    room = CHIPS[kind].memory_gib or 0
+        found.append((grid, memory.peak(_estimated(settings, model, grid, target))[0] / GIB))
+    room = CHIPS[KINDS[target.partition(":")[0]]].memory_gib or 0
     return next((each for each in found if each[1] <= room), min(found, key=lambda each: each[1]))
+
+
+def _estimated(
+    settings: Settings, model: ModelConfig, grid: MeshSettings, target: str
+) -> list[memory.Allocation]:
+    """What a device of the target holds in a run on this mesh."""
+    of_tpu = KINDS[target.partition(":")[0]].startswith("TPU")
+    attention, platform = ("splash", "tpu") if of_tpu else ("cudnn", "gpu")
+    own = dataclasses.replace(settings, mesh=grid)
+    return memory.training_estimate(own, model, attention=attention, platform=platform)
 
 
 def products_ms(run: Run, row: dict[str, Any]) -> tuple[float, float] | None:
@@ -171,10 +190,11 @@ def fitting_table(runs: Sequence[Run]) -> tuple[Sequence[str], list[Sequence[Any
     headers = ("target", "config", "fsdp × tensor", *(f"{phase}, GiB" for phase in PHASES), "of")
     rows = []
     for run in runs:
-        largest = [run.largest(phase) for phase in PHASES]
+        estimates = run.estimates()
         cells = [
-            "–" if row is None else f"{row['total_gib']:.1f} ({row['estimate_gib'] / row['total_gib']:.2f})"
-            for row in largest
+            "–" if row is None else f"{row['total_gib']:.1f} ({estimates[phase] / row['total_gib']:.2f})"
+            for phase in PHASES
+            for row in [run.largest(phase)]
         ]
         mesh = f"{run.mesh[1]} × {run.mesh[2]}"
         rows.append((run.target, run.config, mesh, *cells, run.chip.memory_gib, verdict(run)))

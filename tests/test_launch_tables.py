@@ -11,7 +11,6 @@ from ngrpo_jax.preflight import memory
 ROW = {
     "compiled": True,
     "phase": "update",
-    "estimate_gib": 8.0,
     "total_gib": 8.0,
     "device_gib": 15.75,
     "collective_gb": 2.0,
@@ -65,11 +64,23 @@ def test_the_chosen_mesh_fits_and_splits_products_no_more_than_it_must():
                 assert memory.peak(parts)[0] / targets.GIB > min(room, needed)
 
 
+OUTSIDE = {("ngrpo_qwen3_1_7b", "h100:8", "table")}  # 0.74: XLA keeps two more copies of that embedding
+
+
+@pytest.mark.parametrize("run", launch_tables.runs(), ids=lambda run: f"{run.config} {run.target}")
+def test_the_estimate_of_memory_is_within_12_percent_of_what_the_compilers_say(run):
+    estimates = run.estimates()
+    for phase in targets.PHASES:
+        row = run.largest(phase)
+        if row is not None and (run.config, run.target, phase) not in OUTSIDE:
+            assert estimates[phase] == pytest.approx(row["total_gib"], rel=0.12), phase
+
+
 def test_what_a_phase_holds_is_its_largest_program():
     run = _run()
     assert run.largest("update")["program"] == "accumulate" and run.largest("table") is None
     (cells,) = targets.fitting_table([run])[1]
-    assert cells[2:] == ("8 × 1", "8.0 (1.00)", "9.0 (0.89)", "–", 15.75, "compiles and fits")
+    assert cells[2:] == ("8 × 1", "8.0 (1.11)", "9.0 (1.26)", "–", 15.75, "compiles and fits")
     assert "8 × 1: update 8.0, rollout 9.0: **9.0**" in launch_tables.memory_table([run])
 
 

@@ -149,11 +149,19 @@ def test_a_chunk_holds_no_more_tokens_than_a_microbatch():
     assert _sizes(mesh__fsdp=1)["weights gathered from other devices"] == 0
 
 
+def _scratch_of_the_table(platform, **changes):
+    parts = memory.training_estimate(_settings(**changes), R1_1_5B, platform=platform)
+    return next(one.size for one in parts if one.name == "scratch of the neighbour table")
+
+
 def test_the_table_counts_while_it_is_made_and_its_rows_while_they_change():
     found = {one.name: one for one in _estimate()}
     rows = 4 * 151936 * 1536
     made, before = found["scratch of the neighbour table"], found["embedding before the update"]
-    assert (made.phase, made.size) == ("table", 3 * rows + 4096 * 151936)
+    # Eighty tiles of 2048 rows, of which the last are filled up; and two copies that are not.
+    assert (made.phase, made.size) == ("table", 2 * rows + 163840 * (4 * 1536 + 4096))
+    assert _scratch_of_the_table("tpu") == made.size + rows
+    assert _scratch_of_the_table("tpu", mesh__fsdp=4, mesh__tensor=2) == made.size
     assert (before.phase, before.size) == ("update", rows // 8)
     assert "scratch of the neighbour table" not in _sizes(mixing__rate=0.0)
 

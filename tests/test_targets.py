@@ -16,7 +16,10 @@ import pytest
 from jax.experimental import topologies
 
 from ngrpo_jax.errors import UserError
-from ngrpo_jax.preflight import forecast, program_text, targets
+from ngrpo_jax.flags import load_config
+from ngrpo_jax.model.config import ModelConfig
+from ngrpo_jax.preflight import forecast, memory, program_text, targets
+from ngrpo_jax.settings import resolve
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = {
@@ -93,6 +96,33 @@ def test_a_missing_compiler_is_one_sentence_with_the_extra(monkeypatch):
         targets.devices("v5e:2x4")
     with pytest.raises(ValueError, match=r"needs the compiler for GPUs .*pip install -e '\.\[aot-cuda12\]'"):
         targets.devices("h100:8")
+
+
+def test_rollouts_of_several_hosts_compile_for_one_host_as_a_slice(monkeypatch):
+    class Device:
+        def __init__(self, process_index):
+            self.process_index = process_index
+
+    described = []
+    monkeypatch.setattr(targets, "_tpus", lambda name, known: described.append(name) or ["own"])
+    four = [Device(index // 4) for index in range(16)]
+    assert targets.host_devices("v5e:4x4", four) == ["own"]
+    assert targets.host_devices("v5p:2x2x4", four) == ["own"]
+    assert described == ["v5e:2x2", "v5p:2x2x1"]
+    one = [Device(0)] * 8
+    assert targets.host_devices("v5e:2x4", one) is one and len(described) == 2
+
+
+def test_what_waits_beside_an_update_has_the_rows_from_before_it():
+    settings = resolve(load_config(str(ROOT / "configs" / "base.py")))
+    rows = 4 * 151936 * 1536
+    model = ModelConfig("qwen2", 151936, 1536, 8960, 28, 12, 2, 128, dtype="bfloat16")
+    state = {one.name: one.size for one in memory.training_estimate(settings, model)}
+    always = sum(one.size for one in memory.training_estimate(settings, model) if one.phase == "always")
+    master = state["master parameters, float32"]
+    assert forecast._waiting("accumulate", settings, model) == always - master + rows
+    assert forecast._waiting("table", settings, model) == always - rows
+    assert forecast._waiting("score float32", settings, model) == always - master
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,11 @@ class Row:
 def run(config: Any, target: str, json_file: str | None) -> int:
     """Compiles, prints a row as each program ends; the exit status: 0 if all compile and fit, else 2."""
     settings, grid = resolve(config), config.mesh
-    devices = mesh.make_mesh(grid.data, grid.fsdp, grid.tensor, targets.devices(target))
+    every = targets.devices(target)
+    devices = mesh.make_mesh(grid.data, grid.fsdp, grid.tensor, every)
+    of_host, host = targets.host_devices(target, every), None
+    if of_host is not every:
+        host = mesh.make_mesh(len(of_host) // grid.tensor, 1, grid.tensor, of_host)
     model, info = read_model(settings)
     hosts, kind = mesh.hosts(devices), mesh.device_of(devices).device_kind
     fit.check_hosts(settings, hosts)
@@ -90,7 +94,7 @@ def run(config: Any, target: str, json_file: str | None) -> int:
         f"{settings.rollout.slots} slots",
         flush=True,
     )
-    rows = compiled(work(settings, model, devices, info))
+    rows = compiled(work(settings, model, devices, info, host))
     if json_file is not None:
         files.write_json(pathlib.Path(json_file), [dataclasses.asdict(row) for row in rows])
     print(f"The most that a device holds, by estimate in brackets, GiB: {_most_held(rows)}.")
@@ -120,15 +124,23 @@ def read_model(settings: Settings) -> tuple[ModelConfig, TokenizerInfo]:
 
 
 def work(
-    settings: Settings, model: ModelConfig, devices: jax.sharding.Mesh, info: TokenizerInfo
+    settings: Settings,
+    model: ModelConfig,
+    devices: jax.sharding.Mesh,
+    info: TokenizerInfo,
+    host: jax.sharding.Mesh | None = None,
 ) -> dict[str, Callable[[], Row]]:
-    """The programs of a run by name; what is called compiles one, and says what a device then holds."""
+    """The programs of a run by name; what is called compiles one, and says what a device then holds.
+
+    Args:
+      host: of rollouts, as `programs.rollout_programs` takes it.
+    """
     chip = _chip(mesh.device_of(devices))
     allocations = fit.training_memory(settings, model, devices)
     phases: dict[memory.Phase, programs.Programs] = {
         "update": programs.update_programs(settings, model, devices),
         "table": programs.table_programs(settings, model, devices, info),
-        "rollout": programs.rollout_programs(settings, model, devices, info),
+        "rollout": programs.rollout_programs(settings, model, devices, info, host),
     }
     found: dict[str, Callable[[], Row]] = {}
     for phase, compile_each in phases.items():

@@ -185,9 +185,9 @@ def _table_allocations(settings: Settings, config: ModelConfig, platform: str) -
     grid, width = settings.mesh, _F32 * config.hidden_size
     rows, devices = config.vocab_size * width, grid.data * grid.fsdp * grid.tensor
     padded = tiles.make_tiling(config.vocab_size, TILE, devices).rows
-    # The embedding with rows of comparable length, and gathered from other devices. What TPUs gather along a
-    # row lies column by column, and a copy is made of it that lies row by row.
-    copies = 1 + (devices > 1) + (platform == "tpu" and grid.fsdp > 1)
+    # The embedding with rows of comparable length, and gathered from other devices. Of what the compiler for
+    # TPUs gathers along rows alone it may make a copy that lies row by row, as the searches read it.
+    copies = 1 + (devices > 1) + (platform == "tpu" and grid.fsdp > 1 and grid.tensor == 1)
     needed = copies * rows + padded * (width + 2 * _F32 * _TILE_MEMORIES)
     moved = rows // (grid.fsdp * grid.tensor) if config.lora is None else 0  # no update moves it there
     return [

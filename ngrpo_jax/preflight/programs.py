@@ -5,6 +5,7 @@ The programs and their requests come from the functions that the run itself call
 with a compilation cache the run finds its programs compiled.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -63,11 +64,18 @@ def update_programs(settings: Settings, config: ModelConfig, devices: jax.shardi
 
 
 def rollout_programs(
-    settings: Settings, config: ModelConfig, devices: jax.sharding.Mesh, tokenizer_info: TokenizerInfo
+    settings: Settings,
+    config: ModelConfig,
+    devices: jax.sharding.Mesh,
+    tokenizer_info: TokenizerInfo,
+    host: jax.sharding.Mesh | None = None,
 ) -> Programs:
     """The largest programs of the rollouts of training and of evaluation, on this host's devices.
 
     With that of the copy of their parameters, which takes the learner's on the whole mesh.
+
+    Args:
+      host: what is compiled for in the place of this host's devices.
     """
     layout = settings.rollout.layout
     shapes = decoder.parameter_shapes(config)
@@ -84,7 +92,8 @@ def rollout_programs(
 
     programs: Programs = {}
     for purpose, (request_of, quantize) in requests.items():
-        policy = abstract_policy(config, tokenizer_info, devices, layout, quantize)
+        policy = abstract_policy(config, tokenizer_info, host or devices, layout, quantize)
+        policy = dataclasses.replace(policy, hosts=mesh.hosts(devices))
         largest = largest_programs(policy.params, request_of(policy, settings), policy.table_VC)
         programs[f"{purpose} copy_layer"] = functools.partial(copy_layer, quantize)
         programs |= {f"{purpose} {name}": compile_one for name, compile_one in largest.items()}

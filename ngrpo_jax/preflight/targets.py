@@ -20,6 +20,7 @@ _ONE_HOST = {
     for chip in ("v5e", "v6e")
     for shape, size in {"2x2": (2, 2, 1), "2x4": (2, 4, 1)}.items()
 }
+_HOSTS = {1: "1x1", 2: "1x2", 4: "2x2", 8: "2x4"}  # chips of a host -> how they lie
 _HOPPER = """
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
   shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
@@ -67,6 +68,19 @@ def devices(target: str) -> Sequence[jax.Device]:
     require(all(part.isdigit() for part in shape.split("x")), known)
     _require_installed(target, "TPUs", "aot-tpu", ("libtpu",))
     return _tpus(target, known)
+
+
+def host_devices(target: str, whole: Sequence[jax.Device]) -> Sequence[jax.Device]:
+    """The devices of one host of a slice as a slice of their own; `whole` itself where it is one host.
+
+    Rollouts run on each host's devices alone. What a host of several compiles for its own devices runs, but
+    libtpu refuses to compile it for some devices of a described slice.
+    """
+    own = [device for device in whole if device.process_index == whole[0].process_index]
+    if len(own) == len(whole):
+        return whole
+    chip, _, shape = target.partition(":")
+    return _tpus(f"{chip}:{_HOSTS[len(own)]}" + "x1" * (shape.count("x") - 1), target)
 
 
 def _require_installed(target: str, what: str, extra: str, modules: Sequence[str]) -> None:
