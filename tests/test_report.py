@@ -12,7 +12,7 @@ import pytest
 
 from ngrpo_jax import flags
 from ngrpo_jax.report import __main__ as report
-from ngrpo_jax.report import charts, compare, held_out, numbers, panels, samples, serve
+from ngrpo_jax.report import charts, compare, held_out, mixing, numbers, page, panels, samples, serve
 from ngrpo_jax.report.curves import Points
 from ngrpo_jax.report.page import render
 from ngrpo_jax.report.samples import Encoder
@@ -317,6 +317,35 @@ def test_the_verdict_says_what_is_known():
     same = _run("same", 0, 0.1, [(1, 4, 2), (2, 3, 2)])
     assert held_out.verdict(same).startswith("No change beyond chance")
     assert held_out.verdict(Run("none", risen.rows)) == ""
+
+
+def test_the_verdict_says_when_most_of_the_gain_was_there():
+    run = _run("run", 0, 0.1, [(0, 1, 2), (6, 7, 7), (6, 7, 8)], steps=(0, 2, 4))
+    assert ", most of it by step 2 (83.3 %)." in held_out.verdict(run)
+
+
+def test_a_change_is_coloured_beyond_chance_alone():
+    config = {"eval": {"samples": 8, "pass_k": [4]}}
+    runs = (
+        _run(name, 0, 0.1, counts)
+        for name, counts in (("risen", [(0, 1, 2), (6, 7, 8)]), ("same", [(1, 4, 2), (2, 3, 2)]))
+    )
+    for run, tone, words in zip(runs, ("good", ""), ("points", "points (within chance)"), strict=True):
+        card = next(page._cards(dataclasses.replace(run, config=config)))
+        assert card.name == "Held-out Mean@8" and card.tone == tone and card.detail.endswith(words)
+    assert held_out.change_interval(_run("run", 0, 0.1, [(0, 0, 0), (8, 8, 8)]), 4) == (1.0, 1.0)
+
+
+def test_the_paper_is_compared_with_all_steps_where_they_are_known():
+    kept = samples.Mixtures()
+    kept.add([[0.9, "a", 0.7, "b", 0.3]])
+    cosines = {
+        f"rollout/mix_cosine_{name}": x for name, x in (("mean", 0.99), ("min", 0.5), ("below_095", 0.02))
+    }
+    of_run = mixing.summary(kept, Run("run", [{"step": 1, **cosines}]))["appendix"][1]
+    assert of_run[0] == ("this run, all steps", ("0.9900", "0.5000", "2.0 %"))
+    assert [name for name, _ in of_run[1:]] == ["kept responses", "paper, Appendix E"]
+    assert len(mixing.summary(kept, Run("run", [{"step": 1}]))["appendix"][1]) == 2
 
 
 def test_a_best_checkpoint_below_the_start_is_called_that():

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from ngrpo_jax.report import panels
 from ngrpo_jax.report.numbers import quantity, short
 from ngrpo_jax.report.workdir import Run
+from ngrpo_jax.schema import flatten
 
 
 class Points(NamedTuple):
@@ -57,11 +58,25 @@ def points(run: Run, key: str) -> Points:
     return Points(steps_of, [row[name] for row in found], low, high)
 
 
+def samples_and_k(run: Run) -> tuple[int | None, int | None]:
+    """n of Mean@n and the largest k of Pass@k in a run's settings; None where they are unknown."""
+    settings = flatten(run.config)
+    n, k = settings.get("eval.samples"), settings.get("eval.pass_k")
+    return n, max(k) if isinstance(k, list) and k else k or None
+
+
+def label_of(run: Run, label: str) -> str:
+    """A metric's label with the run's numbers: Mean@8 for Mean@n."""
+    n, k = samples_and_k(run)
+    return label.replace("@n", f"@{n or 'n'}").replace("Pass@k", f"Pass@{k or 'k'}")
+
+
 def of_run(run: Run) -> list[tuple[panels.Section, list[tuple[panels.Panel, list[Line]]]]]:
     """The panels of one run under their headings, a line for each metric of a panel."""
 
     def lines(panel: panels.Panel) -> list[Line]:
-        return [Line(label, points(run, key), n) for n, (key, label) in enumerate(panel.series.items())]
+        named = panel.series.items()
+        return [Line(label_of(run, label), points(run, key), n) for n, (key, label) in enumerate(named)]
 
     found = panels.present(run.keys)
     return [(section, [(panel, lines(panel)) for panel in section.panels]) for section in found]
