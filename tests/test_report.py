@@ -375,15 +375,45 @@ def test_seeds_of_one_setting_are_joined():
     named = compare.differing(runs)
     assert named == ["seed", "mixing.rate", "mesh.data"]
     joined = compare.settings_of(runs, ["mixing.rate"])
-    assert [(one.name, len(one.runs)) for one in joined] == [("GRPO (rate 0.0)", 3), ("N-GRPO (rate 0.1)", 3)]
+    assert [(one.name, len(one.runs)) for one in joined] == [("GRPO (rate 0)", 3), ("N-GRPO (rate 0.1)", 3)]
     curve = compare.joined(
         [Points((0, 4), [0.0, v]) for v in (0.1, 0.2, 0.6)] + [Points((0, 2, 4), [0.0, 9.0, 0.3])]
     )
     assert curve == Points((0, 4), [0.0, pytest.approx(0.3)], [0.0, 0.1], [0.0, 0.6])
     page = compare.render(runs)
-    assert (
-        "GRPO (rate 0.0) against N-GRPO (rate 0.1)" in page and "No difference beyond chance: N-GRPO" in page
-    )
+    assert "GRPO (rate 0) against N-GRPO (rate 0.1)" in page and "No difference beyond chance: N-GRPO" in page
+
+
+def test_what_a_comparison_is_of_is_said(tmp_path, capsys):
+    """Other problems a seed, one paused step, an interval beyond 100 %, and the runs' own pages."""
+
+    def run(name, rate, seed, keys, counts, seconds):
+        found = _run(name, seed, rate, [(0, 0, 0), counts])
+        rows = [{"step": n + 1, "time/step": s, "time/rollout": s} for n, s in enumerate(seconds)]
+        last = found.evaluations[-1] | {"correct": dict(zip(keys, counts, strict=True))}
+        return dataclasses.replace(found, rows=rows, evaluations=[found.evaluations[0], last])
+
+    runs = [
+        run("a0", 0.0, 0, "abc", (8, 8, 8), [1.0, 2.0, 2.0]),
+        run("a1", 0, 1, "ade", (0, 8, 8), [1.0, 2.0, 2.0]),
+        run("b0", 0.1, 0, "abc", (8, 8, 0), [1.0, 2.0, 2.0]),
+        run("b1", 0.1, 1, "ade", (8, 8, 8), [1.0, 500.0, 2.0]),
+    ]
+    a, b = compare.settings_of(runs, ["mixing.rate"])
+    assert (a.name, b.name) == ("GRPO (rate 0)", "N-GRPO (rate 0.1)")
+    final = dict(zip(compare._COLUMNS, compare._final(b), strict=True))
+    assert final["time a step (median)"] == "2.0 s" and final["95 % interval"].endswith("(cut at 0 and 100)")
+    assert "each problem counted once (the means over seeds differ by 0.0); 95 %" in compare._verdict([a, b])
+    page = compare.render(runs, ["a0/report.html", "", "", ""])
+    for words in (
+        "5 distinct problems over all seeds",
+        "only GRPO (rate 0)<",
+        '<a href="a0/report.html">a0</a>',
+    ):
+        assert words in page, words
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
+    (top,) = {chart["top"] for chart in data["charts"] if "top" in chart}
+    assert top == 8.0, "the paused step does not flatten the chart"
 
 
 def test_pairs_count_the_problems_that_one_setting_alone_solves():

@@ -5,6 +5,7 @@ drawn (templates/charts.js).
 """
 
 import dataclasses
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -84,11 +85,23 @@ def of_run(run: Run) -> list[tuple[panels.Section, list[tuple[panels.Panel, list
 
 def as_json(panel: panels.Panel, lines: Sequence[Line], axes: Axes) -> dict[str, Any]:
     """What the script draws of a panel."""
-    return {
+    found = {
         "unit": panel.unit,
         "kind": panel.kind,
         "lines": [_line(line, axes) for line in lines],
     }
+    top = _top(panel, lines)
+    return found if top is None else found | {"top": top}
+
+
+def _top(panel: panels.Panel, lines: Sequence[Line]) -> float | None:
+    """Where the axis of a time ends if a few steps took far longer than the others; None elsewhere."""
+    values = [v for line in lines for v in line.points.values if v is not None]
+    if panel.unit != "s" or panel.kind == "stack" or not values:
+        return None
+    middle = statistics.median(values)
+    largest = max(values + [v for line in lines for v in line.points.high or () if v is not None])
+    return short(4 * middle) if largest > 6 * middle > 0 else None
 
 
 def _line(line: Line, axes: Axes) -> dict[str, Any]:
