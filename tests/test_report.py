@@ -12,7 +12,7 @@ import pytest
 
 from ngrpo_jax import flags
 from ngrpo_jax.report import __main__ as report
-from ngrpo_jax.report import charts, compare, held_out, numbers, panels, samples, serve
+from ngrpo_jax.report import charts, compare, held_out, mixing, numbers, page, panels, samples, serve
 from ngrpo_jax.report.curves import Points
 from ngrpo_jax.report.page import render
 from ngrpo_jax.report.samples import Encoder
@@ -319,6 +319,35 @@ def test_the_verdict_says_what_is_known():
     assert held_out.verdict(Run("none", risen.rows)) == ""
 
 
+def test_the_verdict_says_when_most_of_the_gain_was_there():
+    run = _run("run", 0, 0.1, [(0, 1, 2), (6, 7, 7), (6, 7, 8)], steps=(0, 2, 4))
+    assert ", most of it by step 2 (83.3 %)." in held_out.verdict(run)
+
+
+def test_a_change_is_coloured_beyond_chance_alone():
+    config = {"eval": {"samples": 8, "pass_k": [4]}}
+    runs = (
+        _run(name, 0, 0.1, counts)
+        for name, counts in (("risen", [(0, 1, 2), (6, 7, 8)]), ("same", [(1, 4, 2), (2, 3, 2)]))
+    )
+    for run, tone, words in zip(runs, ("good", ""), ("points", "points (within chance)"), strict=True):
+        card = next(page._cards(dataclasses.replace(run, config=config)))
+        assert card.name == "Held-out Mean@8" and card.tone == tone and card.detail.endswith(words)
+    assert held_out.change_interval(_run("run", 0, 0.1, [(0, 0, 0), (8, 8, 8)]), 4) == (1.0, 1.0)
+
+
+def test_the_paper_is_compared_with_all_steps_where_they_are_known():
+    kept = samples.Mixtures()
+    kept.add([[0.9, "a", 0.7, "b", 0.3]])
+    cosines = {
+        f"rollout/mix_cosine_{name}": x for name, x in (("mean", 0.99), ("min", 0.5), ("below_095", 0.02))
+    }
+    of_run = mixing.summary(kept, Run("run", [{"step": 1, **cosines}]))["appendix"][1]
+    assert of_run[0] == ("this run, all steps", ("0.9900", "0.5000", "2.0 %"))
+    assert [name for name, _ in of_run[1:]] == ["kept responses", "paper, Appendix E"]
+    assert len(mixing.summary(kept, Run("run", [{"step": 1}]))["appendix"][1]) == 2
+
+
 def test_a_best_checkpoint_below_the_start_is_called_that():
     fallen = _run("fallen", 0, 0.1, [(4, 8, 8), (3, 8, 8)])
     sentence = " The best checkpoint is that of step 4 (79.2 % held out)"
@@ -346,15 +375,45 @@ def test_seeds_of_one_setting_are_joined():
     named = compare.differing(runs)
     assert named == ["seed", "mixing.rate", "mesh.data"]
     joined = compare.settings_of(runs, ["mixing.rate"])
-    assert [(one.name, len(one.runs)) for one in joined] == [("GRPO (rate 0.0)", 3), ("N-GRPO (rate 0.1)", 3)]
+    assert [(one.name, len(one.runs)) for one in joined] == [("GRPO (rate 0)", 3), ("N-GRPO (rate 0.1)", 3)]
     curve = compare.joined(
         [Points((0, 4), [0.0, v]) for v in (0.1, 0.2, 0.6)] + [Points((0, 2, 4), [0.0, 9.0, 0.3])]
     )
     assert curve == Points((0, 4), [0.0, pytest.approx(0.3)], [0.0, 0.1], [0.0, 0.6])
     page = compare.render(runs)
-    assert (
-        "GRPO (rate 0.0) against N-GRPO (rate 0.1)" in page and "No difference beyond chance: N-GRPO" in page
-    )
+    assert "GRPO (rate 0) against N-GRPO (rate 0.1)" in page and "No difference beyond chance: N-GRPO" in page
+
+
+def test_what_a_comparison_is_of_is_said(tmp_path, capsys):
+    """Other problems a seed, one paused step, an interval beyond 100 %, and the runs' own pages."""
+
+    def run(name, rate, seed, keys, counts, seconds):
+        found = _run(name, seed, rate, [(0, 0, 0), counts])
+        rows = [{"step": n + 1, "time/step": s, "time/rollout": s} for n, s in enumerate(seconds)]
+        last = found.evaluations[-1] | {"correct": dict(zip(keys, counts, strict=True))}
+        return dataclasses.replace(found, rows=rows, evaluations=[found.evaluations[0], last])
+
+    runs = [
+        run("a0", 0.0, 0, "abc", (8, 8, 8), [1.0, 2.0, 2.0]),
+        run("a1", 0, 1, "ade", (0, 8, 8), [1.0, 2.0, 2.0]),
+        run("b0", 0.1, 0, "abc", (8, 8, 0), [1.0, 2.0, 2.0]),
+        run("b1", 0.1, 1, "ade", (8, 8, 8), [1.0, 500.0, 2.0]),
+    ]
+    a, b = compare.settings_of(runs, ["mixing.rate"])
+    assert (a.name, b.name) == ("GRPO (rate 0)", "N-GRPO (rate 0.1)")
+    final = dict(zip(compare._COLUMNS, compare._final(b), strict=True))
+    assert final["time a step (median)"] == "2.0 s" and final["95 % interval"].endswith("(cut at 0 and 100)")
+    assert "each problem counted once (the means over seeds differ by 0.0); 95 %" in compare._verdict([a, b])
+    page = compare.render(runs, ["a0/report.html", "", "", ""])
+    for words in (
+        "5 distinct problems over all seeds",
+        "only GRPO (rate 0)<",
+        '<a href="a0/report.html">a0</a>',
+    ):
+        assert words in page, words
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
+    (top,) = {chart["top"] for chart in data["charts"] if "top" in chart}
+    assert top == 8.0, "the paused step does not flatten the chart"
 
 
 def test_pairs_count_the_problems_that_one_setting_alone_solves():

@@ -9,6 +9,8 @@ python -m ngrpo_jax.report diversity FILE|DIR ...               how much the res
 """
 
 import glob
+import os
+import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -77,7 +79,12 @@ def _compare(argv: Sequence[str]) -> None:
     given = parser.parse_args(argv[1:])
     workdirs = found_workdirs([*given.workdirs, *given.workdir])
     runs = [read(workdir, with_samples=False) for workdir in workdirs]
-    write_page(given.out, compare.render(runs))
+    pages = [workdir / "report.html" for workdir in workdirs]
+    links = [
+        urllib.parse.quote(os.path.relpath(page, given.out.parent)) if page.is_file() else ""
+        for page in pages
+    ]
+    write_page(given.out, compare.render(runs, links))
 
 
 def found_workdirs(patterns: Sequence[str]) -> list[Path]:

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -42,7 +42,7 @@ def settings_of(runs: Sequence[Run], named: Sequence[str]) -> list[Setting]:
     groups: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
         values = flatten(run.config)
-        groups.setdefault(tuple(str(values.get(name)) for name in named), []).append(run)
+        groups.setdefault(tuple(_shown(values.get(name)) for name in named), []).append(run)
     found = [Setting(_name(named, members[0]), members) for members in groups.values()]
     return sorted(found, key=lambda one: not one.name.startswith("GRPO "))
 
@@ -64,6 +64,8 @@ def _name(named: Sequence[str], run: Run) -> str:
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"  # 0.0 of a config and 0 of a flag are one value
     return "none" if str(value) == "None" else str(value)
 
 
@@ -71,11 +73,11 @@ def differing(runs: Sequence[Run]) -> list[str]:
     """Names of the settings that are not the same in all runs."""
     tables = [flatten(run.config) for run in runs]
     names = dict.fromkeys(name for table in tables for name in table)
-    return [name for name in names if len({str(table.get(name)) for table in tables}) > 1]
+    return [name for name in names if len({_shown(table.get(name)) for table in tables}) > 1]
 
 
-def render(runs: Sequence[Run]) -> str:
-    """The whole page."""
+def render(runs: Sequence[Run], pages: Sequence[str] = ()) -> str:
+    """The whole page; `pages`: for each run the address of its own page, "" where there is none."""
     every = differing(runs)
     settings = settings_of(runs, [name for name in every if not name.startswith(_NO_EXPERIMENT)])
     axes, keys = Axes(), list(dict.fromkeys(key for run in runs for key in run.keys))
@@ -103,9 +105,15 @@ def render(runs: Sequence[Run]) -> str:
         warning=_uneven(settings),
         sections=sections,
         finals=[_final(setting) for setting in settings],
+        columns=[curves.label_of(runs[0], name) if _alike(runs) else name for name in _COLUMNS],
         pairs=_pairs(settings),
+        names=[one.name for one in settings],
+        distinct=len(set().union(*map(_solved, settings))),
         differing=every,
-        settings=[(run.name, [_shown(flatten(run.config).get(name, "–")) for name in every]) for run in runs],
+        settings=[
+            (run.name, page, [_shown(flatten(run.config).get(name, "–")) for name in every])
+            for run, page in zip(runs, pages or [""] * len(runs), strict=True)
+        ],
         data={"axes": list(axes.known), "charts": charts},
     )
 
@@ -115,27 +123,39 @@ def _panels(section: panels.Section, settings: Sequence[Setting]) -> list[tuple[
     found = []
     for panel in section.panels:
         for key, label in panel.series.items():
+            of_runs = [run for one in settings for run in one.runs]
+            label = curves.label_of(of_runs[0], label) if _alike(of_runs) else label
             title = panel.title if len(panel.series) == 1 else f"{panel.title}: {label}"
-            lines = [line for n, one in enumerate(settings) for line in _lines(one, key, n)]
+            lines = [line for n, one in enumerate(settings) for line in _lines(one, key, n, panel.unit)]
             kind = "log" if panel.kind == "log" else "lines"
             if lines:
                 found.append((panel._replace(title=title, kind=kind), lines))
     return found
 
 
-def _lines(setting: Setting, key: str, color: int) -> list[Line]:
-    """The mean over seeds with the band from the least to the largest; of one run its own line."""
+def _alike(runs: Sequence[Run]) -> bool:
+    """Whether n of Mean@n and k of Pass@k are the same in all runs."""
+    return len(set(map(curves.samples_and_k, runs))) == 1
+
+
+def _lines(setting: Setting, key: str, color: int, unit: str) -> list[Line]:
+    """The mean over seeds with the band from the least to the largest; of one run its own line.
+
+    Of times the median: one step during which the machine was busy otherwise says nothing of a setting.
+    """
     found = [curve for curve in (curves.points(run, key) for run in setting.runs) if curve.steps]
-    lines = [joined(found)] if len(found) > 1 else found
+    lines = (
+        [joined(found, statistics.median if unit == "s" else statistics.fmean)] if len(found) > 1 else found
+    )
     return [Line(setting.name, curve, color % _COLORS) for curve in lines if curve.steps]
 
 
-def joined(of_seeds: Sequence[Points]) -> Points:
-    """Mean, least and largest value at every step that all seeds have."""
+def joined(of_seeds: Sequence[Points], middle: Callable[[list[float]], float] = statistics.fmean) -> Points:
+    """The middle, least and largest value at every step that all seeds have."""
     tables = [dict(zip(one.steps, one.values, strict=True)) for one in of_seeds]
     steps = tuple(sorted(set.intersection(*(set(table) for table in tables))))
     columns = [[v for table in tables if (v := table[step]) is not None] for step in steps]
-    means = [statistics.fmean(column) if column else None for column in columns]
+    means = [middle(column) if column else None for column in columns]
     low, high = ([pick(column) if column else None for column in columns] for pick in (min, max))
     return Points(steps, means, low, high)
 
@@ -158,7 +178,15 @@ def _interval_over_seeds(values: Sequence[float]) -> tuple[float, float] | None:
 def _share_interval(interval: tuple[float, float]) -> str:
     """An interval of a share: Student's t knows nothing of the bounds that a share has."""
     low, high = interval
-    return f"{percent(max(low, 0.0))} to {percent(min(high, 1.0))}"
+    cut = [f"{bound}" for bound, beyond in ((0, low < 0), (100, high > 1)) if beyond]
+    words = f" (cut at {' and '.join(cut)})" if cut else ""
+    return f"{percent(max(low, 0.0))} to {percent(min(high, 1.0))}{words}"
+
+
+_COLUMNS = (
+    *("setting", "accuracy (Mean@n)", "95 % interval", "best evaluation", "Pass@k", "tokens a response"),
+    *("time a step (median)", "runs", "at step"),
+)
 
 
 def _final(setting: Setting) -> list[str]:
@@ -166,20 +194,20 @@ def _final(setting: Setting) -> list[str]:
     means = [value for run in setting.runs if (value := _last(run, "mean_at_n")) is not None]
     passes = [value for run in setting.runs if (value := _last(run, "pass_at_k")) is not None]
     lengths = [value for run in setting.runs if (value := _last(run, "length_mean")) is not None]
-    seconds = [s for run in setting.runs if isinstance(s := run.summary.get("seconds"), int | float)]
+    seconds = [s for run in setting.runs for s in run.values("time/step")[1]]
     over_seeds = _interval_over_seeds(means)
     interval = _share_interval(over_seeds) if over_seeds else _own_interval(setting.runs[0])
     best = [max(v for v in found if v is not None) for run in setting.runs if (found := _means(run))]
     return [
         setting.name,
-        number(len(setting.runs)),
-        " and ".join(map(number, _last_steps([setting]))) or "–",
         percent(statistics.fmean(means)) if means else "–",
         (interval if means else "") or "–",
         percent(statistics.fmean(best)) if best else "–",
         percent(statistics.fmean(passes)) if passes else "–",
         quantity(statistics.fmean(lengths), "") if lengths else "–",
-        format_seconds(statistics.fmean(seconds)) if seconds else "–",
+        format_seconds(statistics.median(seconds)) if seconds else "–",
+        number(len(setting.runs)),
+        " and ".join(map(number, _last_steps([setting]))) or "–",
     ]
 
 
@@ -263,13 +291,23 @@ def _verdict(settings: Sequence[Setting]) -> str:
     found = "No difference beyond chance" if chance else "A difference beyond chance"
     sentence = (
         f"{found}: {b.name} against {a.name} is {points(gap)} points of held-out accuracy at the last "
-        f"evaluation; 95 % interval over problems {points(low)} to {points(high)}"
+        f"evaluation, each problem counted once{_of_seeds(a, b, gap)}; 95 % interval over problems "
+        f"{points(low)} to {points(high)}"
     )
     if over_seeds:
         each = ", ".join(map(points, by_seed))
         bounds = " to ".join(map(points, over_seeds))
         sentence += f", over {len(by_seed)} seeds {bounds} (seed by seed {each})"
     return sentence + "."
+
+
+def _of_seeds(a: Setting, b: Setting, gap: float) -> str:
+    """The difference of the means over seeds, where it is another: seeds may have problems of their own."""
+    found = [[v for run in one.runs if (v := _last(run, "mean_at_n")) is not None] for one in (a, b)]
+    if not all(found):
+        return ""
+    of_means = points(statistics.fmean(found[1]) - statistics.fmean(found[0]))
+    return "" if of_means == points(gap) else f" (the means over seeds differ by {of_means})"
 
 
 def _last_steps(settings: Sequence[Setting]) -> list[int]:

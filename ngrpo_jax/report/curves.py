@@ -5,12 +5,14 @@ drawn (templates/charts.js).
 """
 
 import dataclasses
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ngrpo_jax.report import panels
 from ngrpo_jax.report.numbers import quantity, short
 from ngrpo_jax.report.workdir import Run
+from ngrpo_jax.schema import flatten
 
 
 class Points(NamedTuple):
@@ -57,11 +59,25 @@ def points(run: Run, key: str) -> Points:
     return Points(steps_of, [row[name] for row in found], low, high)
 
 
+def samples_and_k(run: Run) -> tuple[int | None, int | None]:
+    """n of Mean@n and the largest k of Pass@k in a run's settings; None where they are unknown."""
+    settings = flatten(run.config)
+    n, k = settings.get("eval.samples"), settings.get("eval.pass_k")
+    return n, max(k) if isinstance(k, list) and k else k or None
+
+
+def label_of(run: Run, label: str) -> str:
+    """A metric's label with the run's numbers: Mean@8 for Mean@n."""
+    n, k = samples_and_k(run)
+    return label.replace("@n", f"@{n or 'n'}").replace("Pass@k", f"Pass@{k or 'k'}")
+
+
 def of_run(run: Run) -> list[tuple[panels.Section, list[tuple[panels.Panel, list[Line]]]]]:
     """The panels of one run under their headings, a line for each metric of a panel."""
 
     def lines(panel: panels.Panel) -> list[Line]:
-        return [Line(label, points(run, key), n) for n, (key, label) in enumerate(panel.series.items())]
+        named = panel.series.items()
+        return [Line(label_of(run, label), points(run, key), n) for n, (key, label) in enumerate(named)]
 
     found = panels.present(run.keys)
     return [(section, [(panel, lines(panel)) for panel in section.panels]) for section in found]
@@ -69,11 +85,23 @@ def of_run(run: Run) -> list[tuple[panels.Section, list[tuple[panels.Panel, list
 
 def as_json(panel: panels.Panel, lines: Sequence[Line], axes: Axes) -> dict[str, Any]:
     """What the script draws of a panel."""
-    return {
+    found = {
         "unit": panel.unit,
         "kind": panel.kind,
         "lines": [_line(line, axes) for line in lines],
     }
+    top = _top(panel, lines)
+    return found if top is None else found | {"top": top}
+
+
+def _top(panel: panels.Panel, lines: Sequence[Line]) -> float | None:
+    """Where the axis of a time ends if a few steps took far longer than the others; None elsewhere."""
+    values = [v for line in lines for v in line.points.values if v is not None]
+    if panel.unit != "s" or panel.kind == "stack" or not values:
+        return None
+    middle = statistics.median(values)
+    largest = max(values + [v for line in lines for v in line.points.high or () if v is not None])
+    return short(4 * middle) if largest > 6 * middle > 0 else None
 
 
 def _line(line: Line, axes: Axes) -> dict[str, Any]:

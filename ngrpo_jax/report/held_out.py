@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ngrpo_jax.evaluation.statistics import paired
+from ngrpo_jax.evaluation.statistics import paired, passk
 from ngrpo_jax.report.numbers import number, percent, points
 from ngrpo_jax.report.workdir import Row, Run
 
@@ -30,7 +30,7 @@ def verdict(run: Run) -> str:
         return ""
     before, after = mean
     last = max(row["step"] for row in run.rows)
-    interval = _interval(run)
+    interval = change_interval(run)
     change = f"{points(after - before)} points"
     if interval is not None:
         low, high = interval
@@ -40,29 +40,34 @@ def verdict(run: Run) -> str:
     else:
         verb = "rose" if after > before else "fell" if after < before else "stayed"
         found = f"Held-out accuracy {verb} from {percent(before)} to"
-    return f"{found} {percent(after)} after {number(last)} steps ({change}).{_when(run)}{_best(run)}"
+    return f"{found} {percent(after)} after {number(last)} steps ({change}){_when(run)}.{_best(run)}"
 
 
-def _interval(run: Run) -> tuple[float, float] | None:
-    """95 % interval of the change by bootstrap over problems; None where their counts are unknown."""
+def change_interval(run: Run, k: int | None = None) -> tuple[float, float] | None:
+    """95 % interval of the change of Mean@n, or of Pass@k, by bootstrap over problems.
+
+    None where the counts of the problems are unknown.
+    """
     if len(run.evaluations) < 2:
         return None
     first, last = run.evaluations[0], run.evaluations[-1]
     before, after = (row.get("correct") or {} for row in (first, last))
     if not before or before.keys() != after.keys():
         return None
-    values = (np.array([counts[key] for key in before]) / first["samples"] for counts in (before, after))
+    n = first["samples"]
+    shares = [c / n if k is None else passk.pass_at_k(n, c, k) for c in range(n + 1)]
+    values = (np.array([shares[counts[key]] for key in before]) for counts in (before, after))
     return paired.difference_interval(*values)[1:]
 
 
 def _when(run: Run) -> str:
-    """At which evaluation half of the gain was there."""
+    """The evaluation at which most of the gain was there."""
     rows = run.evaluations
-    if len(rows) < 4 or rows[-1]["mean_at_n"] <= rows[0]["mean_at_n"]:
+    if len(rows) < 3 or rows[-1]["mean_at_n"] <= rows[0]["mean_at_n"]:
         return ""
     half = (rows[0]["mean_at_n"] + rows[-1]["mean_at_n"]) / 2
-    step = next(row["step"] for row in rows if row["mean_at_n"] >= half)
-    return f" Half of the gain was there by step {number(step)}."
+    row = next(row for row in rows if row["mean_at_n"] >= half)
+    return f", most of it by step {number(row['step'])} ({percent(row['mean_at_n'])})"
 
 
 def _best(run: Run) -> str:

@@ -1,10 +1,12 @@
 """What was mixed with what, over all mixtures of samples.jsonl, beside the paper's Appendix E."""
 
 import itertools
+from statistics import fmean
 from typing import Any
 
 from ngrpo_jax.report.numbers import number, percent
 from ngrpo_jax.report.samples import EDGES, Mixtures
+from ngrpo_jax.report.workdir import Run
 
 MOST_TOKENS = 300  # rows of the table of anchors
 PARTNERS = 4  # of an anchor
@@ -12,16 +14,26 @@ PARTNERS = 4  # of an anchor
 PAPER = ("0.9985", "0.8813", "1.2 %")
 
 
-def summary(mixtures: Mixtures) -> dict[str, Any] | None:
-    """The tables of the mixing section; None where the file has no mixture."""
+def summary(mixtures: Mixtures, run: Run) -> dict[str, Any] | None:
+    """The tables of the mixing section; None where the file has no mixture.
+
+    The paper is compared with the metrics of all steps: the kept responses are chosen, not drawn.
+    """
     if not mixtures.count:
         return None
     below = mixtures.cosines[: EDGES.index(0.95)].sum() / mixtures.count
-    ours = (f"{mixtures.total / mixtures.count:.4f}", f"{mixtures.least:.4f}", percent(below))
+    kept = (f"{mixtures.total / mixtures.count:.4f}", f"{mixtures.least:.4f}", percent(below))
+    rows = [("kept responses", kept), ("paper, Appendix E", PAPER)]
+    means, least, shares = (
+        run.values(f"rollout/mix_cosine_{name}")[1] for name in ("mean", "min", "below_095")
+    )
+    if means and least and shares:
+        of_run = (f"{fmean(means):.4f}", f"{min(least):.4f}", percent(fmean(shares)))
+        rows.insert(0, ("this run, all steps", of_run))
     return {
         "count": number(mixtures.count),
         "weight": percent(mixtures.weight / mixtures.count),
-        "appendix": [("mean cosine", "least", "below 0.95"), ours, PAPER],
+        "appendix": (("mean cosine", "least", "below 0.95"), rows),
         "histogram": _histogram(mixtures),
         "tokens": _tokens(mixtures),
     }

@@ -43,7 +43,7 @@ def render(run: Run) -> str:
         missing=run.missing,
         sections=[(section, _shown(of_section)) for section, of_section in sections],
         samples=run.samples,
-        mixing=mixing.summary(run.samples.mixtures),
+        mixing=mixing.summary(run.samples.mixtures, run),
         problems=held_out.problems(run),
         metrics=[_metric(run, key) for key in sorted(run.keys)],
         settings=_settings(run),
@@ -52,6 +52,7 @@ def render(run: Run) -> str:
             "charts": charts,
             "restarts": [row["step"] for row in run.restarts],
             "groups": groups,
+            "nearest": flatten(run.config).get("mixing.strategy") == "neighbor",
             "texts": list(encoder.texts),
         },
     )
@@ -102,14 +103,16 @@ def _settings(run: Run) -> list[tuple[str, Facts]]:
 def _cards(run: Run) -> Iterator[Card]:
     """The key metrics of the run; a card without a value has nothing to show."""
     settings = flatten(run.config)
-    n, k = settings.get("eval.samples") or "n", settings.get("eval.pass_k") or "k"
-    yield _change_card(f"Held-out Mean@{n}", run, "mean_at_n")
-    yield _change_card(f"Held-out Pass@{max(k) if isinstance(k, list) else k}", run, "pass_at_k")
+    n, k = curves.samples_and_k(run)
+    yield _change_card(f"Held-out Mean@{n or 'n'}", run, "mean_at_n", held_out.change_interval(run))
+    of_pass = held_out.change_interval(run, k) if k else None
+    yield _change_card(f"Held-out Pass@{k or 'k'}", run, "pass_at_k", of_pass)
     _, rewards = run.values("reward/mean")
     if rewards:
         few = max(1, len(rewards) // 10)
-        detail = f"{fmean(rewards[:few]):.3f} at the start"
-        yield Card("Training reward", f"{fmean(rewards[-few:]):.3f}", detail)
+        means, steps = (fmean(rewards[:few]), fmean(rewards[-few:])), "step" if few == 1 else f"{few} steps"
+        detail = f"mean of the last {steps}; {means[0]:.3f} of the first"
+        yield Card("Training reward", f"{means[1]:.3f}", detail)
     wanted, seconds = settings.get("train.steps"), run.summary.get("seconds")
     detail = format_seconds(seconds) + " in all" if isinstance(seconds, int | float) else ""
     last = max(row["step"] for row in run.rows)
@@ -117,8 +120,10 @@ def _cards(run: Run) -> Iterator[Card]:
     _, mixed = run.values("rollout/mixed_fraction")
     _, cosines = run.values("rollout/mix_cosine_mean")
     if mixed:
-        detail = f"cosine to the anchor {fmean(cosines):.4f}" if cosines else ""
-        yield Card("Mixed tokens", percent(fmean(mixed)), detail)
+        rate, until = settings.get("mixing.rate"), settings.get("mixing.until")
+        parts = [f"rate {percent(rate)}" + (f", until {until}" if until else "")] if rate else []
+        parts += [f"cosine to the anchor {fmean(cosines):.4f}"] if cosines else []
+        yield Card("Mixed tokens", percent(fmean(mixed)), "; ".join(parts))
     _, gaps = run.values("gap/mean")
     _, largest = run.values("gap/max")
     if gaps:
@@ -126,13 +131,17 @@ def _cards(run: Run) -> Iterator[Card]:
         yield Card("Sampler/learner gap", number(fmean(gaps)), detail)
 
 
-def _change_card(name: str, run: Run, key: str) -> Card:
+def _change_card(name: str, run: Run, key: str, interval: tuple[float, float] | None) -> Card:
+    """A held-out metric and its change, coloured where that is beyond chance."""
     ends = held_out.ends(run, key)
     if ends is None:
         return Card(name, "", "")
     before, after = ends
-    tone = "good" if after > before else "bad" if after < before else ""
-    return Card(name, percent(after), f"{percent(before)} before, {points(after - before)} points", tone)
+    beyond = interval is not None and not interval[0] <= 0 <= interval[1]
+    tone = "" if not beyond else "good" if after > before else "bad"
+    within = " (within chance)" if interval is not None and not beyond else ""
+    change = f"{percent(before)} before, {points(after - before)} points{within}"
+    return Card(name, percent(after), change, tone)
 
 
 def _metric(run: Run, key: str) -> list[str]:

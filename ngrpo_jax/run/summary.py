@@ -139,8 +139,9 @@ def explain_steps() -> None:
     """Prints what the words of a step's line mean."""
     print(
         "           reward: mean of the training rollouts; held out: Mean@n; length: tokens a\n"
-        "           response; mixed: of them; gap: largest difference of log-probability between\n"
-        "           sampler and learner; then the step's time. docs/metrics.md has the rest.",
+        "           response; mixed: share of response tokens fed back as a mixture; gap: largest\n"
+        "           difference of log-probability between sampler and learner; then the step's time,\n"
+        "           and what the rest takes at the mean pace so far. docs/metrics.md has more.",
         flush=True,
     )
 

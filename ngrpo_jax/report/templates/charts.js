@@ -62,8 +62,9 @@ function series(entry) {
   return { ...looks[entry.role], points, spanGaps: true, label: entry.line.label };
 }
 
-function yRange(unit) {
+function yRange(top) {
   return (chart, low, high) => {
+    if (top !== undefined) return [0, top];
     if (low === null || high === null) return [0, 1];
     const spread = high - low;
     const room = spread > 1e-6 * Math.abs(high) ? 0.08 * spread : 0.05 * Math.abs(high) || 1;
@@ -121,7 +122,7 @@ function draw(chart, place) {
     },
     scales: {
       x: { time: false, range: () => range ?? pad(WHOLE) },
-      y: chart.kind === "log" ? { distr: 3 } : { range: yRange(chart.unit) },
+      y: chart.kind === "log" ? { distr: 3 } : { range: yRange(chart.top) },
     },
     axes: [
       { stroke: ink, grid: { show: false }, ticks: { show: false }, size: 26, font: FONT, incrs: [1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500, 1000, 2000, 5000, 10000] },

@@ -17,7 +17,7 @@ function weightRows([cosine, candidates]) {
   for (let i = 0; i < candidates.length; i += 2) {
     const share = candidates[i + 1];
     rows.push(el("tr", {}, el("td", { class: "token" }, ...readable(visible(DATA.texts[candidates[i]]))),
-      el("td", {}, `${(100 * share).toFixed(1)} %`),
+      el("td", {}, share > 0 && share < 5e-4 ? "under 0.1 %" : `${(100 * share).toFixed(1)} %`),
       el("td", { class: "bar" }, el("i", { style: `width:${100 * share}%` }))));
   }
   return [el("table", { class: "bars" }, ...rows), el("p", {}, `cosine to the anchor ${cosine.toFixed(4)}`)];
@@ -29,7 +29,7 @@ document.body.append(popover);
 function explain(mark) {
   const mixture = mark.mixture;
   popover.replaceChildren(...(mixture.length
-    ? [el("b", {}, "Read as a mixture, the anchor first"), ...weightRows(mixture)]
+    ? [el("b", {}, DATA.nearest ? "Read as a mixture: the anchor, then its neighbours, nearest first" : "Read as a mixture, the anchor first"), ...weightRows(mixture)]
     : [el("p", {}, "Read as a mixture; the log has no room for what it was made of.")]));
   popover.hidden = false;
   const place = mark.getClientRects()[0], size = popover.getBoundingClientRect();
