@@ -39,6 +39,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = ("ngrpo_1_5b", "ngrpo_7b", "ngrpo_llama_1b", "ngrpo_qwen3_1_7b")
 TARGETS = ("v5e:2x4", "v6e:2x4", "v5p:2x2x1", "v4:2x2x1", "v5e:4x4", "h100:1", "h100:8")
 KINDS = {"v4": "TPU v4", "v5e": "TPU v5e", "v5p": "TPU v5p", "v6e": "TPU v6e", "h100": "NVIDIA H100"}
+SLOTS = 64  # of every run, so that targets can be compared: by itself a run takes as many as fit
 GIB = 2**30
 PHASES: tuple[memory.Phase, ...] = ("update", "rollout", "table")
 # Forward passes over the layers, over the head, and over attention, as whose work a program counts: full
@@ -128,8 +129,8 @@ def save(path: str | pathlib.Path, runs: Sequence[Run]) -> None:
 
 
 def settings_of(config: str) -> Settings:
-    """The settings of a file in configs/."""
-    return resolve(flags.load_config(str(ROOT / "configs" / f"{config}.py")))
+    """The settings of a file in configs/, with `SLOTS`."""
+    return resolve(flags.load_config(str(ROOT / "configs" / f"{config}.py"))).with_slots(SLOTS)
 
 
 def model_of(settings: Settings) -> ModelConfig:
@@ -249,7 +250,7 @@ def _compiled(config: str, target: str, changes: Sequence[str], layers: int | No
         raw = hf_format.config_to_json(model, model.dtype)
         (folder / "config.json").write_text(json.dumps(raw), encoding="utf-8")
         words = [f"--config={ROOT}/configs/{config}.py", f"--target={target}", f"--json={folder}/rows.json"]
-        words += [f"--config.model.path={folder}"]
+        words += [f"--config.model.path={folder}", f"--config.rollout.slots={SLOTS}"]
         words += [f"--config.mesh.{axis}={size}" for axis, size in dataclasses.asdict(grid).items()]
         words += [f"--config.{change}" for change in changes]
         command = [sys.executable, "-m", "ngrpo_jax.train", "--preflight", *words]
