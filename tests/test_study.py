@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.study import analysis, plan, report, results, search, spelling, strategies, tasks, trial
+from benchmarks.study import analysis, plan, report, search, spelling, store, strategies, tasks, trial
 from benchmarks.study.arms import ARMS, CORE
 from benchmarks.study.search import Family, Problem, Step
 from ngrpo_jax.algo.mixture import Mixing, StepContext, cosine_to_anchor, neighbor_mixture
@@ -139,14 +139,14 @@ def test_the_plan_is_balanced_in_seeds_and_its_runs_are_found_again(tmp_path):
     assert len(runs) == len(set(runs))
     task, arm, seed = runs[0]
     for _ in range(2):
-        results.append({"task": task, "arm": arm, "seed": seed}, tmp_path)
-    assert results.missing(runs, tmp_path) == runs[1:]
-    assert len(results.read(tmp_path)) == 1
+        store.append({"task": task, "arm": arm, "seed": seed}, tmp_path)
+    assert store.missing(runs, tmp_path) == runs[1:]
+    assert len(store.read(tmp_path)) == 1
 
 
 def test_every_number_of_the_page_comes_from_the_records():
-    records = results.read()
-    assert report.page(records, results.read_cases()) == report.PAGE.read_text(encoding="utf-8")
+    records = store.read()
+    assert report.page(records, store.read_cases()) == report.PAGE.read_text(encoding="utf-8")
     assert report.plot(report.primary(report.by_arm(records))) == report.PLOT.read_text(encoding="utf-8")
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.study import analysis, plan, results
+from benchmarks.study import analysis, plan, store
 from benchmarks.study.analysis import Difference
 from benchmarks.study.arms import ARMS, CORE
-from benchmarks.study.results import Record
+from benchmarks.study.store import Record
 from benchmarks.study.tasks import TASKS
 from benchmarks.study.trial import unpacked
 
@@ -358,8 +358,8 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 def plot(comparisons: Sequence[Comparison]) -> str:
     """The primary family as SVG: a point and its t interval for each difference; ±1 point is shaded."""
-    ran = [one for one in comparisons if one.difference is not None]
-    edge = max([2.0, *(100 * max(abs(one.difference.low), abs(one.difference.high)) for one in ran)]) * 1.1
+    ran = [(one, one.difference) for one in comparisons if one.difference is not None]
+    edge = 1.1 * max([2.0, *(100 * abs(end) for _, d in ran for end in (d.low, d.high))])
     left, width, line = 330, 400, 34
     height = line * (len(ran) + 2)
 
@@ -371,9 +371,8 @@ def plot(comparisons: Sequence[Comparison]) -> str:
     )
     zero = f'<line x1="{x(0)}" y1="10" x2="{x(0)}" y2="{height - 34}" stroke="#888"/>'
     parts = [band, zero]
-    for row, one in enumerate(ran):
+    for row, (one, d) in enumerate(ran):
         y = 30 + line * row
-        d = one.difference
         low, value, high = (x(100 * z) for z in (d.low, d.value, d.high))
         parts += [
             f'<text x="{left - 12}" y="{y + 4}" text-anchor="end">{one.task}: {one.arm} − {one.other}</text>',
@@ -439,9 +438,9 @@ def page(records: Sequence[Record], cases: Mapping[str, Sequence[Mapping[str, An
     return text
 
 
-def write(folder: pathlib.Path = results.RESULTS) -> None:
+def write(folder: pathlib.Path = store.RESULTS) -> None:
     """Writes the page and its plot."""
-    records = results.read(folder)
-    PAGE.write_text(page(records, results.read_cases(folder)), encoding="utf-8")
+    records = store.read(folder)
+    PAGE.write_text(page(records, store.read_cases(folder)), encoding="utf-8")
     PLOT.write_text(plot(primary(by_arm(records))), encoding="utf-8")
     print(f"{PAGE} and {PLOT}, from {len(records)} runs")
