@@ -108,7 +108,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def primary_table(comparisons: Sequence[Comparison]) -> str:
+def primary_table(runs: Runs, comparisons: Sequence[Comparison]) -> str:
     """Differences in the primary outcome with both intervals, p by Holm, and outcomes."""
     rows = []
     for one in comparisons:
@@ -116,7 +116,8 @@ def primary_table(comparisons: Sequence[Comparison]) -> str:
         d = one.difference
         figures = ["0", "–", "–", "–", "–"]
         if d is not None:
-            both = interval(d.low, d.high), interval(d.boot_low, d.boot_high)
+            drawn = analysis.hierarchical_interval(gaps(runs, one.task, one.arm, one.other, SCORES[PRIMARY]))
+            both = interval(d.low, d.high), interval(*drawn)
             figures = [str(d.seeds), points(d.value), *both, f"{one.adjusted_p:.2g}"]
         rows.append([one.task, name, *figures, one.verdict])
     head = ("task", "difference", "seeds", PRIMARY, "t interval", "bootstrap interval", "p (Holm)", "outcome")
@@ -415,7 +416,7 @@ def page(records: Sequence[Record], cases: Mapping[str, Sequence[Mapping[str, An
     others = [arm for arm in ARMS if arm not in CORE]
     places = {
         "answer": answer(runs, comparisons),
-        "primary": primary_table(comparisons),
+        "primary": primary_table(runs, comparisons),
         "secondary": secondary_table(runs),
         "control": control_table(runs),
         "synonyms": synonyms_table(runs),
