@@ -22,8 +22,31 @@ def test_what_is_played_is_solved_by_its_steps_and_among_all_solutions():
     for _ in range(50):
         problem, steps = search.play(family, rng)
         assert search.solves(problem, steps)
-        assert search.path(steps) in search.solutions(problem, family)
+        assert search.path(steps) in solutions(problem, family)
         assert not search.solves(problem._replace(target=problem.target + 1), steps)
+
+
+def solutions(problem: Problem, family: Family) -> set[str]:
+    """The paths of all solutions, by trying everything."""
+    found: set[str] = set()
+
+    def join(items: tuple[int, ...], steps: tuple[Step, ...]) -> None:
+        if len(items) == 1:
+            if items[0] == problem.target:
+                found.add(search.path(steps))
+            return
+        for i, left in enumerate(items):
+            for j, right in enumerate(items):
+                if i == j:
+                    continue
+                rest = tuple(item for n, item in enumerate(items) if n not in (i, j))
+                for sign in family.signs:
+                    result = search.SIGNS[sign](left, right)
+                    if 1 <= result <= family.bound:
+                        join((*rest, result), (*steps, Step(left, sign, right, result)))
+
+    join(problem.numbers, ())
+    return found
 
 
 def test_a_response_is_right_only_by_its_own_numbers_used_once():
