@@ -7,7 +7,7 @@ bases.py       the base models: warm-up text, and supervised training on it
 strategies.py  mixing strategies that only a study needs: random rows in the place of neighbours
 arms.py        the arms: what each changes of a task's settings
 trial.py       one run of (task, arm, seed), and what is recorded of it
-results.py     the records on disk: which are there, which are missing
+store.py       the records on disk: which are there, which are missing
 analysis.py    differences between arms, their intervals and verdicts
 report.py      records -> docs/study.md
 cases.py       single responses that one mixed step turned

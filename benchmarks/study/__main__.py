@@ -24,7 +24,7 @@ from collections.abc import Sequence
 
 import jax
 
-from benchmarks.study import plan, results, trial
+from benchmarks.study import plan, store, trial
 from benchmarks.study.arms import ARMS
 from benchmarks.study.tasks import TASKS
 from ngrpo_jax.errors import require
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--limit-minutes", type=float, default=float("inf"))
     parser.add_argument("--budget", type=int)
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("runs/study"))
-    parser.add_argument("--results", type=pathlib.Path, default=results.RESULTS)
+    parser.add_argument("--results", type=pathlib.Path, default=store.RESULTS)
     parser.add_argument("--set", action="append", default=[])
     options = parser.parse_args(argv[1:])
     if options.command == "run":
@@ -61,18 +61,18 @@ def main(argv: Sequence[str]) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Makes the wanted runs that have no record."""
-    counted = options.results == results.RESULTS
+    counted = options.results == store.RESULTS
     require(
         not counted or not (options.set or options.budget),
         "--set and --budget change what is run; give --results=DIR too.",
     )
     wanted, study = selected(options), prepared(options)
     end = time.monotonic() + 60 * options.limit_minutes
-    for name, arm, seed in results.missing(wanted, options.results):
+    for name, arm, seed in store.missing(wanted, options.results):
         if time.monotonic() > end:
             break
         record = study.run(name, arm, seed)
-        results.append(record, options.results)
+        store.append(record, options.results)
         print(one_line(record), flush=True)
 
 
@@ -87,7 +87,7 @@ def prepared(options: argparse.Namespace) -> trial.Study:
     return trial.Study(work, mesh.make_mesh(1, 1, 1), changes, options.model, options.budget)
 
 
-def selected(options: argparse.Namespace) -> list[results.Key]:
+def selected(options: argparse.Namespace) -> list[store.Key]:
     """The runs that the flags name, or those of the plan, seed by seed."""
     if options.task is None and options.arm is None:
         return [key for key in plan.runs() if options.seeds is None or key[2] in seeds(options.seeds)]
@@ -107,7 +107,7 @@ def seeds(text: str) -> range:
     return range(int(first), int(end) if colon else int(first) + 1)
 
 
-def one_line(record: results.Record) -> str:
+def one_line(record: store.Record) -> str:
     """A run that has ended, in short."""
     from benchmarks.study.analysis import mean, pass_at
 
@@ -122,7 +122,7 @@ def one_line(record: results.Record) -> str:
 
 def status(folder: pathlib.Path) -> None:
     """Prints which runs are there, which are missing, and how long the rest takes."""
-    records = {results.key(record): record for record in results.read(folder)}
+    records = {store.key(record): record for record in store.read(folder)}
     left = 0.0
     for (name, arm), keys in itertools.groupby(sorted(plan.runs()), key=lambda key: key[:2]):
         wanted = list(keys)

@@ -54,7 +54,6 @@ class Difference:
       value: the mean.
       deviation: standard deviation over seeds.
       low, high: 95 % paired t interval over seeds.
-      boot_low, boot_high: 95 % hierarchical bootstrap interval, over seeds and problems.
       p: two-sided, of the paired t test.
     """
 
@@ -63,8 +62,6 @@ class Difference:
     deviation: float
     low: float
     high: float
-    boot_low: float
-    boot_high: float
     p: float
 
 
@@ -78,7 +75,7 @@ def paired_difference(gaps_SP: np.ndarray) -> Difference:
     error = deviation / seeds**0.5
     half = float(stats.t.ppf(0.975, seeds - 1)) * error
     p = float(2 * stats.t.sf(abs(value) / error, seeds - 1)) if error > 0 else 1.0
-    return Difference(seeds, value, deviation, value - half, value + half, *hierarchical_interval(gaps_SP), p)
+    return Difference(seeds, value, deviation, value - half, value + half, p)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -3,7 +3,7 @@
 import itertools
 
 from benchmarks.study.arms import CORE
-from benchmarks.study.results import Key
+from benchmarks.study.store import Key
 
 CORE_TASKS = ("synonyms", "countdown")
 CORE_SEEDS = range(1, 25)  # the pilots have others

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.study import analysis, plan, results
+from benchmarks.study import analysis, plan, store
 from benchmarks.study.analysis import Difference
 from benchmarks.study.arms import ARMS, CORE
-from benchmarks.study.results import Record
+from benchmarks.study.store import Record
 from benchmarks.study.tasks import TASKS
 from benchmarks.study.trial import unpacked
 
@@ -108,7 +108,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def primary_table(comparisons: Sequence[Comparison]) -> str:
+def primary_table(runs: Runs, comparisons: Sequence[Comparison]) -> str:
     """Differences in the primary outcome with both intervals, p by Holm, and outcomes."""
     rows = []
     for one in comparisons:
@@ -116,7 +116,8 @@ def primary_table(comparisons: Sequence[Comparison]) -> str:
         d = one.difference
         figures = ["0", "–", "–", "–", "–"]
         if d is not None:
-            both = interval(d.low, d.high), interval(d.boot_low, d.boot_high)
+            drawn = analysis.hierarchical_interval(gaps(runs, one.task, one.arm, one.other, SCORES[PRIMARY]))
+            both = interval(d.low, d.high), interval(*drawn)
             figures = [str(d.seeds), points(d.value), *both, f"{one.adjusted_p:.2g}"]
         rows.append([one.task, name, *figures, one.verdict])
     head = ("task", "difference", "seeds", PRIMARY, "t interval", "bootstrap interval", "p (Holm)", "outcome")
@@ -358,8 +359,8 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 def plot(comparisons: Sequence[Comparison]) -> str:
     """The primary family as SVG: a point and its t interval for each difference; ±1 point is shaded."""
-    ran = [one for one in comparisons if one.difference is not None]
-    edge = max([2.0, *(100 * max(abs(one.difference.low), abs(one.difference.high)) for one in ran)]) * 1.1
+    ran = [(one, one.difference) for one in comparisons if one.difference is not None]
+    edge = 1.1 * max([2.0, *(100 * abs(end) for _, d in ran for end in (d.low, d.high))])
     left, width, line = 330, 400, 34
     height = line * (len(ran) + 2)
 
@@ -371,9 +372,8 @@ def plot(comparisons: Sequence[Comparison]) -> str:
     )
     zero = f'<line x1="{x(0)}" y1="10" x2="{x(0)}" y2="{height - 34}" stroke="#888"/>'
     parts = [band, zero]
-    for row, one in enumerate(ran):
+    for row, (one, d) in enumerate(ran):
         y = 30 + line * row
-        d = one.difference
         low, value, high = (x(100 * z) for z in (d.low, d.value, d.high))
         parts += [
             f'<text x="{left - 12}" y="{y + 4}" text-anchor="end">{one.task}: {one.arm} − {one.other}</text>',
@@ -416,7 +416,7 @@ def page(records: Sequence[Record], cases: Mapping[str, Sequence[Mapping[str, An
     others = [arm for arm in ARMS if arm not in CORE]
     places = {
         "answer": answer(runs, comparisons),
-        "primary": primary_table(comparisons),
+        "primary": primary_table(runs, comparisons),
         "secondary": secondary_table(runs),
         "control": control_table(runs),
         "synonyms": synonyms_table(runs),
@@ -439,9 +439,9 @@ def page(records: Sequence[Record], cases: Mapping[str, Sequence[Mapping[str, An
     return text
 
 
-def write(folder: pathlib.Path = results.RESULTS) -> None:
+def write(folder: pathlib.Path = store.RESULTS) -> None:
     """Writes the page and its plot."""
-    records = results.read(folder)
-    PAGE.write_text(page(records, results.read_cases(folder)), encoding="utf-8")
+    records = store.read(folder)
+    PAGE.write_text(page(records, store.read_cases(folder)), encoding="utf-8")
     PLOT.write_text(plot(primary(by_arm(records))), encoding="utf-8")
     print(f"{PAGE} and {PLOT}, from {len(records)} runs")

@@ -103,26 +103,3 @@ def parse(words: Sequence[str]) -> list[Step] | None:
             return None
         steps.append(Step(int(left), sign, int(right), int(result)))
     return steps
-
-
-def solutions(problem: Problem, family: Family) -> set[str]:
-    """The paths of all solutions whose results lie within the family's bound."""
-    found: set[str] = set()
-
-    def join(items: tuple[int, ...], steps: tuple[Step, ...]) -> None:
-        if len(items) == 1:
-            if items[0] == problem.target:
-                found.add(path(steps))
-            return
-        for i, left in enumerate(items):
-            for j, right in enumerate(items):
-                if i == j:
-                    continue
-                rest = tuple(item for n, item in enumerate(items) if n not in (i, j))
-                for sign in family.signs:
-                    result = SIGNS[sign](left, right)
-                    if 1 <= result <= family.bound:
-                        join((*rest, result), (*steps, Step(left, sign, right, result)))
-
-    join(problem.numbers, ())
-    return found

@@ -58,7 +58,6 @@ class Task:
 
     Attributes:
       name: as the command line has it.
-      title: a line for tables.
       settings: by dotted names, what the task changes of the package's defaults.
       budget: generated training tokens of a run.
       bases: how many base models there are; seed s starts from number s modulo this.
@@ -70,7 +69,6 @@ class Task:
     """
 
     name: str
-    title: str
     settings: dict[str, Any]
     budget: int
     bases: int
@@ -130,7 +128,6 @@ def _synonyms(name: str, share: float) -> Task:
     settings = _search_settings(f"rows_{name}", "reward_synonyms", family)
     return Task(
         name=name,
-        title=f"search in words, {share:.0%} of the concepts with synonyms",
         settings={**settings, "warm_start.steps": 600},
         budget=60 * 128 * 12,
         bases=6,
@@ -147,7 +144,6 @@ def _countdown() -> Task:
     settings = _search_settings("rows_countdown", "reward_countdown", family)
     return Task(
         name="countdown",
-        title="search in symbols, four numbers",
         settings={**settings, "warm_start.steps": 700},
         budget=60 * 128 * 18,
         bases=6,
@@ -162,7 +158,6 @@ def _smollm2() -> Task:
     """Mixed problems of one and two digits for a pretrained model; `model.path` names its directory."""
     return Task(
         name="smollm2",
-        title="SmolLM2-135M, mixed arithmetic",
         settings={
             "model.dtype": "float32",
             "data.train": "benchmarks.study.tasks:rows_smollm2",
