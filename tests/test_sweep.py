@@ -143,13 +143,15 @@ sweep.cli()
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_runs_too_and_the_sweep_says_how_far_they_are(tmp_path, number):
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a script
+    # SIGINT ignored, as in the background of a script; SIGHUP not, though nohup may have started the tests.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
         process = subprocess.Popen(
             [sys.executable, "-c", SIGNALLED, str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE, text=True
         )
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGHUP, before[1])
     heard = [tmp_path / f"seed={seed}" / "heard" for seed in (0, 1)]
     try:
         for _ in range(200):
