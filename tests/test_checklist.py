@@ -36,13 +36,10 @@ def test_tiny_passes_in_under_a_minute_and_leaves_nothing(tmp_path, capsys):
     assert len(rows) == 19 and not workdir.exists()
     assert time.process_time() - begun < 60
     assert "most in the update" in rows["memory"][1]
-    names = {
-        name: rows[f"{name} programs"][1].partition(": ")[2].split(", ") for name in ("update", "rollout")
-    }
-    # tiny has two optimiser steps a batch, so that old log-probabilities are computed; and a reference.
-    assert names["update"] == ["accumulate", "score float32", "zeros", "apply"]
-    expected = {"training prefill_layer", "training decode_chunk", "evaluation decode_chunk"}
-    assert expected <= set(names["rollout"])
+    # tiny has two optimiser steps a batch, so that old log-probabilities are computed; and a reference:
+    # accumulate, score float32, zeros, apply. Seven programs of a rollout, in training and in evaluation.
+    assert rows["update programs"][1].startswith("4 compiled in ")
+    assert rows["rollout programs"][1].startswith("14 compiled in ")
 
 
 def _refuses(*_):

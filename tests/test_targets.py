@@ -114,7 +114,7 @@ def test_rollouts_of_several_hosts_compile_for_one_host_as_a_slice(monkeypatch):
 
 
 def test_what_waits_beside_an_update_has_the_rows_from_before_it():
-    settings = resolve(load_config(str(ROOT / "configs" / "base.py")))
+    settings = resolve(load_config(str(ROOT / "configs" / "base.py"))).with_slots(64)
     rows = 4 * 151936 * 1536
     model = ModelConfig("qwen2", 151936, 1536, 8960, 28, 12, 2, 128, dtype="bfloat16")
     state = {one.name: one.size for one in memory.training_estimate(settings, model)}
