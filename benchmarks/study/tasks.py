@@ -124,33 +124,37 @@ def _search_settings(rows: str, reward: str, family: Family) -> dict[str, Any]:
 
 def _synonyms(name: str, share: float) -> Task:
     family = Family(count=3, largest=12, bound=30)
-    words = Search(family, spelling.synonyms(family.bound, share))
-    settings = _search_settings(f"rows_{name}", "reward_synonyms", family)
-    return Task(
-        name=name,
-        settings={**settings, "warm_start.steps": 600},
-        budget=60 * 128 * 12,
-        bases=6,
-        first_word=len(spelling.SPECIAL),
-        reasoning_words=words.reasoning_words,
-        matched_temperature=0.66,
-        search=words,
-    )
+    found = Search(family, spelling.synonyms(family.bound, share))
+    return _search_task(name, found, "synonyms", warm_start=600, response=12, temperature=0.66)
 
 
 def _countdown() -> Task:
     family = Family(count=4, largest=13, bound=60)
-    digits = Search(family, spelling.symbols(family.bound))
-    settings = _search_settings("rows_countdown", "reward_countdown", family)
+    found = Search(family, spelling.symbols(family.bound))
+    return _search_task("countdown", found, "countdown", warm_start=700, response=18, temperature=0.89)
+
+
+def _search_task(
+    name: str, found: Search, reward: str, *, warm_start: int, response: int, temperature: float
+) -> Task:
+    """A search and its settings.
+
+    Args:
+      reward: the name of its reward, after `reward_`.
+      warm_start: steps of a base model's training.
+      response: tokens of a response, by which 60 steps are the budget.
+      temperature: at which GRPO's entropy is that of N-GRPO.
+    """
+    settings = _search_settings(f"rows_{name}", f"reward_{reward}", found.family)
     return Task(
-        name="countdown",
-        settings={**settings, "warm_start.steps": 700},
-        budget=60 * 128 * 18,
+        name=name,
+        settings={**settings, "warm_start.steps": warm_start},
+        budget=60 * 128 * response,
         bases=6,
         first_word=len(spelling.SPECIAL),
-        reasoning_words=digits.reasoning_words,
-        matched_temperature=0.89,
-        search=digits,
+        reasoning_words=found.reasoning_words,
+        matched_temperature=temperature,
+        search=found,
     )
 
 
