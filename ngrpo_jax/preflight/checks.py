@@ -166,7 +166,8 @@ def _slots(settings: Settings, devices: jax.sharding.Mesh, config: ModelConfig, 
     """The settings with a number of slots."""
     longest, room = max(one.longest_prompt for one in sets), capacity.whole_memory(devices)
     decided = slots.for_training(settings, config, devices, longest, room)
-    how = "as many as fit" if settings.rollout.slots is None and room is not None else "as set"
+    by_default = "the number of a CPU" if room is None else "as many as fit"
+    how = by_default if settings.rollout.slots is None else "as set"
     return decided, f"{decided.rollout.slots} sequences decoded side by side, {how}"
 
 
